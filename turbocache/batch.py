@@ -1,0 +1,324 @@
+"""Sink, ring and window of one or many sessions, for all compressed layers: the arrays behind mlx-lm's caches.
+
+A session at rest is a batch of one row. mlx-lm's generator merges, filters, extends and extracts batches; pages never
+move in any of these, only page lists and the small raw buffers do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from kernels.lanes import Lanes, PageIndex, gather_expanded
+from kernels.layout import PAGE
+from turbocache.pool import PagePool
+from turbocache.ring import PageRing, RingConfig
+from turbocache.rotation import NoRotation, Rotation
+from turbocache.steps import ChunkStep, DecodeStep, PrefillStep, plan_decode, plan_prefill
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedLayer:
+    """How one attention layer is stored. `dtype` is that of the raw tokens: the model's own cache dtype."""
+
+    lanes: Lanes
+    key_rotation: Rotation | NoRotation
+    value_rotation: Rotation | NoRotation
+    dtype: mx.Dtype
+
+
+@dataclass(slots=True)
+class RotationCount:
+    """Pages that rotated out of rings since the start."""
+
+    pages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """What all sessions of a process share: ring sizes, the pool and the layers' storage."""
+
+    ring: RingConfig
+    pool: PagePool
+    layers: tuple[CompressedLayer, ...]
+    rotations: RotationCount = field(default_factory=RotationCount)
+
+    @property
+    def raw_nbytes(self) -> int:
+        """Bytes of one session's sink and window over all layers."""
+        return sum(
+            layer.lanes.shape.n_kv_heads
+            * self.ring.raw_slots
+            * (layer.lanes.shape.key_dim + layer.lanes.shape.value_dim)
+            * layer.dtype.size
+            for layer in self.layers
+        )
+
+
+class CacheBatch:
+    """`B` rows of sink + ring + window. Owns its rings (and through them their pages) and its raw buffers.
+
+    Raw keys and values are kept rotated, `[B, n_kv_heads, keep + window_slots, dim]` per layer, so that sink, pages and
+    window meet the same rotated query. Raises PoolExhausted from a step when the pool is full; the batch is then as it
+    was before the step.
+    """
+
+    def __init__(self, spec: CacheSpec, n_rows: int = 1) -> None:
+        self.spec = spec
+        self.rings = [PageRing(spec.ring, spec.pool) for _ in range(n_rows)]
+        self.raw = [self._empty_raw(layer, n_rows) for layer in spec.layers]
+        self._remaining: list[int] | None = None
+        self._index: PageIndex | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CacheBatch":
+        return self.select(range(len(self.rings)))
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.rings)
+
+    @property
+    def offsets(self) -> list[int]:
+        """Tokens ever seen by each row."""
+        return [ring.offset for ring in self.rings]
+
+    # Rows: page lists and raw buffers move, pages do not.
+
+    def select(self, rows: Sequence[int]) -> "CacheBatch":
+        """An independent batch of the given rows; pages are shared by reference."""
+        other = CacheBatch(self.spec, 0)
+        other.rings = [self.rings[row].fork() for row in rows]
+        if list(rows) == list(range(self.n_rows)):
+            other.raw = list(self.raw)
+        else:
+            index = mx.array(list(rows), dtype=mx.int32)
+            other.raw = [(mx.take(keys, index, axis=0), mx.take(values, index, axis=0)) for keys, values in self.raw]
+        if self._remaining is not None:
+            other._remaining = [self._remaining[row] for row in rows]
+        return other
+
+    @classmethod
+    def merged(cls, batches: Sequence["CacheBatch"]) -> "CacheBatch":
+        """An independent batch of all rows of `batches`, in order. Raises ValueError for different specs."""
+        if any(batch.spec is not batches[0].spec for batch in batches):
+            raise ValueError("only caches of one process-wide spec can be merged")
+        merged = cls(batches[0].spec, 0)
+        for batch in batches:
+            merged.extend(batch.select(range(batch.n_rows)))
+        return merged
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop all other rows and give their pages back."""
+        kept = {int(row) for row in rows}
+        for row, ring in enumerate(self.rings):
+            if row not in kept:
+                ring.close()
+        self.rings = [self.rings[int(row)] for row in rows]
+        index = mx.array([int(row) for row in rows], dtype=mx.int32)
+        self.raw = [(mx.take(keys, index, axis=0), mx.take(values, index, axis=0)) for keys, values in self.raw]
+
+    def extend(self, other: "CacheBatch") -> None:
+        """Take over the rows of `other`, which is empty afterwards."""
+        if other.n_rows and self.n_rows:
+            self.raw = [
+                (mx.concatenate([mine[0], theirs[0]]), mx.concatenate([mine[1], theirs[1]]))
+                for mine, theirs in zip(self.raw, other.raw, strict=True)
+            ]
+        elif other.n_rows:
+            self.raw = other.raw
+        self.rings = self.rings + other.rings
+        other.rings, other.raw = [], [self._empty_raw(layer, 0) for layer in self.spec.layers]
+
+    def close(self) -> None:
+        """Give all pages and raw buffers back."""
+        self.keep_rows([])
+
+    def can_trim_to(self, offset: int) -> bool:
+        """Whether a batch of one row can go back to its state after `offset` tokens."""
+        return self.n_rows == 1 and self.rings[0].can_trim_to(offset)
+
+    def trim(self, n: int) -> None:
+        """Forget the newest `n` tokens of every row. Raises ValueError where needed tokens have rotated out.
+
+        A cut within a page brings that page's older tokens back into the window as the page had them.
+        """
+        for ring in self.rings:
+            if not ring.can_trim_to(ring.offset - n):
+                raise ValueError(f"can't go back {n} tokens from {ring.offset}: {ring.evicted} have rotated out")
+        for row, ring in enumerate(self.rings):
+            self._trim_row(row, ring, ring.offset - n)
+
+    def _trim_row(self, row: int, ring: PageRing, offset: int) -> None:
+        blocks = max(0, ring.block(offset))
+        if blocks < ring.flushed:
+            if offset > ring.config.keep + PAGE * blocks:
+                self._restore_block(row, ring.pages[blocks - ring.first], blocks)
+            cut = blocks - ring.first
+            ring.pool.release(ring.pages[cut:])
+            del ring.pages[cut:]
+            ring.flushed = blocks
+        ring.offset = offset
+
+    def _restore_block(self, row: int, page: int, block: int) -> None:
+        slot = self.spec.ring.keep + PAGE * block % self.spec.ring.window_slots
+        start = mx.array([row, slot])
+        table = mx.array([[page]])
+        for i, layer in enumerate(self.spec.layers):
+            restored = gather_expanded(layer.lanes, self.spec.pool.pages(i), table, layer.dtype)
+            keys, values = (
+                mx.slice_update(raw, tokens, start, axes=[0, 2])
+                for raw, tokens in zip(self.raw[i], restored, strict=True)
+            )
+            self.raw[i] = (keys, values)
+        mx.eval(self.raw)
+
+    # Steps: planned once a forward pass, applied layer by layer.
+
+    def prepare(self, lengths: Sequence[int]) -> None:
+        """The next prompt is right-padded; row i has `lengths[i]` real tokens."""
+        self._remaining = [int(n) for n in lengths]
+
+    def finalize(self) -> None:
+        """The right-padded prompt is through."""
+        self._remaining = None
+
+    def begin_step(self, n_tokens: int) -> DecodeStep | PrefillStep:
+        """Advance all rings by a forward pass over `n_tokens` columns and say what each layer has to do.
+
+        Waits for the device if pages will be written, because a write under a reader copies the whole pool.
+        """
+        step: DecodeStep | PrefillStep
+        if n_tokens == 1 and self._remaining is None:
+            step, rotated = plan_decode(self.rings, self.spec.pool, self._index)
+            self._index = step.index
+            writes = bool(step.flushes)
+        else:
+            lengths = [n_tokens] * self.n_rows
+            if self._remaining is not None:
+                lengths = [min(n_tokens, left) for left in self._remaining]
+            step, rotated = plan_prefill(self.rings, lengths, self.spec.pool)
+            if self._remaining is not None:
+                self._remaining = [left - n for left, n in zip(self._remaining, lengths, strict=True)]
+            writes = any(chunk.new_pages for chunk in step.chunks)
+        self.spec.rotations.pages += rotated
+        if writes:
+            mx.synchronize()
+        return step
+
+    def decode(self, layer: int, step: DecodeStep, keys: mx.array, values: mx.array) -> None:
+        """Store one token per row: compress the blocks that are due, then write the token into its slot."""
+        keys, values = self._rotated(layer, keys, values)
+        raw_keys, raw_values = self.raw[layer]
+        if step.flushes:
+            blocks = [
+                mx.concatenate([raw[f.row : f.row + 1, :, f.slot : f.slot + PAGE] for f in step.flushes])
+                for raw in (raw_keys, raw_values)
+            ]
+            content = self.spec.layers[layer].lanes.encode(*blocks)
+            self.spec.pool.write(layer, [f.page for f in step.flushes], content)
+        self.raw[layer] = (
+            mx.put_along_axis(raw_keys, mx.broadcast_to(step.slots, keys.shape), keys, axis=2),
+            mx.put_along_axis(raw_values, mx.broadcast_to(step.slots, values.shape), values, axis=2),
+        )
+
+    def attend_decode(
+        self, layer: int, step: DecodeStep, queries: mx.array, scale: float, sinks: mx.array | None
+    ) -> mx.array:
+        """`[B, n_heads, 1, key_dim]` in the model's basis and dtype to `[B, n_heads, 1, value_dim]` likewise."""
+        kind = self.spec.layers[layer]
+        rotated = kind.key_rotation.apply(queries) * scale
+        out = kind.lanes.attend(rotated, *self.raw[layer], self.spec.pool.pages(layer), step.index, step.mask, sinks)
+        return kind.value_rotation.inverse(out).astype(queries.dtype)
+
+    def prefill(
+        self, layer: int, step: PrefillStep, keys: mx.array, values: mx.array
+    ) -> list[tuple[mx.array, mx.array]]:
+        """Store a chunk: full blocks become pages, the rest goes to sink and window. Returns for each chunk step the
+        body's keys and values, which its own queries still see raw."""
+        keys, values = self._rotated(layer, keys, values)
+        rows = [tuple(raw[row : row + 1] for raw in self.raw[layer]) for row in range(self.n_rows)]
+        bodies = []
+        for chunk in step.chunks:
+            new = tuple(x[chunk.row : chunk.row + 1, :, : chunk.n] for x in (keys, values))
+            body = tuple(
+                mx.concatenate([mx.take(raw, chunk.old_slots, axis=2), x[:, :, chunk.sink_taken :]], axis=2)
+                for raw, x in zip(rows[chunk.row], new, strict=True)
+            )
+            rows[chunk.row] = tuple(
+                self._raw_after(chunk, raw, x, tokens)
+                for raw, x, tokens in zip(rows[chunk.row], new, body, strict=True)
+            )
+            bodies.append((body[0], body[1]))
+        self.raw[layer] = (mx.concatenate([row[0] for row in rows]), mx.concatenate([row[1] for row in rows]))
+        self._write_pages(layer, step, bodies)
+        return bodies
+
+    def attend_prefill(
+        self,
+        layer: int,
+        step: PrefillStep,
+        bodies: list[tuple[mx.array, mx.array]],
+        queries: mx.array,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """`[B, n_heads, L, key_dim]` to `[B, n_heads, L, value_dim]`; columns beyond a row's tokens are zero."""
+        kind = self.spec.layers[layer]
+        rotated = kind.key_rotation.apply(queries).astype(kind.dtype)
+        sinks = sinks if sinks is None else sinks.astype(kind.dtype)
+        _, n_heads, n_columns, _ = queries.shape
+        outs = [mx.zeros((1, n_heads, n_columns, kind.lanes.shape.value_dim), dtype=kind.dtype)] * self.n_rows
+        for chunk, (body_keys, body_values) in zip(step.chunks, bodies, strict=True):
+            raw_keys, raw_values = self.raw[layer]
+            here = slice(chunk.row, chunk.row + 1)
+            keys, values = [raw_keys[here, :, : chunk.n_sink]], [raw_values[here, :, : chunk.n_sink]]
+            if chunk.table.size:
+                pages = gather_expanded(kind.lanes, self.spec.pool.pages(layer), chunk.table, kind.dtype)
+                keys.append(pages[0])
+                values.append(pages[1])
+            out = mx.fast.scaled_dot_product_attention(
+                rotated[here, :, : chunk.n],
+                mx.concatenate([*keys, body_keys], axis=2),
+                mx.concatenate([*values, body_values], axis=2),
+                scale=scale,
+                mask=chunk.mask,
+                sinks=sinks,
+            )
+            if chunk.n < n_columns:
+                out = mx.pad(out, [(0, 0), (0, 0), (0, n_columns - chunk.n), (0, 0)])
+            outs[chunk.row] = out
+        return kind.value_rotation.inverse(mx.concatenate(outs)).astype(queries.dtype)
+
+    def _raw_after(self, chunk: ChunkStep, raw: mx.array, new: mx.array, body: mx.array) -> mx.array:
+        """One row's sink and window after a chunk."""
+        keep = self.spec.ring.keep
+        parts = [raw[:, :, : chunk.n_sink - chunk.sink_taken], new[:, :, : chunk.sink_taken]]
+        if not body.shape[2]:
+            return mx.concatenate([*parts, raw[:, :, chunk.n_sink :]], axis=2)  # all of it went to the sink
+        return mx.concatenate([*parts, mx.take(body, chunk.to_slots, axis=2)], axis=2)
+
+    def _write_pages(self, layer: int, step: PrefillStep, bodies: list[tuple[mx.array, mx.array]]) -> None:
+        ids = [page for chunk in step.chunks for page in chunk.new_pages]
+        if not ids:
+            return
+        blocks: list[list[mx.array]] = [[], []]
+        for chunk, body in zip(step.chunks, bodies, strict=True):
+            n = len(chunk.new_pages)
+            for part, tokens in zip(blocks, body, strict=True):
+                _, n_kv_heads, _, dim = tokens.shape
+                full = tokens[0, :, : n * PAGE].reshape(n_kv_heads, n, PAGE, dim)
+                part.append(full.swapaxes(0, 1))
+        content = self.spec.layers[layer].lanes.encode(mx.concatenate(blocks[0]), mx.concatenate(blocks[1]))
+        self.spec.pool.write(layer, ids, content)
+
+    def _rotated(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        kind = self.spec.layers[layer]
+        return kind.key_rotation.apply(keys).astype(kind.dtype), kind.value_rotation.apply(values).astype(kind.dtype)
+
+    def _empty_raw(self, layer: CompressedLayer, n_rows: int) -> tuple[mx.array, mx.array]:
+        shape, slots = layer.lanes.shape, self.spec.ring.raw_slots
+        return (
+            mx.zeros((n_rows, shape.n_kv_heads, slots, shape.key_dim), dtype=layer.dtype),
+            mx.zeros((n_rows, shape.n_kv_heads, slots, shape.value_dim), dtype=layer.dtype),
+        )

@@ -1,0 +1,66 @@
+"""The one place where this project enters mlx-lm's attention.
+
+mlx-lm's model modules import `scaled_dot_product_attention` from `mlx_lm.models.base` by name and call it with
+whatever the layer's cache returned. `install` puts a function in its place that answers `PendingAttention` itself and
+passes everything else on unchanged.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import base
+
+from turbocache.view import PendingAttention
+
+_NAME = "scaled_dot_product_attention"
+_original: Callable[..., mx.array] = base.scaled_dot_product_attention
+_observer: Callable[[mx.array, Any], None] | None = None
+
+
+def attention(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None = None,
+    **options: Any,
+) -> mx.array:
+    """mlx-lm's `scaled_dot_product_attention`, with compressed caches answered by their own attention.
+
+    The mask is ignored for these: a paged cache is causal by itself and knows each row's tokens. Raises TypeError for
+    options that only other caches understand.
+    """
+    if _observer is not None:
+        _observer(queries, cache)
+    if isinstance(keys, PendingAttention):
+        if options:
+            raise TypeError(f"attention over a paged cache has no option {', '.join(options)}")
+        return keys.attend(queries, scale, sinks)
+    return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks, **options)
+
+
+def install() -> None:
+    """Route mlx-lm's attention through `attention`, in `base` and in every model module already imported.
+
+    Idempotent. Modules imported later take the name from `base` and so get it too.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mlx_lm.models.") and getattr(module, _NAME, None) is _original:
+            setattr(module, _NAME, attention)
+
+
+@contextmanager
+def observed(note: Callable[[mx.array, Any], None]) -> Iterator[None]:
+    """While the block runs, call `note(queries, cache)` for every attention that passes through the seam."""
+    global _observer
+    install()
+    _observer = note
+    try:
+        yield
+    finally:
+        _observer = None
