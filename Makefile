@@ -1,0 +1,145 @@
+# Needs Python >= 3.11 and GNU make >= 3.81; everything else is brought into .venv.
+#
+#   ACCEL=cpu|cuda|metal   which build of MLX (found out by itself when not given)
+#   PYTHON=...             which interpreter .venv is made of
+#   HOST, PORT             where `make run` listens
+#   ARGS=...               passed on to pytest or the benchmark
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+UPGRADE ?=
+
+OS := $(shell uname -s)
+MACHINE := $(shell uname -m)
+
+ifndef PYTHON
+PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$python; break; }; done)
+endif
+
+ifndef ACCEL
+ifeq ($(OS),Darwin)
+ACCEL := metal
+else
+ACCEL := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+endif
+endif
+
+LOCK_cpu := cpu-linux
+LOCK_cuda := cuda-linux
+LOCK_metal := metal-macos
+LOCK := $(LOCK_$(ACCEL))
+ifeq ($(LOCK),)
+$(error ACCEL=$(ACCEL): expected cpu, cuda or metal)
+endif
+# The wheels that write the same files as the chosen one.
+RIVAL_cpu := mlx_cuda
+RIVAL_cuda := mlx_cpu
+RIVAL_metal := mlx_c
+
+# A uv on PATH that does not start (a stale shim) is no uv.
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
+UV_FILE := $(filter .uv/bin/uv,$(UV))
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(UV) pip install --quiet --python $(BIN)/python
+RUNTIME := $(VENV)/.installed-$(ACCEL)
+DEV := $(VENV)/.installed-$(ACCEL)-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check format bench lock clean env env-dev
+
+help:
+	@echo "make run      start the server on http://$(HOST):$(PORT) (HOST=, PORT=, ACCEL=cpu|cuda|metal)"
+	@echo "make test     run the tests (ARGS='-k name')"
+	@echo "make check    formatting, lint, types, import rules"
+	@echo "make format   apply the formatting and the lint's safe fixes"
+	@echo "make bench    measure serving (ARGS=...)"
+	@echo "make lock     write requirements/ anew from pyproject.toml (UPGRADE=--upgrade for newer versions)"
+	@echo "make clean    remove .venv, caches and build output"
+	@echo "This machine: ACCEL=$(ACCEL), Python $(or $(PYTHON),not found)"
+
+# The environments by themselves, for container images.
+env: $(RUNTIME)
+env-dev: $(DEV)
+
+run: $(RUNTIME)
+	$(BIN)/uvicorn server.app:app --host $(HOST) --port $(PORT)
+
+test: $(DEV)
+	$(BIN)/python -m pytest --timeout 120 $(ARGS)
+
+check: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(DEV)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(DEV)
+	$(BIN)/python -m tests.bench.serving $(ARGS)
+
+clean:
+	rm -rf .venv .uv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find server turbocache kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- environment ---
+
+.uv/bin/uv: requirements/uv.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found: install one, or name it with PYTHON=..." >&2; exit 1; }
+	@rm -rf .uv
+	@# Debian splits venv from Python; pip --target works there, also where the system's Python is externally managed.
+	@$(PYTHON) -m venv .uv >/dev/null 2>&1 && .uv/bin/python -m pip install --quiet --require-hashes -r $< || { \
+	  rm -rf .uv; $(PYTHON) -m pip install --quiet --target .uv --require-hashes -r $<; } || { \
+	  rm -rf .uv; echo "Could not install uv: it needs the network, and venv or pip (Debian: apt install python3-venv)" >&2; exit 1; }
+	@touch $@
+
+$(RUNTIME): requirements/$(LOCK).txt requirements/build.txt pyproject.toml | $(UV_FILE)
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found: install one, or name it with PYTHON=..." >&2; exit 1; }
+	@if ls -d $(VENV)/lib/python3*/site-packages/$(RIVAL_$(ACCEL))*.dist-info >/dev/null 2>&1; then \
+	  echo "$(VENV) holds another build of MLX: making it anew for $(ACCEL)"; rm -rf $(VENV); fi
+	@test -x $(BIN)/python || $(UV) venv --quiet --clear --python "$(PYTHON)" $(VENV)
+	$(INSTALL) --require-hashes -r requirements/$(LOCK).txt
+	@# No --require-hashes for a local folder; the build's own requirements are held to the hashes of build.txt.
+	$(INSTALL) --no-deps --build-constraints requirements/build.txt --editable .
+	@$(if $(filter cpu,$(ACCEL)),$(MAKE) --no-print-directory blas)
+	@touch $@
+
+$(DEV): requirements/$(LOCK)-dev.txt $(RUNTIME)
+	$(INSTALL) --require-hashes -r requirements/$(LOCK)-dev.txt
+	@touch $@
+
+IS_FAST := TURBOCACHE_BLAS=auto $(BIN)/python -c 'import sys; from turbocache import blas; sys.exit(not blas.report().fast)'
+
+# PyPI's MKL takes 1 GB, so it is only the answer where the system has no BLAS of its own.
+.PHONY: blas
+blas:
+	@$(IS_FAST) || { test "$(OS)-$(MACHINE)" = Linux-x86_64 && { echo "No system OpenBLAS: installing MKL into $(VENV)"; \
+	  $(INSTALL) --require-hashes -r requirements/blas-linux-x86_64.txt; }; } || true
+	@TURBOCACHE_BLAS=auto $(BIN)/python -c 'from turbocache import blas; r = blas.report(); print("BLAS:", r.name, "-", r.advice)'
+
+# --- locks ---
+
+# Extra indexes and folders of this machine must neither be written into the locks nor change what is chosen.
+COMPILE := env -u PIP_FIND_LINKS -u UV_FIND_LINKS -u UV_INDEX -u UV_EXTRA_INDEX_URL -u UV_CONSTRAINT -u UV_OVERRIDE \
+	$(UV) --no-config pip compile --quiet --universal --python-version 3.11 --generate-hashes $(UPGRADE) \
+	--custom-compile-command "make lock"
+
+lock: $(UV_FILE)
+	$(COMPILE) pyproject.toml --extra cpu -o requirements/$(LOCK_cpu).txt
+	$(COMPILE) pyproject.toml --extra cuda -c requirements/$(LOCK_cpu).txt -o requirements/$(LOCK_cuda).txt
+	$(COMPILE) pyproject.toml --extra metal -c requirements/$(LOCK_cpu).txt -o requirements/$(LOCK_metal).txt
+	$(COMPILE) pyproject.toml --extra cpu --group dev -c requirements/$(LOCK_cpu).txt -o requirements/$(LOCK_cpu)-dev.txt
+	$(COMPILE) pyproject.toml --extra cuda --group dev -c requirements/$(LOCK_cuda).txt -c requirements/$(LOCK_cpu)-dev.txt \
+	  -o requirements/$(LOCK_cuda)-dev.txt
+	$(COMPILE) pyproject.toml --extra metal --group dev -c requirements/$(LOCK_metal).txt -c requirements/$(LOCK_cpu)-dev.txt \
+	  -o requirements/$(LOCK_metal)-dev.txt
+	echo mkl | $(COMPILE) - -o requirements/blas-linux-x86_64.txt
+	printf 'hatchling\neditables\n' | $(COMPILE) - -o requirements/build.txt
+	echo uv | $(COMPILE) - -o requirements/uv.txt
+	@if grep -nE '://|--(extra-)?index|--find-links' requirements/*.txt; then echo "A lock names an index" >&2; exit 1; fi

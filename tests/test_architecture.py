@@ -1,0 +1,86 @@
+"""The rules of import that need "only these modules may": the arrows between packages are import-linter's."""
+
+import ast
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("server", "turbocache", "kernels")
+
+HTTP = ("server.app", "server.routes*", "server.sse*", "server.errors*", "server.error_handlers", "server.http*")
+# Foreign package -> the modules that may import it.
+ALLOWED = {
+    "mlx_lm": ("turbocache", "turbocache.*", "server.engine*"),
+    "fastapi": HTTP,
+    "starlette": HTTP,
+}
+# What each package may import of the others.
+BELOW = {"server": {"turbocache"}, "turbocache": {"kernels"}, "kernels": set[str]()}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imported(source: str) -> Iterator[tuple[str, int]]:
+    """Top-level names of the absolute imports in a module, also of those inside functions, with their lines."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0], node.lineno
+
+
+def violations(module: str, source: str) -> list[str]:
+    package = module.partition(".")[0]
+    found = []
+    for name, line in imported(source):
+        if name in ALLOWED and not any(fnmatchcase(module, pattern) for pattern in ALLOWED[name]):
+            found.append(f"{module}:{line} imports {name}, which only {', '.join(ALLOWED[name])} may")
+        if name in PACKAGES and name not in {package} | BELOW[package]:
+            found.append(f"{module}:{line} imports {name}, which is not directly below {package}")
+    return found
+
+
+def test_imports_follow_the_rules() -> None:
+    assert [found for module, path in modules() for found in violations(module, path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("kernels.packed", "import mlx_lm.models.base"),
+        ("server.sessions", "def f():\n    from mlx_lm import load"),
+        ("server.schemas", "from starlette.responses import Response"),
+        ("turbocache.cache", "import fastapi"),
+        ("server.engine", "from kernels import probe"),
+        ("turbocache.cache", "import server"),
+        ("kernels.probe", "from turbocache.codebook import levels"),
+    ],
+)
+def test_a_forbidden_import_is_found(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("server.engine_loop", "from mlx_lm import load\nimport turbocache"),
+        ("server.routes.chat", "import fastapi, starlette"),
+        ("turbocache.seam", "import mlx_lm, kernels.probe"),
+        ("turbocache.cache", "from . import ring"),
+    ],
+)
+def test_an_allowed_import_is_not(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_kernels_init_is_empty() -> None:
+    # transformers looks for a PyPI package of this name and would take it for that one.
+    assert (ROOT / "kernels" / "__init__.py").read_bytes() == b""
