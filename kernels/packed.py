@@ -30,8 +30,12 @@ class _Grid:
         steps = np.diff(levels)
         if not np.allclose(steps, steps[0], rtol=1e-4):
             raise ValueError("the packed lanes need equally spaced levels")
-        self.levels = mx.array(levels.astype(np.float32))
-        self.step, self.low = float(steps[0]), float(levels[0])
+        self.step, self.low, self.n_levels = float(steps.mean()), float(levels[0]), len(levels)
+
+    def nearest(self, units: mx.array) -> tuple[mx.array, mx.array]:
+        """Coordinates to codes and levels by rounding, which costs a tenth of a search."""
+        codes = mx.clip(mx.round((units - self.low) / self.step), 0, self.n_levels - 1)
+        return codes.astype(mx.uint32), self.low + self.step * codes
 
     def affine(self, words: mx.array, n_groups: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """Scales and biases for words `[..., rows, n_words]`, shape `[..., rows, n_groups]`."""
@@ -74,8 +78,8 @@ class PackedLanes:
         ]
 
     def encode(self, keys: mx.array, values: mx.array) -> Pages:
-        key_codes, key_scales = quantise(keys, self._keys.levels, unbiased=True)
-        value_codes, value_scales = quantise(values, self._values.levels, unbiased=False)
+        key_codes, key_scales = quantise(keys, self._keys.nearest, unbiased=True)
+        value_codes, value_scales = quantise(values, self._values.nearest, unbiased=False)
         value_codes = mx.pad(value_codes, [(0, 0)] * (value_codes.ndim - 1) + [(0, self._value_pad)])
         return (
             pack(key_codes.swapaxes(-1, -2), self.shape.key_bits),

@@ -11,7 +11,7 @@ codes likewise, key scales and value scales (float16, clamped to its largest fin
 Source: TurboQuant, arXiv 2504.19874, algorithm 1 (TQ_mse), with the scales above instead of the plain norm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import mlx.core as mx
@@ -23,28 +23,41 @@ from kernels.layout import PAGE, pack, unpack, words_for
 _FLOAT16_MAX = 65504.0
 
 
-def quantise(rows: mx.array, levels: mx.array, *, unbiased: bool) -> tuple[mx.array, mx.array]:
+Nearest = Callable[[mx.array], tuple[mx.array, mx.array]]
+"""Coordinates `[..., dim]` to codes (uint32) and their levels (float32), same shape."""
+
+
+def nearest_level(levels: mx.array) -> Nearest:
+    """Search in sorted `levels`, float32 `[2**bits]`. Ties go to the lower code."""
+    boundaries = (levels[1:] + levels[:-1]) / 2
+
+    def search(units: mx.array) -> tuple[mx.array, mx.array]:
+        codes = mx.zeros(units.shape, dtype=mx.int32)
+        step = levels.size // 2
+        while step:  # binary search for the number of boundaries below each coordinate
+            codes = codes + step * (units > mx.take(boundaries, codes + (step - 1)))
+            step //= 2
+        return codes.astype(mx.uint32), mx.take(levels, codes)
+
+    return search
+
+
+def quantise(rows: mx.array, nearest: Nearest, *, unbiased: bool) -> tuple[mx.array, mx.array]:
     """Rows `[..., dim]` to nearest-level codes `[..., dim]` (uint32) and scales `[...]` (float16).
 
-    `levels` is sorted, float32, `2**bits` long. `unbiased` takes the key scale, else the value scale. A zero row gets
-    scale 0; a row with NaN or infinity gets a NaN or clamped scale and affects no other row. Ties go to the lower
-    code. The scale's relative error is float16's, at most 2**-11 for scales above 6e-5.
+    `unbiased` takes the key scale, else the value scale. A zero row gets scale 0; a row with NaN or infinity gets a
+    NaN or clamped scale and affects no other row. The scale's relative error is float16's, at most 2**-11 for scales
+    above 6e-5.
     """
     rows = rows.astype(mx.float32)
     norms = mx.linalg.norm(rows, axis=-1, keepdims=True)
     units = rows / mx.maximum(norms, 1e-30)
-    boundaries = (levels[1:] + levels[:-1]) / 2
-    codes = mx.zeros(rows.shape, dtype=mx.int32)
-    step = levels.size // 2
-    while step:  # binary search for the number of boundaries below each coordinate
-        codes = codes + step * (units > mx.take(boundaries, codes + (step - 1)))
-        step //= 2
-    read_back = mx.take(levels, codes)
+    codes, read_back = nearest(units)
     along = (read_back * units).sum(axis=-1)
     scales = 1 / along if unbiased else along / (read_back * read_back).sum(axis=-1)
     norms = norms.squeeze(-1)
     scales = mx.where(norms == 0, 0.0, mx.minimum(norms * scales, _FLOAT16_MAX))
-    return codes.astype(mx.uint32), scales.astype(mx.float16)
+    return codes, scales.astype(mx.float16)
 
 
 class ReferenceLanes:
@@ -77,8 +90,8 @@ class ReferenceLanes:
         ]
 
     def encode(self, keys: mx.array, values: mx.array) -> Pages:
-        key_codes, key_scales = quantise(keys, self._key_levels, unbiased=True)
-        value_codes, value_scales = quantise(values, self._value_levels, unbiased=False)
+        key_codes, key_scales = quantise(keys, nearest_level(self._key_levels), unbiased=True)
+        value_codes, value_scales = quantise(values, nearest_level(self._value_levels), unbiased=False)
         return (
             pack(key_codes, self.shape.key_bits),
             pack(value_codes, self.shape.value_bits),

@@ -4,6 +4,7 @@ A session at rest is a batch of one row. mlx-lm's generator merges, filters, ext
 move in any of these, only page lists and the small raw buffers do.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,27 +34,38 @@ class RotationCount:
     """Pages that rotated out of rings since the start."""
 
     pages: int = 0
+    tokens_per_page: int = PAGE
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """What all sessions of a process share: ring sizes, the pool and the layers' storage."""
+    """What all sessions of a process share: ring sizes, the pool and the layers' storage.
+
+    `live` knows every batch that exists, at rest or running, so that bytes and page owners can be counted.
+    """
 
     ring: RingConfig
     pool: PagePool
     layers: tuple[CompressedLayer, ...]
     rotations: RotationCount = field(default_factory=RotationCount)
+    live: "weakref.WeakSet[CacheBatch]" = field(default_factory=weakref.WeakSet)
+
+    @property
+    def raw_token_nbytes(self) -> int:
+        """Bytes of one raw token over all layers."""
+        return sum(
+            layer.lanes.shape.n_kv_heads * (layer.lanes.shape.key_dim + layer.lanes.shape.value_dim) * layer.dtype.size
+            for layer in self.layers
+        )
 
     @property
     def raw_nbytes(self) -> int:
         """Bytes of one session's sink and window over all layers."""
-        return sum(
-            layer.lanes.shape.n_kv_heads
-            * self.ring.raw_slots
-            * (layer.lanes.shape.key_dim + layer.lanes.shape.value_dim)
-            * layer.dtype.size
-            for layer in self.layers
-        )
+        return self.raw_token_nbytes * self.ring.raw_slots
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every page's count is exactly its number of owners among the live batches."""
+        self.pool.check_integrity(ring.pages for batch in self.live for ring in batch.rings)
 
 
 class CacheBatch:
@@ -70,6 +82,7 @@ class CacheBatch:
         self.raw = [self._empty_raw(layer, n_rows) for layer in spec.layers]
         self._remaining: list[int] | None = None
         self._index: PageIndex | None = None
+        spec.live.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CacheBatch":
         return self.select(range(len(self.rings)))
@@ -82,6 +95,16 @@ class CacheBatch:
     def offsets(self) -> list[int]:
         """Tokens ever seen by each row."""
         return [ring.offset for ring in self.rings]
+
+    @property
+    def raw_nbytes(self) -> int:
+        """Bytes of the raw buffers as they are."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.raw)
+
+    @property
+    def shadow_nbytes(self) -> int:
+        """Raw bytes beyond sinks and windows: copies of what pages hold. 0 unless something is wrong."""
+        return self.raw_nbytes - self.n_rows * self.spec.raw_nbytes
 
     # Rows: page lists and raw buffers move, pages do not.
 
@@ -235,7 +258,8 @@ class CacheBatch:
         self, layer: int, step: PrefillStep, keys: mx.array, values: mx.array
     ) -> list[tuple[mx.array, mx.array]]:
         """Store a chunk: full blocks become pages, the rest goes to sink and window. Returns for each chunk step the
-        body's keys and values, which its own queries still see raw."""
+        body's keys and values, which its own queries still see raw.
+        """
         keys, values = self._rotated(layer, keys, values)
         rows = [tuple(raw[row : row + 1] for raw in self.raw[layer]) for row in range(self.n_rows)]
         bodies = []
@@ -292,7 +316,6 @@ class CacheBatch:
 
     def _raw_after(self, chunk: ChunkStep, raw: mx.array, new: mx.array, body: mx.array) -> mx.array:
         """One row's sink and window after a chunk."""
-        keep = self.spec.ring.keep
         parts = [raw[:, :, : chunk.n_sink - chunk.sink_taken], new[:, :, : chunk.sink_taken]]
         if not body.shape[2]:
             return mx.concatenate([*parts, raw[:, :, chunk.n_sink :]], axis=2)  # all of it went to the sink

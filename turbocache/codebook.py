@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 
 from kernels.lanes import CodebookKind
+from turbocache.codebook_tables import LLOYD_MAX, UNIFORM_STEP
 
 MAX_BITS = 8
 _SQRT_2PI = math.sqrt(2 * math.pi)
@@ -121,12 +122,8 @@ def gaussian_distortion(levels: np.ndarray) -> float:
 
 @cache
 def _unit_levels(kind: CodebookKind, bits: int) -> np.ndarray:
-    from turbocache.codebook_tables import LLOYD_MAX, UNIFORM_STEP
-
-    if kind == "lloyd_max":
-        half = np.array(LLOYD_MAX[bits])
-    else:
-        half = (np.arange(1 << (bits - 1)) + 0.5) * UNIFORM_STEP[bits]
+    grid = (np.arange(1 << (bits - 1)) + 0.5) * UNIFORM_STEP[bits]
+    half = np.array(LLOYD_MAX[bits]) if kind == "lloyd_max" else grid
     levels = np.concatenate([-half[::-1], half])
     levels.flags.writeable = False
     return levels

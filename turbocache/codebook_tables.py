@@ -2,9 +2,7 @@
 
 # Positive half of the Lloyd-Max levels by bits; the other half mirrors it.
 LLOYD_MAX: dict[int, tuple[float, ...]] = {
-    1: (
-        0.797884560803,
-    ),
+    1: (0.797884560803,),
     2: (
         0.452780034636,
         1.510417608499,

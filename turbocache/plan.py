@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turbocache import seam
@@ -24,31 +24,46 @@ class LayerGeometry:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One cache of the model: compressed with this geometry, or mlx-lm's own `kind` for the given reason."""
+    """One cache of the model: compressed with this geometry, or mlx-lm's own `kind` for the given reason.
+
+    `fixed_nbytes` and `token_nbytes` say what mlx-lm's own cache costs, for at most `max_tokens` tokens.
+    """
 
     kind: str
     geometry: LayerGeometry | None
     reason: str
+    fixed_nbytes: int = 0
+    token_nbytes: int = 0
+    max_tokens: int | None = None
+
+    def native_nbytes(self, n_tokens: int) -> int:
+        """Bytes of a layer that keeps mlx-lm's cache, at `n_tokens`; 0 for a compressed one."""
+        if self.compressed:
+            return 0
+        held = n_tokens if self.max_tokens is None else min(n_tokens, self.max_tokens)
+        return self.fixed_nbytes + self.token_nbytes * held
 
     @property
     def compressed(self) -> bool:
         return self.geometry is not None
 
 
-class _Observer(KVCache):  # type: ignore[misc]
+class _Observer:
     """mlx-lm's cache, noting what passes through it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.native: Any = KVCache()
         self.seen: tuple[mx.array, mx.array] | None = None
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         self.seen = keys, values
-        fetched: tuple[mx.array, mx.array] = super().update_and_fetch(keys, values)
-        return fetched
+        return self.native.update_and_fetch(keys, values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.native, name)
 
 
-def plan_layers(model: nn.Module) -> list[LayerPlan]:
+def plan_layers(model: Module) -> list[LayerPlan]:
     """Run one token through the model and look at each layer's cache.
 
     Plain `KVCache` layers are compressed; sliding-window, recurrent and latent layers keep mlx-lm's own cache. The
@@ -66,19 +81,33 @@ def plan_layers(model: nn.Module) -> list[LayerPlan]:
     plans = []
     for cache in caches:
         if not isinstance(cache, _Observer):
-            kind = type(cache).__name__
-            plans.append(LayerPlan(kind, None, f"{kind} layers keep mlx-lm's own cache"))
+            plans.append(_native(cache, f"{type(cache).__name__} layers keep mlx-lm's own cache"))
         elif cache.seen is None or id(cache) not in heads:
-            plans.append(LayerPlan("KVCache", None, "the layer's attention does not pass through mlx-lm's shared one"))
+            plans.append(_native(cache, "the layer's attention does not pass through mlx-lm's shared one"))
         else:
             keys, values = cache.seen
-            geometry = LayerGeometry(
-                heads[id(cache)], keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype
-            )
+            geometry = LayerGeometry(heads[id(cache)], keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype)
             plans.append(LayerPlan("PagedKVCache", geometry, "plain attention"))
     return plans
 
 
 def all_native(plans: Sequence[LayerPlan], reason: str) -> list[LayerPlan]:
     """The same model without any compressed layer, for a reason that holds for all of them."""
-    return [plan if not plan.compressed else LayerPlan("KVCache", None, reason) for plan in plans]
+
+    def native(plan: LayerPlan) -> LayerPlan:
+        if (g := plan.geometry) is None:
+            return plan
+        return LayerPlan("KVCache", None, reason, 0, g.n_kv_heads * (g.key_dim + g.value_dim) * g.dtype.size)
+
+    return [native(plan) for plan in plans]
+
+
+def _native(cache: Any, reason: str) -> LayerPlan:
+    kind = "KVCache" if isinstance(cache, _Observer) else type(cache).__name__
+    if cache.empty():
+        return LayerPlan(kind, None, reason)
+    if not hasattr(cache, "step"):  # recurrent states: the same size at any length
+        return LayerPlan(kind, None, reason, fixed_nbytes=cache.nbytes)
+    slots = cache.keys.shape[2]
+    limit = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
+    return LayerPlan(kind, None, reason, token_nbytes=-(-cache.nbytes // slots), max_tokens=limit)

@@ -48,9 +48,7 @@ class PagePool:
     @property
     def page_nbytes(self) -> int:
         """Bytes of one page over all layers."""
-        return sum(
-            prod(shape) * dtype.size for lanes in self._layers for shape, dtype in lanes.page_arrays()
-        )
+        return sum(prod(shape) * dtype.size for lanes in self._layers for shape, dtype in lanes.page_arrays())
 
     @property
     def allocated_nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The random rotation that makes every coordinate of a key or value alike, so that one scalar codebook fits them all."""
+"""The random rotation that makes every coordinate of a key or value alike, so that one codebook fits them all."""
 
 import math
 

@@ -135,7 +135,8 @@ def _chunk_mask(
     ring: PageRing, n_sink: int, body_start: int, queries: np.ndarray, flushed_at: np.ndarray, flushed_before: int
 ) -> mx.array | str | None:
     """Which keys (sink, pages, body) each query of a chunk sees. Blocks compressed within the chunk are there twice,
-    once in pages and once raw, and each query sees the form that its position calls for."""
+    once in pages and once raw, and each query sees the form that its position calls for.
+    """
     keep, first_visible = ring.config.keep, ring.config.first_visible(int(queries[-1]))
     paged = np.arange(keep + PAGE * ring.first, keep + PAGE * ring.flushed)
     if ring.flushed == flushed_before and first_visible <= keep + PAGE * ring.first:

@@ -1,47 +1,27 @@
 """From a loaded model, a backend and settings to the process's cache: the spec that every session shares."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
 from kernels.identity import IdentityLanes
-from kernels.lanes import Codebooks, Lanes, LaneShape
-from kernels.packed import PackedLanes
-from kernels.reference import ReferenceLanes
+from kernels.layout import PAGE
 from turbocache import seam
+from turbocache.backend import lane_shape, make_lanes
 from turbocache.batch import CacheSpec, CompressedLayer
-from turbocache.codebook import levels_for
-from turbocache.plan import LayerGeometry, LayerPlan
+from turbocache.plan import LayerGeometry, LayerPlan, all_native, plan_layers
 from turbocache.pool import PagePool
-from turbocache.presets import Preset
-from turbocache.ring import RingConfig
+from turbocache.presets import PRESETS, Preset
+from turbocache.ring import PageRing, RingConfig
 from turbocache.rotation import NoRotation, Rotation
 from turbocache.view import PagedKVCache
 
-LANES: dict[str, type[ReferenceLanes] | type[PackedLanes]] = {"packed": PackedLanes, "reference": ReferenceLanes}
-"""Implemented backends by name; `metal` and `cuda` join them here."""
-
-
-def lane_shape(geometry: LayerGeometry, preset: Preset) -> LaneShape:
-    """A layer's geometry with a preset's code widths (16 bits stand for "as is")."""
-    return LaneShape(
-        geometry.n_heads,
-        geometry.n_kv_heads,
-        geometry.key_dim,
-        geometry.value_dim,
-        preset.key_bits or 16,
-        preset.value_bits or 16,
-    )
-
-
-def make_lanes(backend: str, shape: LaneShape) -> Lanes:
-    """Lanes of a backend with the codebooks it reads. Raises ValueError for shapes that it does not support."""
-    kind = LANES[backend]
-    keys = levels_for(kind.codebook, shape.key_bits, shape.key_dim)
-    return kind(shape, Codebooks(keys, levels_for(kind.codebook, shape.value_bits, shape.value_dim)))
+_SAME_LOGITS = 0.02
+"""Largest difference, relative to the largest logit, between two ways of computing the same in half precision."""
 
 
 def compressed_layer(geometry: LayerGeometry, preset: Preset, backend: str) -> CompressedLayer:
@@ -54,12 +34,35 @@ def compressed_layer(geometry: LayerGeometry, preset: Preset, backend: str) -> C
     )
 
 
+def checked_plans(model: Module) -> list[LayerPlan]:
+    """`plan_layers`, proven: the model must say the same with paged caches (nothing compressed) as with mlx-lm's own.
+
+    A model that does something else with its cache falls back to mlx-lm's caches as a whole, with the reason.
+    """
+    plans = plan_layers(model)
+    if not any(plan.compressed for plan in plans):
+        return plans
+    try:
+        ring = RingConfig(keep=2, window=0)
+        store = CacheStore(model, plans, PRESETS["off"], "reference", ring, n_pages=4)
+        paged, native = store.new_cache(), make_prompt_cache(model)
+        worst = 0.0
+        for tokens in (list(range(1, 6)), list(range(1, PAGE + 8)), [3], [4]):  # raw only, into pages, decode steps
+            got, want = (model(mx.array([tokens]), cache=cache)[0, -1].astype(mx.float32) for cache in (paged, native))
+            worst = max(worst, float(mx.abs(got - want).max() / mx.abs(want).max()))
+        if worst > _SAME_LOGITS:
+            return all_native(plans, f"logits over a paged cache differ by {worst:.1%} from mlx-lm's own")
+    except Exception as error:  # models are foreign code: whatever they raise means that they can't use this cache
+        return all_native(plans, f"the model can't use a paged cache: {type(error).__name__}: {error}")
+    return plans
+
+
 class CacheStore:
     """Makes sessions' caches. One per process, used by the thread that owns MLX."""
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Module,
         plans: Sequence[LayerPlan],
         preset: Preset,
         backend: str,
@@ -69,11 +72,24 @@ class CacheStore:
         self._model = model
         self.plans = list(plans)
         self.preset = preset
-        layers = tuple(
-            compressed_layer(plan.geometry, preset, backend) for plan in plans if plan.geometry is not None
-        )
+        layers = tuple(compressed_layer(plan.geometry, preset, backend) for plan in plans if plan.geometry is not None)
         self.spec = CacheSpec(ring, PagePool([layer.lanes for layer in layers], n_pages), layers)
         seam.install()
+
+    def session_nbytes(self, n_tokens: int, chunk: int) -> int:
+        """Most bytes that one running session needs to reach `n_tokens` with prompts in chunks of `chunk` tokens.
+
+        Raw buffers count twice: a session at rest and its row in the batch exist side by side for a moment.
+        """
+        pages = self.spec.ring.pages_needed(n_tokens, chunk) * self.spec.pool.page_nbytes
+        native = sum(plan.native_nbytes(n_tokens) for plan in self.plans)
+        return pages + 2 * self.spec.raw_nbytes + native
+
+    def held_nbytes(self, cache: Sequence[Any]) -> int:
+        """Bytes of one session at rest; pages that it shares count in full."""
+        ring = ring_of(cache)
+        paged = 0 if ring is None else len(ring.pages) * self.spec.pool.page_nbytes + self.spec.raw_nbytes
+        return paged + native_nbytes(cache)
 
     def new_cache(self) -> list[Any]:
         """An empty session's prompt cache: a view per compressed layer, mlx-lm's own caches for the others."""
@@ -82,11 +98,36 @@ class CacheStore:
         return [next(views) if plan.compressed else cache for plan, cache in zip(self.plans, native, strict=True)]
 
 
-def compressed_views(cache: Sequence[Any]) -> list[PagedKVCache]:
-    """The compressed layers among a prompt cache's layers."""
-    return [layer for layer in cache if isinstance(layer, PagedKVCache)]
+def fork(cache: Sequence[Any]) -> list[Any]:
+    """An independent copy of a session's prompt cache; pages are shared by reference."""
+    return copy.deepcopy(list(cache))
+
+
+def can_trim_to(cache: Sequence[Any], offset: int, length: int) -> bool:
+    """Whether a session's cache of `length` tokens can go back to its first `offset` tokens."""
+    if offset == length:
+        return True
+    return all(
+        layer.batch.can_trim_to(offset) if isinstance(layer, PagedKVCache) else layer.is_trimmable() for layer in cache
+    )
+
+
+def trim(cache: Sequence[Any], n: int) -> None:
+    """Forget the newest `n` tokens in every layer. Ask `can_trim_to` first."""
+    for layer in cache:
+        layer.trim(n)
 
 
 def evaluate(cache: Sequence[Any]) -> None:
     """Wait until a prompt cache holds arrays instead of graphs."""
     mx.eval([layer.state for layer in cache])
+
+
+def native_nbytes(cache: Sequence[Any]) -> int:
+    """Bytes that mlx-lm's own caches hold among a prompt cache's layers."""
+    return sum(layer.nbytes for layer in cache if not isinstance(layer, PagedKVCache) and not layer.empty())
+
+
+def ring_of(cache: Sequence[Any]) -> PageRing | None:
+    """The page ring of a session's cache, or None when no layer is compressed."""
+    return next((layer.batch.rings[0] for layer in cache if isinstance(layer, PagedKVCache)), None)

@@ -50,6 +50,7 @@ class _Shared:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
         other = _Shared(self.batch.select(range(self.batch.n_rows)))
+        other.n_steps = self.n_steps
         memo[id(self)] = other
         return other
 
@@ -113,7 +114,7 @@ class PagedKVCache:
         pending = PendingAttention(shared.batch, self._layer, shared.step, bodies)
         return pending, pending
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:  # noqa: N803
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
         """The cache masks by itself; this only tells the model that attention is causal.
 
         Raises ValueError for a sliding window or a mask as an array, which this cache does not serve.

@@ -1,0 +1,41 @@
+"""How much memory the device has, as far as caches are concerned."""
+
+import os
+from pathlib import Path
+
+import mlx.core as mx
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_MEMINFO = Path("/proc/meminfo")
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on its CPU backend."""
+    return bool(mx.default_device().type == mx.cpu)
+
+
+def device_memory() -> int:
+    """Bytes that the default device can give to this process: Metal's recommended working set, the GPU's memory, or
+    physical memory (at most the container's limit) on a CPU.
+    """
+    info = mx.device_info()
+    for key in ("max_recommended_working_set_size", "total_memory"):
+        if not on_cpu() and key in info:
+            return int(info[key])
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = int(_CGROUP_LIMIT.read_text())
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return physical
+    return min(physical, limit)
+
+
+def available_memory() -> int:
+    """Bytes of `device_memory` that nobody uses now, as far as the system tells."""
+    if on_cpu() and _MEMINFO.exists():
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return min(device_memory(), int(fields["MemAvailable"].split()[0]) * 1024)
+    info = mx.device_info()
+    if "free_memory" in info:
+        return int(info["free_memory"])
+    return device_memory() - mx.get_active_memory()
