@@ -1,0 +1,1 @@
+"""HTTP and time: the wire, the engine thread, sessions and admission."""

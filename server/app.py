@@ -1,0 +1,113 @@
+"""The application: `uvicorn server.app:app`. Importing this module loads no model and no MLX."""
+
+import turbocache  # isort: skip  # first: it puts the fast BLAS in front of MLX, which must not be loaded before
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import error_handlers
+from server.errors import StartupError
+from server.metrics import Metrics
+from server.protocol import Engine
+from server.routes import ROUTERS
+from server.routes.scope import AppContext, RequestScope
+from server.settings import Settings, load_settings
+
+__all__ = ["RunnableEngine", "app", "create_app", "turbocache"]
+
+
+class RunnableEngine(Engine, Protocol):
+    """An engine whose thread the application starts and stops."""
+
+    def start(self) -> None:
+        """Starts the thread; returns when requests may be submitted. Raises StartupError."""
+        ...
+
+    def stop(self) -> None:
+        """Ends the thread and waits for it; requests that still run get a terminal event."""
+        ...
+
+
+EngineFactory = Callable[[Settings, Metrics], RunnableEngine]
+
+
+def create_app(engine_factory: EngineFactory | None = None, settings: Settings | None = None) -> FastAPI:
+    """The app. Without arguments it reads its settings and builds the real engine when the server starts.
+
+    A StartupError (from settings, factory or engine) ends the start with its sentences and no traceback.
+    """
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        chosen = settings if settings is not None else load_settings()
+        _configure_logging(chosen.log_level)
+        engine = (engine_factory or _build_engine)(chosen, metrics)
+        engine.start()
+        app.state.context = AppContext(engine, chosen, metrics)
+        try:
+            yield
+        finally:
+            engine.stop()
+
+    @asynccontextmanager
+    async def explained(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            async with lifespan(app):
+                yield
+        except StartupError as error:
+            app.state.startup_error = str(error)
+            raise
+
+    # The documentation pages would load scripts from elsewhere, and the chat body is not in their schema anyway.
+    app = FastAPI(title="turbocache", lifespan=explained, openapi_url=None)
+    app.state.startup_error = None
+    app.add_middleware(RequestScope, metrics=metrics)
+    app.add_middleware(_PlainStartupErrors, state=app.state)
+    error_handlers.install(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    return app
+
+
+def _build_engine(settings: Settings, metrics: Metrics) -> RunnableEngine:
+    # Here and not above: it loads MLX.
+    from server.engine import build_engine
+
+    return build_engine(settings, metrics)
+
+
+def _configure_logging(level: str) -> None:
+    """Our loggers at `level`; onto stderr when nobody has set logging up (uvicorn sets up only its own)."""
+    for name in ("server", "turbocache"):
+        logger = logging.getLogger(name)
+        logger.setLevel(level.upper())
+        if not logger.hasHandlers():
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            logger.addHandler(handler)
+
+
+class _PlainStartupErrors:
+    """ASGI middleware: the web server prints a StartupError's own sentences instead of a traceback."""
+
+    def __init__(self, app: ASGIApp, state: object) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_plainly(message: Message) -> None:
+            sentences = getattr(self._state, "startup_error", None)
+            if message["type"] == "lifespan.startup.failed" and sentences is not None:
+                message = {**message, "message": sentences}
+            await send(message)
+
+        await self._app(scope, receive, send_plainly if scope["type"] == "lifespan" else send)
+
+
+app = create_app()

@@ -1,0 +1,83 @@
+"""The state of cache and sessions as gauges and JSON rows, taken by the engine's thread."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from server.engine.host import Host
+from server.engine.run import Run
+from server.engine.sessions import Session, SessionRegistry
+from server.metrics import Metrics
+from turbocache.store import native_nbytes, ring_of
+
+_EVERY_SECONDS = 0.25
+
+
+class Gauges:
+    """Writes the cache's state into `Metrics` and keeps the rows of GET /v1/sessions.
+
+    `session_rows` is replaced whole, so other threads may read it at any time.
+    """
+
+    def __init__(self, metrics: Metrics, host: Host, registry: SessionRegistry) -> None:
+        self.session_rows: list[dict[str, Any]] = []
+        self._metrics = metrics
+        self._host = host
+        self._registry = registry
+        self._rotated_pages = 0
+        self._taken = 0.0
+        backend = host.backend
+        metrics.backend_info.labels(
+            requested=backend.requested, active=backend.name, reason=backend.reason, profile=backend.profile
+        ).set(1)
+        for fallback in backend.fallbacks:
+            metrics.fallbacks.labels(**{"from": fallback.source, "to": fallback.target, "reason": fallback.code}).inc()
+        self.refresh(0, ())
+
+    def refresh_now_and_then(self, n_waiting: int, runs: Iterable[Run]) -> None:
+        """`refresh`, unless it was done a moment ago."""
+        if time.monotonic() - self._taken > _EVERY_SECONDS:
+            self.refresh(n_waiting, runs)
+
+    def refresh(self, n_waiting: int, runs: Iterable[Run]) -> None:
+        """Read everything anew."""
+        self._taken = time.monotonic()
+        running = {run.session.id: run for run in runs}
+        m, spec = self._metrics, self._host.store.spec
+        m.requests_running.set(len(running))
+        m.requests_waiting.set(n_waiting)
+        m.pages_used.set(spec.pool.n_used)
+        m.pages_free.set(spec.pool.n_free)
+        m.pages_capacity.set(spec.pool.capacity)
+        sessions = list(self._registry)
+        n_rows = sum(batch.n_rows for batch in spec.live)
+        m.cache_bytes.labels(kind="pages").set(spec.pool.n_used * spec.pool.page_nbytes)
+        m.cache_bytes.labels(kind="sink").set(n_rows * spec.ring.keep * spec.raw_token_nbytes)
+        m.cache_bytes.labels(kind="window").set(n_rows * spec.ring.window_slots * spec.raw_token_nbytes)
+        m.cache_bytes.labels(kind="recurrent").set(sum(native_nbytes(session.cache or ()) for session in sessions))
+        m.raw_shadow_bytes.set(sum(batch.shadow_nbytes for batch in spec.live))
+        m.sessions.labels(state="resident").set(len(sessions) - len(running))
+        m.sessions.labels(state="running").set(len(running))
+        rotated = spec.rotations.pages - self._rotated_pages
+        self._rotated_pages = spec.rotations.pages
+        m.rotations.inc(rotated)
+        m.rotated_tokens.inc(rotated * spec.rotations.tokens_per_page)
+        self.session_rows = [self._row(session, running.get(session.id)) for session in sessions]
+
+    def _row(self, session: Session, run: Run | None) -> dict[str, Any]:
+        """One session as GET /v1/sessions shows it. A running session's cache is in the batch, so its bytes are not
+        told apart."""
+        ring = ring_of(session.cache or ())
+        seen = len(session.tokens) if run is None else len(run.request.prompt) + run.generated
+        return {
+            "id": session.id,
+            "named": session.named,
+            "model": self._host.model.id,
+            "state": "resident" if run is None else "running",
+            "tokens_seen": seen,
+            "tokens_held": seen if ring is None else ring.size(),
+            "bytes": None if session.cache is None else self._host.store.held_nbytes(session.cache),
+            "rotations": 0 if ring is None else ring.first,
+            "turns": session.turns,
+            "last_used": session.last_used,
+        }

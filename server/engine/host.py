@@ -1,0 +1,120 @@
+"""What the engine runs on: the model, the chosen backend and the cache store, loaded by the engine's thread."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import turbocache
+from server.errors import StartupError
+from server.settings import Settings
+from turbocache.backend import Backend, BackendUnavailable, choose_backend
+from turbocache.memory import available_memory, device_memory
+from turbocache.model import LoadedModel, ModelError, load_model
+from turbocache.presets import preset
+from turbocache.ring import RingConfig
+from turbocache.store import CacheStore, checked_plans
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_SHARE = 0.25
+"""Share of the device's memory, and twice this share of what is free, that the cache may use unless told otherwise."""
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Everything that is fixed from start to stop. `budget` is in bytes."""
+
+    model: LoadedModel
+    backend: Backend
+    store: CacheStore
+    budget: int
+    chunk: int
+
+    def report(self) -> dict[str, Any]:
+        """The JSON of GET /v1/backend."""
+        ring, blas = self.store.spec.ring, turbocache.blas.report()
+        layers = [
+            {"index": i, "cache": plan.kind, "compressed": plan.compressed, "reason": plan.reason}
+            for i, plan in enumerate(self.store.plans)
+        ]
+        return {
+            **self.backend.as_json(),
+            "model": self.model.id,
+            "model_notes": list(self.model.notes),
+            "dtype": str(self.model.dtype).removeprefix("mlx.core."),
+            "preset": self.store.preset.name,
+            "layers": layers,
+            "cache": {"keep": ring.keep, "window": ring.window, "max_size": ring.max_size or self.model.max_positions},
+            "kv_memory_bytes": self.budget,
+            "blas": {"name": blas.name, "path": blas.path, "fast": blas.fast, "advice": blas.advice},
+        }
+
+
+def load_host(settings: Settings) -> Host:
+    """Load, probe and lay out. Raises StartupError with a sentence that says what to change."""
+    try:
+        chosen = preset(settings.kv_preset)
+    except ValueError as error:
+        raise StartupError(f"TURBOCACHE_KV_PRESET: {error}.") from error
+    try:
+        model = load_model(settings.model)
+        plans = checked_plans(model.model)
+        backend = choose_backend(settings.backend, plans, chosen)
+    except (ModelError, BackendUnavailable) as error:
+        raise StartupError(str(error)) from error
+    max_size = settings.max_size
+    if max_size is not None and max_size >= model.max_positions:
+        max_size = None  # the model's own limit comes first, so nothing ever rotates
+    try:
+        ring = RingConfig(settings.keep, settings.window, max_size)
+    except ValueError as error:
+        raise StartupError(f"TURBOCACHE_MAX_SIZE, TURBOCACHE_KEEP, TURBOCACHE_WINDOW: {error}.") from error
+    budget = _budget(settings)
+    layout = CacheStore(model.model, plans, chosen, backend.name, ring, n_pages=1)
+    n_pages = max(1, budget // max(1, layout.spec.pool.page_nbytes))
+    host = Host(
+        model=model,
+        backend=backend,
+        store=CacheStore(model.model, plans, chosen, backend.name, ring, n_pages),
+        budget=budget,
+        chunk=settings.prefill_chunk,
+    )
+    smallest = host.store.session_nbytes(ring.raw_slots, host.chunk)
+    if smallest > budget:
+        raise StartupError(
+            f"TURBOCACHE_KV_MEMORY is {budget} bytes, but one session of {ring.raw_slots} tokens needs {smallest}. "
+            "Raise it, or lower TURBOCACHE_KEEP and TURBOCACHE_WINDOW."
+        )
+    return host
+
+
+def announce(host: Host) -> None:
+    """The few lines that a person sees at the start."""
+    report = host.report()
+    n_compressed = sum(plan.compressed for plan in host.store.plans)
+    cache, notes = report["cache"], ", ".join(host.model.notes)
+    log.info("model %s, %d positions%s", host.model.id, host.model.max_positions, f" ({notes})" if notes else "")
+    log.info("backend %s on %s (%s)", host.backend.name, host.backend.device, host.backend.reason)
+    log.info(
+        "cache preset %s on %d of %d layers; a session holds %d tokens, %d sink and %d to %d recent ones raw",
+        host.store.preset.name,
+        n_compressed,
+        len(host.store.plans),
+        cache["max_size"],
+        cache["keep"],
+        cache["window"],
+        cache["window"] + 64,
+    )
+    pool = host.store.spec.pool
+    log.info("cache memory budget %.2f GiB, %d pages of %d bytes", host.budget / _GIB, pool.capacity, pool.page_nbytes)
+    blas = report["blas"]
+    log.log(logging.INFO if blas["fast"] else logging.WARNING, "BLAS %s: %s", blas["name"], blas["advice"])
+
+
+def _budget(settings: Settings) -> int:
+    total = device_memory()
+    if settings.kv_memory is not None:
+        return settings.kv_memory.resolve(total)
+    return int(min(_DEFAULT_SHARE * total, 2 * _DEFAULT_SHARE * available_memory()))

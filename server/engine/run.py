@@ -1,0 +1,44 @@
+"""One request while it is in the batch."""
+
+import time
+from dataclasses import dataclass, field
+
+from server.engine.sessions import Session
+from server.engine.text import TextAssembler
+from server.protocol import Deliver, GenerationRequest, TextDelta, Usage
+
+ANSWER_STEP = 1024
+"""Tokens by which the promise of a request without max_tokens grows as it goes on."""
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """A request, its session, and how far it has come.
+
+    `allowed` is the number of answer tokens that memory is promised for; `limit` the most that the request wants.
+    """
+
+    request: GenerationRequest
+    deliver: Deliver
+    session: Session
+    cached: int
+    text: TextAssembler
+    limit: int
+    allowed: int
+    generated: int = 0
+    last_token: float | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.request.prompt), self.cached, self.generated)
+
+    def send(self, deltas: list[TextDelta]) -> None:
+        for delta in deltas:
+            self.deliver(delta)
+
+    def token_interval(self) -> float | None:
+        """Seconds since the token before this one, None for the first."""
+        now, before = time.monotonic(), self.last_token
+        self.last_token = now
+        return None if before is None else now - before

@@ -1,0 +1,170 @@
+"""The one error tree of the server: what a client may be told, as plain data (no web framework here).
+
+Every `ServerError` becomes OpenAI's envelope `{"error": {"message", "type", "param", "code"}}` with `status` as its
+HTTP status. Foreign errors are translated where they enter and keep their cause (`raise X from error`).
+"""
+
+import math
+from typing import Any, ClassVar
+
+
+class StartupError(Exception):
+    """The server cannot start. `str()` is complete sentences for a person at a terminal; no traceback is shown."""
+
+
+class ServerError(Exception):
+    """An error with an answer for the client.
+
+    `message` is one or two sentences, `param` the offending field in OpenAI's style ("messages[0].role"), `code` a
+    stable word for programs, `retry_after` the seconds (at least 1 when sent) after which the same request may be worth
+    sending again.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code if code is not None else self.default_code
+        self.retry_after = retry_after
+
+    def envelope(self) -> dict[str, Any]:
+        """The JSON body, in OpenAI's shape."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """Extra response headers. Retry-After is in whole seconds, rounded up, at least 1."""
+        if self.retry_after is None:
+            return {}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+
+
+class InvalidRequest(ServerError):
+    """400: the request itself is wrong; sending it again unchanged is useless."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class UnsupportedField(InvalidRequest):
+    """400: a field (or value) of OpenAI's API that this version does not honour. Never ignored in silence."""
+
+    default_code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """400: prompt plus asked-for completion do not fit the model's own positions.
+
+    `limit`, `prompt_tokens` and `max_tokens` count tokens; `max_tokens` is None when the request named no limit. The
+    words are OpenAI's, because clients recognise them to shorten the conversation.
+    """
+
+    default_code = "context_length_exceeded"
+
+    def __init__(self, *, limit: int, prompt_tokens: int, max_tokens: int | None) -> None:
+        opening = f"This model's maximum context length is {limit} tokens. However, "
+        if max_tokens is None:
+            rest = f"your messages resulted in {prompt_tokens} tokens. Please reduce the length of the messages."
+        else:
+            rest = (
+                f"you requested {prompt_tokens + max_tokens} tokens ({prompt_tokens} in the messages, {max_tokens} in "
+                "the completion). Please reduce the length of the messages or completion."
+            )
+        super().__init__(opening + rest, param="messages")
+
+
+class Unauthorized(ServerError):
+    """401: no API key, or not one of ours."""
+
+    status = 401
+    type = "invalid_request_error"
+    default_code = "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), "WWW-Authenticate": "Bearer"}
+
+
+class NotFound(ServerError):
+    """404: no such address, or no such model (code "model_not_found")."""
+
+    status = 404
+    type = "invalid_request_error"
+
+
+class MethodNotAllowed(ServerError):
+    """405: the address exists, the HTTP method does not."""
+
+    status = 405
+    type = "invalid_request_error"
+    default_code = "method_not_allowed"
+
+
+class PayloadTooLarge(ServerError):
+    """413: the body is larger than TURBOCACHE_BODY_LIMIT bytes."""
+
+    status = 413
+    type = "invalid_request_error"
+    default_code = "request_too_large"
+
+
+class QueueFull(ServerError):
+    """429: TURBOCACHE_QUEUE_LIMIT requests wait already. Always carries Retry-After (seconds)."""
+
+    status = 429
+    type = "requests"
+    default_code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str = "The server's queue is full. Please try again later.",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float = 1.0,
+    ) -> None:
+        super().__init__(message, param=param, code=code, retry_after=retry_after)
+
+
+class OutOfMemory(ServerError):
+    """503: the request does not fit the cache's memory budget now. Always carries Retry-After (seconds)."""
+
+    status = 503
+    default_code = "out_of_memory"
+
+    def __init__(
+        self,
+        message: str = "The request does not fit the cache's memory budget right now. Please try again later.",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float = 5.0,
+    ) -> None:
+        super().__init__(message, param=param, code=code, retry_after=retry_after)
+
+
+class EngineDead(ServerError):
+    """503: the engine thread is dead or stuck; the server must be restarted."""
+
+    status = 503
+    default_code = "engine_dead"
+
+
+class InternalError(ServerError):
+    """500: a fault of the server. The message names the request, never what went wrong inside."""
+
+    status = 500
+    default_code = "internal_error"
+
+    @classmethod
+    def of(cls, request_id: str) -> "InternalError":
+        return cls(f"The server had an error while processing your request. The request id is {request_id}.")

@@ -1,0 +1,47 @@
+"""Which conversation a request belongs to, from what clients already send."""
+
+from collections.abc import Mapping
+
+from server.errors import InvalidRequest
+
+MAX_LENGTH = 256
+SESSION_HEADERS = ("X-Session-ID", "Session-Id", "X-Session-Affinity", "X-Claude-Code-Session-Id")
+
+
+def session_key(prompt_cache_key: str | None, headers: Mapping[str, str]) -> str | None:
+    """The session's name: `prompt_cache_key`, else the first of SESSION_HEADERS that is present, else None.
+
+    An empty name counts as none. `headers` must look names up without regard to case. Raises InvalidRequest when the
+    chosen name is longer than 256 characters or holds a character that can't be printed.
+    """
+    if prompt_cache_key:
+        return _checked(prompt_cache_key, "prompt_cache_key")
+    for name in SESSION_HEADERS:
+        if raw := headers.get(name):
+            return _checked(_decoded(raw, name), name)
+    return None
+
+
+def _decoded(raw: str, name: str) -> str:
+    """Header bytes arrive read as latin-1; clients mean UTF-8."""
+    try:
+        return raw.encode("latin-1").decode("utf-8")
+    except UnicodeError as error:
+        raise InvalidRequest(
+            f"Invalid '{name}': a session name must be UTF-8 text.", param=name, code="invalid_value"
+        ) from error
+
+
+def _checked(key: str, param: str) -> str:
+    if len(key) > MAX_LENGTH:
+        raise InvalidRequest(
+            f"Invalid '{param}': string too long. Expected a string with maximum length {MAX_LENGTH}, but got a string "
+            f"with length {len(key)} instead.",
+            param=param,
+            code="string_above_max_length",
+        )
+    if not key.isprintable():
+        raise InvalidRequest(
+            f"Invalid '{param}': a session name must hold printable characters only.", param=param, code="invalid_value"
+        )
+    return key

@@ -1,0 +1,85 @@
+"""Prometheus metrics of one app: a registry of its own and one typed attribute per metric family.
+
+Who writes what, so that nothing is counted twice:
+
+- the HTTP rooms: `http_requests`, `requests_finished`, `admission_refusals`, `time_to_first_token`, `request_duration`;
+- the engine: everything else (pages, bytes, sessions, queue, tokens, inter-token latency, rotations, evictions,
+  fallbacks, backend).
+
+Units are seconds, bytes and tokens. Labels come from closed sets or from the start-up probe; text from users never
+becomes a label.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+# A cold prefill of a long context on a small machine takes many minutes, so the buckets go on to half an hour.
+_SLOW_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0)
+_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """All families, prefix `turbocache_`. Safe to write from any thread. Counters appear with the suffix `_total`."""
+
+    content_type = CONTENT_TYPE_PLAIN_0_0_4
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.pages_used = self._gauge("pages_used", "Pages of the pool that sessions own.")
+        self.pages_free = self._gauge("pages_free", "Pages of the pool that nobody owns.")
+        self.pages_capacity = self._gauge("pages_capacity", "Pages the pool holds: used plus free.")
+        self.cache_bytes = self._gauge(
+            "cache_bytes", "Bytes of cache by kind: pages, window, sink, recurrent.", ("kind",)
+        )
+        self.raw_shadow_bytes = self._gauge(
+            "raw_shadow_bytes", "Bytes of uncompressed copies of what pages hold; must stay 0."
+        )
+        self.sessions = self._gauge("sessions", "Sessions in memory by state.", ("state",))
+        self.requests_running = self._gauge("requests_running", "Requests in the batch.")
+        self.requests_waiting = self._gauge("requests_waiting", "Requests accepted and not yet in the batch.")
+
+        self.rotations = self._counter("rotations", "Pages dropped from the old end of a full session.")
+        self.rotated_tokens = self._counter("rotated_tokens", "Tokens forgotten by rotation.")
+        self.evictions = self._counter("evictions", "Sessions or checkpoints removed to make room.", ("reason",))
+        self.prompt_tokens = self._counter(
+            "prompt_tokens", "Prompt tokens by source: cached (found in the cache) or prefilled.", ("source",)
+        )
+        self.generated_tokens = self._counter("generated_tokens", "Tokens generated.")
+        self.requests_finished = self._counter(
+            "requests_finished", "Accepted requests by outcome: stop, length, cancelled, error.", ("reason",)
+        )
+        self.fallbacks = self._counter(
+            "fallbacks", "Times a backend was passed over for another.", ("from", "to", "reason")
+        )
+        self.admission_refusals = self._counter(
+            "admission_refusals", "Requests refused before they were queued, by error code.", ("reason",)
+        )
+        self.http_requests = self._counter("http_requests", "HTTP responses by route template.", ("path", "status"))
+
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From the request's arrival to its first text.", _SLOW_BUCKETS
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of one request.", _TOKEN_BUCKETS
+        )
+        self.request_duration = self._histogram(
+            "request_duration_seconds", "From an accepted request's arrival to its outcome.", _SLOW_BUCKETS
+        )
+        self.backend_info = self._gauge(
+            "backend_info",
+            "Always 1; the labels say which backend runs and why.",
+            ("requested", "active", "reason", "profile"),
+        )
+
+    def render(self) -> bytes:
+        """The text exposition of all families; serve it as `content_type`."""
+        return generate_latest(self.registry)
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(f"turbocache_{name}", text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(f"turbocache_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"turbocache_{name}", text, (), buckets=buckets, registry=self.registry)

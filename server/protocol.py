@@ -1,0 +1,130 @@
+"""What the HTTP rooms and the engine say to each other: plain data, no MLX and no FastAPI.
+
+The HTTP side turns a wire request into a `GenerationRequest` and submits it; the engine answers by calling `deliver`
+with zero or more `PrefillProgress` and `TextDelta` events and then exactly one terminal event: `Finished` or `Failed`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+Channel = Literal["content", "reasoning"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch a filter off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One accepted chat turn, tokenised.
+
+    `prompt` is the whole conversation as token ids (never empty). `max_tokens` is None for "as far as the model's
+    positions reach". `session` is the client's name for the conversation, None for an unnamed one.
+    """
+
+    request_id: str
+    prompt: Sequence[int]
+    max_tokens: int | None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    session: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one turn. `cached_tokens` of the prompt were found in the session's cache, the rest prefilled."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """`processed` of `total` new prompt tokens are in the cache."""
+
+    processed: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text that is safe to send (never half a character, never part of a stop string)."""
+
+    text: str
+    channel: Channel = "content"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Terminal: the answer is complete."""
+
+    finish_reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Terminal: the request ended with an error; `error` is one of server.errors' classes."""
+
+    error: Exception
+
+
+Event = PrefillProgress | TextDelta | Finished | Failed
+Deliver = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """`alive` is False when the engine thread is dead or stuck; `detail` says which and what to do."""
+
+    alive: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The loaded model as clients see it. `max_positions` is the model's own limit in tokens."""
+
+    id: str
+    created: int
+    max_positions: int
+
+
+class Engine(Protocol):
+    """What the HTTP rooms need of the engine. All methods may be called from the event loop and return at once,
+    except `tokenize`, which may be called from any worker thread and takes as long as the template needs."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    def tokenize(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Messages through the model's chat template. Raises server.errors.InvalidRequest when the template refuses."""
+        ...
+
+    def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
+        """Queue a request. `deliver` is called from the engine's thread. Raises server.errors.QueueFull,
+        OutOfMemory, ContextLengthExceeded or EngineDead; after a raise nothing was queued."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Stop working on a request whose client is gone; it gets no further events. Unknown ids are ignored."""
+        ...
+
+    def health(self) -> Health: ...
+
+    def backend(self) -> dict[str, Any]:
+        """The JSON of GET /v1/backend: backend, reason, checks, preset, layers, BLAS, memory."""
+        ...
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """The JSON rows of GET /v1/sessions."""
+        ...

@@ -1,0 +1,7 @@
+"""The addresses the server answers."""
+
+from server.routes.chat import router as chat_router
+from server.routes.status import open_router
+from server.routes.status import router as status_router
+
+ROUTERS = (chat_router, status_router, open_router)

@@ -1,0 +1,138 @@
+"""What surrounds every request: its id, its one log line, its metrics, its API key, and the last net for exceptions."""
+
+import hashlib
+import hmac
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import cast
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.error_handlers import error_response
+from server.errors import InternalError, Unauthorized
+from server.metrics import Metrics
+from server.protocol import Engine, Usage
+from server.settings import Settings
+
+logger = logging.getLogger("server.requests")
+
+CHAT_PATH = "/v1/chat/completions"
+_QUIET_PATHS = frozenset({"/health", "/metrics"})
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What the log line of a request says. No text of a prompt or an answer, and of a session's name only a hash."""
+
+    request_id: str
+    arrived: float = field(default_factory=time.monotonic)
+    status: int | None = None
+    error: str | None = None
+    session: str | None = None
+    stream: bool = False
+    usage: Usage | None = None
+    first_text_seconds: float | None = None
+    finish: str | None = None
+
+    def elapsed(self) -> float:
+        """Seconds since the request arrived."""
+        return time.monotonic() - self.arrived
+
+    def line(self, method: str, path: str) -> str:
+        parts = [f"{self.request_id} {method} {path} {self.status}", f"total={self.elapsed():.3f}s"]
+        if self.finish is not None:
+            parts += [
+                f"finish={self.finish}",
+                f"stream={'yes' if self.stream else 'no'}",
+                f"session={self.session or '-'}",
+            ]
+        if self.first_text_seconds is not None:
+            parts.append(f"first={self.first_text_seconds:.3f}s")
+        if (usage := self.usage) is not None:
+            prefilled = usage.prompt_tokens - usage.cached_tokens
+            parts.append(f"cached={usage.cached_tokens} prefilled={prefilled} generated={usage.completion_tokens}")
+        if self.error is not None:
+            parts.append(f"error={self.error}")
+        return " ".join(parts)
+
+
+def session_hash(name: str | None) -> str | None:
+    """Eight hex digits to tell sessions apart in a log without telling their names."""
+    return None if name is None else hashlib.blake2s(name.encode(), digest_size=4).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class AppContext:
+    """What the routes need; put on `app.state.context` when the engine runs."""
+
+    engine: Engine
+    settings: Settings
+    metrics: Metrics
+
+
+def context_of(request: Request) -> AppContext:
+    return cast(AppContext, request.app.state.context)
+
+
+def record_of(request: Request) -> RequestRecord:
+    return cast(RequestRecord, request.state.record)
+
+
+async def require_key(request: Request) -> None:
+    """Raises Unauthorized unless the request carries one of TURBOCACHE_API_KEYS, or none are set."""
+    keys = context_of(request).settings.api_keys
+    if not keys:
+        return
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    presented = token.strip().encode("latin-1")
+    if scheme.lower() != "bearer" or not presented:
+        raise Unauthorized(
+            "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer "
+            "auth (i.e. Authorization: Bearer YOUR_KEY)."
+        )
+    # All keys are compared, each in constant time, so the time taken tells nothing about them.
+    if not sum(hmac.compare_digest(presented, key.encode()) for key in keys):
+        raise Unauthorized("Incorrect API key provided.")
+
+
+class RequestScope:
+    """ASGI middleware: gives each request a `RequestRecord`, the x-request-id header, a log line and a count.
+
+    An exception that nothing else handled is logged and answered with 500, or ends the response if it has begun.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        prefix = "chatcmpl" if scope["path"] == CHAT_PATH else "req"
+        record = RequestRecord(f"{prefix}-{uuid.uuid4().hex}")
+        scope.setdefault("state", {})["record"] = record
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                headers = [*message.get("headers", []), (b"x-request-id", record.request_id.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            logger.exception("%s ended with an unexpected error", record.request_id)
+            record.error = type(error).__name__
+            if record.status is None:
+                await error_response(InternalError.of(record.request_id))(scope, receive, send_with_id)
+        finally:
+            # The template, not the address: addresses are text from users.
+            path = getattr(scope.get("route"), "path", "unmatched")
+            self._metrics.http_requests.labels(path=path, status=str(record.status or 0)).inc()
+            level = logging.DEBUG if path in _QUIET_PATHS else logging.INFO
+            logger.log(level, "%s", record.line(scope["method"], path))

@@ -1,0 +1,63 @@
+"""What the server says about itself: models, backend, sessions, health and metrics."""
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.protocol import ModelInfo
+from server.routes.chat import check_model
+from server.routes.scope import context_of, require_key
+from server.schemas import ModelBody, ModelList
+
+router = APIRouter(dependencies=[Depends(require_key)])
+# Probes and scrapers have no key; what they see names no session and no text.
+open_router = APIRouter()
+
+
+def _model_body(model: ModelInfo) -> ModelBody:
+    return ModelBody(
+        id=model.id, object="model", created=model.created, owned_by="turbocache", max_model_len=model.max_positions
+    )
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The loaded model, as a list of one."""
+    listing = ModelList(object="list", data=[_model_body(context_of(request).engine.model)])
+    return JSONResponse(listing.model_dump())
+
+
+# An id of Hugging Face has a slash in it, hence a path.
+@router.get("/v1/models/{model_id:path}")
+async def model(request: Request, model_id: str) -> Response:
+    """The loaded model by any name that requests may use. 404 for another."""
+    loaded = context_of(request).engine.model
+    check_model(model_id, loaded)
+    return JSONResponse(_model_body(loaded).model_dump())
+
+
+@router.get("/v1/backend")
+async def backend(request: Request) -> Response:
+    """The backend that runs, the reason, and what it was checked with."""
+    return JSONResponse(context_of(request).engine.backend())
+
+
+@router.get("/v1/sessions")
+async def sessions(request: Request) -> Response:
+    """The sessions in memory."""
+    return JSONResponse({"object": "list", "data": context_of(request).engine.sessions()})
+
+
+@open_router.get("/health")
+async def health(request: Request) -> Response:
+    """200 while the engine works, 503 with the reason when it is dead or stuck."""
+    state = context_of(request).engine.health()
+    body = {"status": "ok" if state.alive else "unavailable", "detail": state.detail}
+    return JSONResponse(body, status_code=200 if state.alive else 503)
+
+
+@open_router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text exposition."""
+    families = context_of(request).metrics
+    return Response(families.render(), headers={"Content-Type": families.content_type})

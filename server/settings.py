@@ -1,0 +1,193 @@
+"""The server's configuration: `TURBOCACHE_*` environment variables and a `.env` file in the working directory.
+
+The environment wins over the file; an empty value counts as unset. Unknown names and bad values stop the start with one
+sentence each that names key, value and what was expected.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from dotenv import dotenv_values
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from server.errors import StartupError
+
+PREFIX = "TURBOCACHE_"
+PAGE = 64
+# Read when the package turbocache is imported, which is before any .env file is read.
+_EARLY = "TURBOCACHE_BLAS"
+_MIN_BUDGET_BYTES = 1 << 20
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
+_UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
+
+
+class SettingsError(StartupError):
+    """A setting is unknown or has a bad value; one line per setting."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """Memory for the cache: exactly one of `bytes` (absolute) and `fraction` (of the device's memory, 0 < f <= 1)."""
+
+    bytes: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bytes is None) == (self.fraction is None):
+            raise ValueError("a memory budget is either bytes or a fraction")
+        if self.bytes is not None and self.bytes < _MIN_BUDGET_BYTES:
+            raise ValueError("a memory budget is at least 1 MiB")
+        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
+            raise ValueError("a fraction of memory lies above 0 and at most at 1")
+
+    def resolve(self, device_bytes: int) -> int:
+        """The budget in bytes on a device with `device_bytes` of memory."""
+        if self.bytes is not None:
+            return self.bytes
+        assert self.fraction is not None  # __post_init__ holds it
+        return int(self.fraction * device_bytes)
+
+
+def parse_bytes(text: str) -> int:
+    """'4096', '512MB' (powers of 1000) or '4GiB' (powers of 1024) in bytes. Raises ValueError for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (unit := match[2].upper()) not in _UNITS or ("." in match[1] and not unit):
+        raise ValueError(f"{text!r} is not a number of bytes")
+    if "." in match[1]:
+        return int(float(match[1]) * _UNITS[unit])
+    return int(match[1]) * _UNITS[unit]
+
+
+def parse_memory(text: str) -> MemoryBudget:
+    """A number with a decimal point is a fraction ('0.5', '1.0'), everything else is bytes. Raises ValueError."""
+    stripped = text.strip()
+    if re.fullmatch(r"[0-9]*\.[0-9]+", stripped):
+        return MemoryBudget(fraction=float(stripped))
+    return MemoryBudget(bytes=parse_bytes(stripped))
+
+
+def _from_text(parse: Any) -> BeforeValidator:
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+
+
+def _split_keys(text: str) -> tuple[str, ...]:
+    return tuple(key for part in text.split(",") if (key := part.strip()))
+
+
+def _refuse_session_dir(value: Path | None) -> Path | None:
+    if value is not None:
+        raise ValueError("reserved")
+    return value
+
+
+class Settings(BaseSettings):
+    """Validated settings. Each field's description completes the sentence "expected ..."; units are in it.
+
+    `load_settings` is the door for a start: it refuses unknown names and words the errors for a person.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True, protected_namespaces=()
+    )
+
+    model: str | None = Field(default=None, description="a local path or a Hugging Face id (unset: the bundled model)")
+    backend: Literal["auto", "metal", "cuda", "packed", "reference"] = Field(
+        default="auto", description="one of auto, metal, cuda, packed, reference"
+    )
+    kv_preset: str = Field(default="k4v4", min_length=1, description="a cache preset such as off, k8v4 or k4v4")
+    max_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="a positive number of tokens a session holds before it rotates, at least keep + window + 64",
+    )
+    keep: int = Field(default=64, ge=0, description="a number of tokens, 0 or more")
+    window: int = Field(default=128, gt=0, multiple_of=PAGE, description="a positive multiple of 64 (tokens)")
+    kv_memory: Annotated[MemoryBudget | None, NoDecode, _from_text(parse_memory)] = Field(
+        default=None,
+        description="bytes (at least 1 MiB), a size such as 512MB or 4GiB, or a fraction of memory such as 0.5 or 1.0",
+    )
+    max_batch: int = Field(default=8, ge=1, description="a number of requests, 1 or more")
+    queue_limit: int = Field(default=64, ge=1, description="a number of waiting requests, 1 or more")
+    api_keys: Annotated[tuple[str, ...], NoDecode, _from_text(_split_keys)] = Field(
+        default=(), repr=False, description="API keys separated by commas"
+    )
+    session_dir: Annotated[Path | None, AfterValidator(_refuse_session_dir)] = Field(
+        default=None,
+        description="no value, because sessions live in memory only; sessions on disk come with a later release",
+    )
+    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], _from_text(str.lower)] = Field(
+        default="info", description="one of debug, info, warning, error, critical"
+    )
+    blas: str | None = Field(default=None, description="a BLAS library (read before MLX is loaded)")
+    prefill_chunk: int = Field(default=512, ge=1, description="a number of tokens per prefill step, 1 or more")
+    keepalive_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False, description="a number of seconds above 0")
+    stall_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False, description="a number of seconds above 0")
+    body_limit: Annotated[int, _from_text(parse_bytes)] = Field(
+        default=16 << 20, ge=1024, description="a number of bytes, at least 1024, or a size such as 16MiB"
+    )
+
+
+KNOWN_NAMES = frozenset(f"{PREFIX}{name.upper()}" for name in Settings.model_fields)
+
+
+def load_settings(env_file: Path | None = Path(".env")) -> Settings:
+    """Settings from the environment and `env_file` (None or a missing file: the environment only).
+
+    Raises SettingsError naming every unknown key, or every bad value.
+    """
+    from_file = dotenv_values(env_file) if env_file is not None else {}
+    unknown = [
+        *_unknown_names(os.environ, "the environment"),
+        *_unknown_names(from_file, str(env_file)),
+    ]
+    if unknown:
+        raise SettingsError("\n".join(unknown))
+    if from_file.get(_EARLY) and not os.environ.get(_EARLY):
+        raise SettingsError(f"{_EARLY} in {env_file} comes too late: set it in the environment of the process.")
+    try:
+        build: Callable[..., Settings] = Settings  # type checkers don't know `_env_file`
+        settings = build(_env_file=env_file)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explain(error))) from error
+    _check_together(settings)
+    return settings
+
+
+def _unknown_names(names: Mapping[str, str | None], where: str) -> list[str]:
+    found = sorted(name for name in names if name.upper().startswith(PREFIX) and name.upper() not in KNOWN_NAMES)
+    return [f"{name} in {where} is not a setting of this version.{_closest(name.upper())}" for name in found]
+
+
+def _closest(name: str) -> str:
+    """The nearest known name, compared without the common prefix, which would make everything look alike."""
+    tails = [known.removeprefix(PREFIX) for known in KNOWN_NAMES]
+    close = difflib.get_close_matches(name.removeprefix(PREFIX), tails, n=1, cutoff=0.5)
+    return f" Did you mean {PREFIX}{close[0]}?" if close else f" Known names: {', '.join(sorted(KNOWN_NAMES))}."
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines: dict[str, str] = {}
+    for detail in error.errors(include_url=False, include_context=False):
+        name = str(detail["loc"][0])
+        field = Settings.model_fields[name]
+        shown = f"={detail['input']!r}" if field.repr else ""
+        lines.setdefault(name, f"{PREFIX}{name.upper()}{shown} is not valid: expected {field.description}.")
+    return list(lines.values())
+
+
+def _check_together(settings: Settings) -> None:
+    """A session holds at least its sink, its window and the one page the window spills into."""
+    least = settings.keep + settings.window + PAGE
+    if settings.max_size is not None and settings.max_size < least:
+        raise SettingsError(
+            f"{PREFIX}MAX_SIZE={settings.max_size} is not valid: expected at least {least} tokens "
+            f"({PREFIX}KEEP={settings.keep} + {PREFIX}WINDOW={settings.window} + one page of {PAGE})."
+        )
