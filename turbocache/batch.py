@@ -154,8 +154,10 @@ class CacheBatch:
         other.rings, other.raw = [], [self._empty_raw(layer, 0) for layer in self.spec.layers]
 
     def close(self) -> None:
-        """Give all pages and raw buffers back."""
-        self.keep_rows([])
+        """Give all pages and raw buffers back; the batch has no rows afterwards."""
+        for ring in self.rings:
+            ring.close()
+        self.rings, self.raw = [], [self._empty_raw(layer, 0) for layer in self.spec.layers]
 
     def can_trim_to(self, offset: int) -> bool:
         """Whether a batch of one row can go back to its state after `offset` tokens."""

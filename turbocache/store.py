@@ -1,7 +1,7 @@
 """From a loaded model, a backend and settings to the process's cache: the spec that every session shares."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -90,6 +90,15 @@ class CacheStore:
         ring = ring_of(cache)
         paged = 0 if ring is None else len(ring.pages) * self.spec.pool.page_nbytes + self.spec.raw_nbytes
         return paged + native_nbytes(cache)
+
+    def close_all_but(self, kept: Iterable[Sequence[Any]]) -> None:
+        """Take the pages of every cache that is not among `kept`, whoever still refers to it.
+
+        After a failed step the exception's traceback refers to the step's batch, for as long as somebody looks at it.
+        """
+        kept_batches = {layer.batch for cache in kept for layer in cache if isinstance(layer, PagedKVCache)}
+        for batch in set(self.spec.live) - kept_batches:
+            batch.close()
 
     def new_cache(self) -> list[Any]:
         """An empty session's prompt cache: a view per compressed layer, mlx-lm's own caches for the others."""

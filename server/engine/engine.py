@@ -321,6 +321,7 @@ class MlxEngine:
     def _drop_batch(self, error: Exception) -> None:
         """A step failed midway: its rows can't be trusted. Fail the runs, forget their sessions' caches, start anew."""
         self._generator = self._new_generator()
+        self._host.store.close_all_but(session.cache for session in self._registry if session.cache is not None)
         for run in self._runs.values():
             self._registry.put_back(run.session, None, [])
             self._budget.release(run.request.request_id)

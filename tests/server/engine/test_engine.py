@@ -1,0 +1,157 @@
+"""The engine by itself, on the bundled model: faults, order of turns, and what stays afterwards."""
+
+import queue
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from server.engine.engine import MlxEngine
+from server.errors import EngineDead, InternalError
+from server.metrics import Metrics
+from server.protocol import Event, Failed, Finished, GenerationRequest, SamplingParams, TextDelta
+from server.settings import MemoryBudget, Settings
+
+SETTINGS = Settings(kv_memory=MemoryBudget(bytes=64 << 20), stall_seconds=1.0, prefill_chunk=128)
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture
+def engine() -> Iterator[MlxEngine]:
+    running = MlxEngine(SETTINGS, Metrics())
+    running.start()
+    yield running
+    running.stop()
+
+
+class Answer:
+    """Collects one request's events."""
+
+    def __init__(self, engine: MlxEngine, text: str, name: str, **options: Any) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+        prompt = engine.tokenize([{"role": "user", "content": text}])
+        options = {"max_tokens": 8, "sampling": GREEDY} | options
+        self.request = GenerationRequest(f"request-{name}", prompt, session=name, **options)
+        engine.submit(self.request, self.events.put)
+
+    def end(self) -> Finished | Failed:
+        """The terminal event; nothing may follow it."""
+        while True:
+            event = self.events.get(timeout=60)
+            if isinstance(event, Finished | Failed):
+                return event
+
+    def text(self) -> str:
+        text = ""
+        while not isinstance(event := self.events.get(timeout=60), Finished):
+            assert not isinstance(event, Failed), event
+            text += event.text if isinstance(event, TextDelta) else ""
+        return text
+
+
+def owned_by_nobody(engine: MlxEngine) -> bool:
+    spec = engine._host.store.spec
+    spec.check_integrity()
+    return spec.pool.n_used == sum(len(ring.pages) for batch in spec.live for ring in batch.rings)
+
+
+def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
+    engine: MlxEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(Answer(engine, "Hello!", "before").end(), Finished)
+    broken = engine._generator
+
+    def fault() -> Any:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(broken, "next", fault)
+    ends = [Answer(engine, "Hello!", name).end() for name in ("a", "b")]
+    assert [type(end.error) for end in ends if isinstance(end, Failed)] == [InternalError]
+    assert isinstance(ends[1], Finished)  # the generator was made anew
+    assert engine.health().alive
+    assert isinstance(Answer(engine, "Hello!", "before").end(), Finished)
+    assert owned_by_nobody(engine)
+    assert engine._budget.promised == 0
+
+
+def test_a_step_that_fails_midway_leaves_no_page_behind(engine: MlxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = type(engine._host.store.spec.layers[3].lanes)
+    calls = []
+
+    def fault(self: Any, keys: Any, values: Any) -> Any:
+        calls.append(1)
+        raise RuntimeError("injected in a layer")
+
+    long = "The river runs by the mill. " * 60
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "encode", fault)
+        assert isinstance(Answer(engine, long, "midway").end(), Failed)
+    assert calls
+    assert engine._host.store.spec.pool.n_used == 0
+    assert owned_by_nobody(engine)
+    assert isinstance(Answer(engine, long, "midway").end(), Finished)
+
+
+def test_a_dead_engine_ends_its_requests_and_says_so(engine: MlxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Answer(engine, "Tell me something long about rivers.", "dying", max_tokens=500)
+    answer.events.get(timeout=60)
+
+    def die() -> None:
+        raise SystemError("injected")
+
+    monkeypatch.setattr(engine, "_admit", die)
+    end = answer.end()
+    assert isinstance(end, Failed)
+    assert isinstance(end.error, EngineDead)
+    engine._thread.join(10)
+    health = engine.health()
+    assert not health.alive
+    assert "SystemError" in health.detail
+    with pytest.raises(EngineDead):
+        Answer(engine, "Hello!", "late")
+
+
+def test_a_stuck_engine_is_unhealthy_and_recovers(engine: MlxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = engine._step
+
+    def slow() -> None:
+        time.sleep(2.5)
+        step()
+
+    monkeypatch.setattr(engine, "_step", slow)
+    answer = Answer(engine, "Hello!", "slow", max_tokens=1)
+    time.sleep(2.0)
+    assert not engine.health().alive
+    monkeypatch.setattr(engine, "_step", step)
+    assert isinstance(answer.end(), Finished)
+    assert engine.health().alive
+
+
+def test_two_turns_of_one_session_run_one_after_the_other(engine: MlxEngine) -> None:
+    first = Answer(engine, "Repeat after me: alpha beta", "shared", max_tokens=20)
+    second = Answer(engine, "Repeat after me: alpha beta", "shared", max_tokens=20)
+    assert first.text() == second.text()
+    assert engine._registry._sessions["shared"].turns == 2
+
+
+def test_a_cancelled_request_gets_no_further_events_and_its_promise_is_void(engine: MlxEngine) -> None:
+    answer = Answer(engine, "Please continue: " + "the river and the mill and " * 30, "gone", max_tokens=2000)
+    answer.events.get(timeout=60)
+    engine.cancel(answer.request.request_id)
+    deadline = time.monotonic() + 20
+    while engine._budget.promised and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert engine._budget.promised == 0
+    n_events = answer.events.qsize()
+    assert isinstance(Answer(engine, "Hello!", "next").end(), Finished)
+    assert answer.events.qsize() == n_events
+    assert owned_by_nobody(engine)
+
+
+def test_stopping_ends_what_runs(engine: MlxEngine) -> None:
+    answer = Answer(engine, "Please continue: " + "the river and the mill and " * 30, "last", max_tokens=2000)
+    answer.events.get(timeout=60)
+    engine.stop()
+    assert isinstance(answer.end(), Failed)
+    assert not engine.health().alive

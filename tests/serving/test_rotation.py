@@ -1,0 +1,33 @@
+"""A conversation several times longer than a session may hold."""
+
+from tests.serving.launch import Server, digits, filler
+
+
+def test_a_long_conversation_goes_on_in_flat_memory_and_keeps_its_sink(small_server: Server) -> None:
+    client = small_server.client()
+    messages = [{"role": "user", "content": "My name is Anna and my locker code is 5917."}]
+    sizes, rotations, positions = [], [], []
+    # The fact lies in the 64 sink tokens, everything after it rotates out.
+    for turn in range(10):
+        last = turn == 9
+        answer = client.chat.completions.create(
+            model="default", messages=messages, temperature=0, max_tokens=30, extra_body={"prompt_cache_key": "long"}
+        )
+        row = small_server.sessions()["long"]
+        assert row["tokens_held"] == min(row["tokens_seen"], 512)
+        sizes.append(small_server.cache_bytes())
+        rotations.append(small_server.metric("rotations_total"))
+        positions.append(row["tokens_seen"])
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content or ""})
+        question = "What is my locker code?" if turn == 8 else "Please read this: " + filler(30, turn)
+        messages.append({"role": "user", "content": question})
+        if last:
+            assert digits(messages[-2]["content"]) == "5917"
+    assert positions[-1] > 4 * 512
+    held = [size for size, seen in zip(sizes, positions, strict=True) if seen > 1024]
+    assert len(held) >= 5
+    assert max(held) - min(held) <= 135168  # one page: how full the ring is when a turn ends
+    assert rotations == sorted(rotations)
+    assert rotations[-1] >= (positions[-1] - 512 - 64) // 64
+    rotated = small_server.metric("rotated_tokens_total")
+    assert rotated == 64 * rotations[-1]
