@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from kernels.lanes import CodebookKind, Codebooks, Lanes, LaneShape
 from kernels.packed import PackedLanes
-from kernels.probe import Backend, BackendUnavailable, Candidate, ReasonCode, device_name, probe
+from kernels.probe import Backend, BackendUnavailable, Candidate, ReasonCode, probe
 from kernels.reference import ReferenceLanes
 from turbocache.codebook import levels_for
 from turbocache.plan import LayerGeometry, LayerPlan
@@ -70,7 +70,7 @@ def _candidate(name: str) -> Candidate:
         if available:
             missing = "not_in_this_version", f"fused {label} kernels are not part of this version"
         else:
-            missing = "no_device", f"no {label} device; MLX runs on {device_name()}"
+            missing = "no_device", f"no {label} device"
         return Candidate(name, _unreachable, _unreachable, missing)
     return Candidate(
         name,

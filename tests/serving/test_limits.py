@@ -153,9 +153,7 @@ def test_control_characters_in_text_are_text(server: Server) -> None:
 
 def test_past_the_models_positions_it_is_context_length_exceeded(server: Server) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        server.client().chat.completions.create(
-            model="default", messages=[{"role": "user", "content": filler(800, 1)}]
-        )
+        server.client().chat.completions.create(model="default", messages=[{"role": "user", "content": filler(800, 1)}])
     assert caught.value.code == "context_length_exceeded"
     assert "8192" in caught.value.message
     refused = post(server, {**CHAT, "max_tokens": 8190})
