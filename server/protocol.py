@@ -14,7 +14,7 @@ Channel = Literal["content", "reasoning"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch a filter off."""
+    """How the next token is drawn: `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 switch a filter off."""
 
     temperature: float = 1.0
     top_p: float = 1.0

@@ -89,9 +89,22 @@ def _wait_until_ready(server: Server) -> None:
     raise AssertionError(f"the server did not start:\n{server.log.read_text()}")
 
 
-_PLACES = "river mill harbour garden market tower bridge orchard chapel meadow station library".split()
-_PEOPLE = "miller teacher sailor painter farmer doctor weaver baker hunter singer".split()
-_DEEDS = "walked to, looked at, painted, bought, described, remembered, repaired, left".split(", ")
+_PLACES = [
+    "river",
+    "mill",
+    "harbour",
+    "garden",
+    "market",
+    "tower",
+    "bridge",
+    "orchard",
+    "chapel",
+    "meadow",
+    "station",
+    "library",
+]
+_PEOPLE = ["miller", "teacher", "sailor", "painter", "farmer", "doctor", "weaver", "baker", "hunter", "singer"]
+_DEEDS = ["walked to", "looked at", "painted", "bought", "described", "remembered", "repaired", "left"]
 
 
 def filler(n_sentences: int, seed: int) -> str:
