@@ -66,7 +66,7 @@ env: $(RUNTIME)
 env-dev: $(DEV)
 
 run: $(RUNTIME)
-	$(BIN)/uvicorn server.app:app --host $(HOST) --port $(PORT)
+	$(BIN)/uvicorn server.app:app --host $(HOST) --port $(PORT) --no-access-log
 
 test: $(DEV)
 	$(BIN)/python -m pytest --timeout 120 $(ARGS)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from kernels.lanes import CodebookKind, LaneShape, PageIndex, Pages, attend_expanded
+from kernels.lanes import CodebookKind, LaneShape, Mask, PageIndex, Pages, attend_expanded
 from kernels.layout import PAGE
 
 
@@ -41,7 +41,7 @@ class IdentityLanes:
         raw_values: mx.array,
         pages: Pages,
         index: PageIndex,
-        mask: mx.array | None,
+        mask: Mask,
         sinks: mx.array | None,
     ) -> mx.array:
         return attend_expanded(self, queries, raw_keys, raw_values, pages, index, mask, sinks)

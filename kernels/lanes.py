@@ -17,6 +17,8 @@ from kernels.layout import PAGE
 Pages = tuple[mx.array, ...]
 """The arrays of one layer's pages, each `[n_pages, ...]`, in the order of `Lanes.page_arrays`."""
 
+Mask = mx.array | Literal["causal"] | None
+
 CodebookKind = Literal["lloyd_max", "uniform", "none"]
 """`lloyd_max`: any sorted levels. `uniform`: equally spaced ones, which affine integer products can read."""
 
@@ -48,17 +50,9 @@ class Codebooks:
 
 @dataclass(frozen=True)
 class PageIndex:
-    """Which pages each of `B` rows reads, row after row, without padding.
-
-    `tables[b]` lists row b's page ids, oldest first. `flat` is their concatenation `[T]`; `dense` is `[B, P]`, the
-    place in `flat` of row b's p-th page (rows with fewer than P pages repeat place 0 and must be masked).
-    """
+    """Which pages each of `B` rows reads: `tables[b]` lists row b's page ids, oldest first."""
 
     tables: tuple[tuple[int, ...], ...]
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.tables)
 
     @cached_property
     def n_pages(self) -> int:
@@ -66,37 +60,20 @@ class PageIndex:
         return max((len(t) for t in self.tables), default=0)
 
     @cached_property
-    def ragged(self) -> bool:
-        return any(len(t) != self.n_pages for t in self.tables)
+    def table(self) -> mx.array:
+        """Page ids, int32 `[B, P]`. Shorter rows are filled up with a page of their own, which must be masked."""
+        rows = [[*table, *[table[0] if table else 0] * (self.n_pages - len(table))] for table in self.tables]
+        return mx.array(rows, dtype=mx.int32)
 
     @cached_property
-    def flat(self) -> mx.array:
-        return mx.array([page for table in self.tables for page in table], dtype=mx.int32)
+    def _by_head(self) -> dict[int, mx.array]:
+        return {}
 
-    @cached_property
-    def row_of(self) -> mx.array:
-        """Row of each place in `flat`, int32 `[T]`."""
-        return mx.array([row for row, table in enumerate(self.tables) for _ in table], dtype=mx.int32)
-
-    @cached_property
-    def dense(self) -> mx.array:
-        starts = np.cumsum([0, *(len(t) for t in self.tables)])
-        place = np.zeros((self.n_rows, self.n_pages), dtype=np.int32)
-        for row, table in enumerate(self.tables):
-            place[row, : len(table)] = np.arange(starts[row], starts[row + 1])
-        return mx.array(place)
-
-    @cached_property
-    def place_in_dense(self) -> mx.array:
-        """For each place in `flat` its place in the flattened `[B * P]` table, int32 `[T]`."""
-        return mx.array(
-            [row * self.n_pages + p for row, table in enumerate(self.tables) for p in range(len(table))], dtype=mx.int32
-        )
-
-    @cached_property
-    def membership(self) -> mx.array:
-        """1 where a place of `flat` belongs to a row, float32 `[B, T]`: a sum over places by row is one product."""
-        return (self.row_of[None, :] == mx.arange(self.n_rows)[:, None]).astype(mx.float32)
+    def heads(self, n_kv_heads: int) -> mx.array:
+        """`table` for arrays whose page and head axes are one: int32 `[B, n_kv_heads, P]`."""
+        if n_kv_heads not in self._by_head:
+            self._by_head[n_kv_heads] = self.table[:, None, :] * n_kv_heads + mx.arange(n_kv_heads)[None, :, None]
+        return self._by_head[n_kv_heads]
 
 
 class Lanes(Protocol):
@@ -130,15 +107,15 @@ class Lanes(Protocol):
         raw_values: mx.array,
         pages: Pages,
         index: PageIndex,
-        mask: mx.array | None,
+        mask: Mask,
         sinks: mx.array | None,
     ) -> mx.array:
-        """Decode attention of one query token per row over its pages and its raw tokens.
+        """Attention of `L` query tokens per row over the row's pages and raw tokens.
 
-        `queries` `[B, n_heads, 1, key_dim]`, float32 and already scaled; `raw_keys`/`raw_values`
-        `[B, n_kv_heads, S, dim]`; `pages` the whole pool; `mask` bool `[B, 1, 1, P * PAGE + S]`, pages first, or None
-        when everything is visible; `sinks` `[n_heads]` extra logits without a value, or None. Returns float32
-        `[B, n_heads, 1, value_dim]`.
+        `queries` `[B, n_heads, L, key_dim]`, float32 and already scaled; `raw_keys`/`raw_values`
+        `[B, n_kv_heads, S, dim]`; `pages` the whole pool; `mask` bool `[B, 1, L, P * PAGE + S]` with the pages first,
+        or "causal" when the last L raw tokens are the queries' own, or None when everything is visible; `sinks`
+        `[n_heads]` extra logits without a value, or None. Returns float32 `[B, n_heads, L, value_dim]`.
         """
         ...
 
@@ -164,14 +141,13 @@ def attend_expanded(
     raw_values: mx.array,
     pages: Pages,
     index: PageIndex,
-    mask: mx.array | None,
+    mask: Mask,
     sinks: mx.array | None,
 ) -> mx.array:
     """`Lanes.attend` by expanding every page and calling MLX's attention: the definition of correct."""
     keys, values = raw_keys, raw_values
     if index.n_pages:
-        table = index.flat[index.dense]
-        page_keys, page_values = gather_expanded(lanes, pages, table, raw_keys.dtype)
+        page_keys, page_values = gather_expanded(lanes, pages, index.table, raw_keys.dtype)
         keys = mx.concatenate([page_keys, raw_keys], axis=2)
         values = mx.concatenate([page_values, raw_values], axis=2)
     queries = queries.astype(keys.dtype)

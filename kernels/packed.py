@@ -9,18 +9,22 @@ dim is then the fast one of MLX's two forms), value codes packed along the head 
 key scales and value scales `[PAGE]` in float16.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import CodebookKind, Codebooks, LaneShape, PageIndex, Pages
+from kernels.lanes import CodebookKind, Codebooks, LaneShape, Mask, PageIndex, Pages, attend_expanded
 from kernels.layout import PAGE, pack, words_for
 from kernels.reference import quantise
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (128, 64, 32)
+
+_FEW_TOKENS = 32
+"""Up to here pages are read packed; for longer chunks it is cheaper to expand them once (measured on a CPU)."""
 
 
 class _Grid:
@@ -37,10 +41,38 @@ class _Grid:
         codes = mx.clip(mx.round((units - self.low) / self.step), 0, self.n_levels - 1)
         return codes.astype(mx.uint32), self.low + self.step * codes
 
-    def affine(self, words: mx.array, n_groups: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """Scales and biases for words `[..., rows, n_words]`, shape `[..., rows, n_groups]`."""
-        shape = (*words.shape[:-1], n_groups)
+    def affine(self, shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Scales and biases of MLX's lanes, constant."""
         return mx.full(shape, self.step, dtype=dtype), mx.full(shape, self.low, dtype=dtype)
+
+    def product(self, x: mx.array, words: mx.array, bits: int, group: int) -> mx.array:
+        """`x` `[..., R, K]` times the levels of `words` `[..., K, n_words]`, float32 `[..., R, 32 * n_words / bits]`.
+
+        MLX's quantised product, except on the CPU, where it decodes the codes anew for every row of `x`.
+        """
+        if mx.default_device().type == mx.cpu:
+            if 8 % bits == 0:
+                return self._product_of_bytes(x, words, bits)
+            groups = (*words.shape[:-1], words.shape[-1] * 32 // bits // group)
+            return x @ mx.dequantize(words, *self.affine(groups, x.dtype), group_size=group, bits=bits)
+        groups = (*words.shape[:-1], words.shape[-1] * 32 // bits // group)
+        scales, biases = self.affine(groups, x.dtype)
+        return mx.quantized_matmul(x, words, scales, biases, transpose=False, group_size=group, bits=bits)
+
+    def _product_of_bytes(self, x: mx.array, words: mx.array, bits: int) -> mx.array:
+        """The same product without taking bytes apart.
+
+        With u_k = byte >> (k * bits), the k-th code of a byte is c_k = u_k - 2**bits * u_(k+1). So x @ c_k is the
+        difference of two plain products, and bytes become floats in order, without the interleaving that makes
+        `mx.dequantize` slow on a CPU. The products grow to 256 times the result's, which costs float32 two digits.
+        """
+        in_bytes = words.view(mx.uint8)
+        n_codes = 8 // bits
+        shifted = [in_bytes] + [mx.right_shift(in_bytes, mx.array(k * bits, dtype=mx.uint8)) for k in range(1, n_codes)]
+        products = [x @ u.astype(mx.float32) for u in shifted]
+        codes = [here - (1 << bits) * above for here, above in itertools.pairwise(products)] + [products[-1]]
+        total = mx.stack(codes, axis=-1).flatten(-2) if n_codes > 1 else codes[0]
+        return self.step * total + self.low * x.sum(axis=-1, keepdims=True)
 
 
 class PackedLanes:
@@ -91,13 +123,10 @@ class PackedLanes:
     def expand(self, pages: Pages, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         key_words, value_words, key_scales, value_scales = pages
         s = self.shape
-        keys = mx.dequantize(key_words, *self._keys.affine(key_words, 1, dtype), group_size=PAGE, bits=s.key_bits)
-        values = mx.dequantize(
-            value_words,
-            *self._values.affine(value_words, self._value_groups, dtype),
-            group_size=self._value_group,
-            bits=s.value_bits,
-        )
+        key_affine = self._keys.affine((*key_words.shape[:-1], 1), dtype)
+        value_affine = self._values.affine((*value_words.shape[:-1], self._value_groups), dtype)
+        keys = mx.dequantize(key_words, *key_affine, group_size=PAGE, bits=s.key_bits)
+        values = mx.dequantize(value_words, *value_affine, group_size=self._value_group, bits=s.value_bits)
         keys = (keys * key_scales[..., None, :].astype(dtype)).swapaxes(-1, -2)
         return keys, values[..., : s.value_dim] * value_scales[..., None].astype(dtype)
 
@@ -108,65 +137,56 @@ class PackedLanes:
         raw_values: mx.array,
         pages: Pages,
         index: PageIndex,
-        mask: mx.array | None,
+        mask: Mask,
         sinks: mx.array | None,
     ) -> mx.array:
-        n_rows, n_heads, _, key_dim = queries.shape
+        n_rows, n_heads, n_tokens, key_dim = queries.shape
+        if n_tokens > _FEW_TOKENS:
+            return attend_expanded(self, queries, raw_keys, raw_values, pages, index, mask, sinks)
+        # All query heads of a KV head, and all their tokens, are rows of one product.
         n_kv_heads, n_repeats = self.shape.n_kv_heads, n_heads // self.shape.n_kv_heads
-        grouped = queries.reshape(n_rows, n_kv_heads, n_repeats, key_dim)
+        grouped = queries.reshape(n_rows, n_kv_heads, n_repeats * n_tokens, key_dim)
         raw_keys, raw_values = raw_keys.astype(mx.float32), raw_values.astype(mx.float32)
         scores = grouped @ raw_keys.swapaxes(-1, -2)
-        if index.n_pages:
-            scores = mx.concatenate([self._page_scores(grouped, pages, index), scores], axis=-1)
-        if mask is not None:
-            scores = mx.where(mask, scores, -mx.inf)
-        if sinks is not None:
-            column = sinks.astype(mx.float32).reshape(1, n_kv_heads, n_repeats, 1)
-            column = mx.broadcast_to(column, (*scores.shape[:-1], 1))
-            weights = mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]
-        else:
-            weights = mx.softmax(scores, axis=-1)
         n_paged = index.n_pages * PAGE
+        if n_paged:
+            scores = mx.concatenate([self._page_scores(grouped, pages, index), scores], axis=-1)
+        scores = scores.reshape(n_rows, n_kv_heads, n_repeats, n_tokens, -1)
+        if mask is not None:
+            if isinstance(mask, str):
+                n_keys = scores.shape[-1]
+                mask = mx.arange(n_keys) <= mx.arange(n_keys - n_tokens, n_keys)[:, None]
+                mask = mask[None, None]
+            scores = mx.where(mask[:, :, None], scores, -mx.inf)
+        weights = _softmax(scores, sinks).reshape(n_rows, n_kv_heads, n_repeats * n_tokens, -1)
         out = weights[..., n_paged:] @ raw_values
         if n_paged:
             out = out + self._page_values(weights[..., :n_paged], pages, index)
-        return out.reshape(n_rows, n_heads, 1, self.shape.value_dim)
+        return out.reshape(n_rows, n_heads, n_tokens, self.shape.value_dim)
 
     def _page_scores(self, grouped: mx.array, pages: Pages, index: PageIndex) -> mx.array:
-        """`[B, n_kv_heads, n_repeats, key_dim]` against every page: `[B, n_kv_heads, n_repeats, P * PAGE]`."""
-        words, scales = mx.take(pages[0], index.flat, axis=0), mx.take(pages[2], index.flat, axis=0)
-        each = mx.take(grouped, index.row_of, axis=0)
-        scores = mx.quantized_matmul(
-            each,
-            words,
-            *self._keys.affine(words, 1, each.dtype),
-            transpose=False,
-            group_size=PAGE,
-            bits=self.shape.key_bits,
-        )
-        scores = scores * scales[:, :, None, :]
-        if index.ragged:
-            scores = mx.take(scores, index.dense.reshape(-1), axis=0)
-        n_rows, n_kv_heads, n_repeats, _ = grouped.shape
-        scores = scores.reshape(n_rows, index.n_pages, n_kv_heads, n_repeats, PAGE)
-        return scores.transpose(0, 2, 3, 1, 4).reshape(n_rows, n_kv_heads, n_repeats, -1)
+        """Queries `[B, n_kv_heads, R, key_dim]` against every page: `[B, n_kv_heads, R, P * PAGE]`."""
+        words, scales = self._gather(pages[0], index), self._gather(pages[2], index)
+        words = words.swapaxes(2, 3).flatten(-2)  # [B, n_kv_heads, key_dim, P * words]
+        scores = self._keys.product(grouped, words, self.shape.key_bits, PAGE)
+        return scores * scales.flatten(-2)[:, :, None]
 
     def _page_values(self, weights: mx.array, pages: Pages, index: PageIndex) -> mx.array:
-        """`[B, n_kv_heads, n_repeats, P * PAGE]` times every page's values: `[B, n_kv_heads, n_repeats, value_dim]`."""
-        n_rows, n_kv_heads, n_repeats, _ = weights.shape
-        words, scales = mx.take(pages[1], index.flat, axis=0), mx.take(pages[3], index.flat, axis=0)
-        weights = weights.reshape(n_rows, n_kv_heads, n_repeats, index.n_pages, PAGE).transpose(0, 3, 1, 2, 4)
-        weights = weights.reshape(n_rows * index.n_pages, n_kv_heads, n_repeats, PAGE)
-        if index.ragged:
-            weights = mx.take(weights, index.place_in_dense, axis=0)
-        out = mx.quantized_matmul(
-            weights * scales[:, :, None, :],
-            words,
-            *self._values.affine(words, self._value_groups, weights.dtype),
-            transpose=False,
-            group_size=self._value_group,
-            bits=self.shape.value_bits,
-        )[..., : self.shape.value_dim]
-        if n_rows == 1:
-            return out.sum(axis=0, keepdims=True)
-        return (index.membership @ out.reshape(out.shape[0], -1)).reshape(n_rows, *out.shape[1:])
+        """Weights `[B, n_kv_heads, R, P * PAGE]` over every page's values: `[B, n_kv_heads, R, value_dim]`."""
+        words, scales = self._gather(pages[1], index).flatten(2, 3), self._gather(pages[3], index)
+        weights = weights * scales.flatten(-2)[:, :, None]
+        out = self._values.product(weights, words, self.shape.value_bits, self._value_group)
+        return out[..., : self.shape.value_dim]
+
+    def _gather(self, array: mx.array, index: PageIndex) -> mx.array:
+        """`[n_pages, n_kv_heads, ...]` to the rows' pages, head first: `[B, n_kv_heads, P, ...]`."""
+        return mx.take(array.flatten(0, 1), index.heads(self.shape.n_kv_heads), axis=0)
+
+
+def _softmax(scores: mx.array, sinks: mx.array | None) -> mx.array:
+    """Over the last axis of `[B, n_kv_heads, n_repeats, L, keys]`, with one more logit per head if there are sinks."""
+    if sinks is None:
+        return mx.softmax(scores, axis=-1)
+    column = sinks.astype(mx.float32).reshape(1, *scores.shape[1:3], 1, 1)
+    column = mx.broadcast_to(column, (*scores.shape[:-1], 1))
+    return mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]

@@ -17,7 +17,7 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import CodebookKind, Codebooks, LaneShape, PageIndex, Pages, attend_expanded
+from kernels.lanes import CodebookKind, Codebooks, LaneShape, Mask, PageIndex, Pages, attend_expanded
 from kernels.layout import PAGE, pack, unpack, words_for
 
 _FLOAT16_MAX = 65504.0
@@ -119,7 +119,7 @@ class ReferenceLanes:
         raw_values: mx.array,
         pages: Pages,
         index: PageIndex,
-        mask: mx.array | None,
+        mask: Mask,
         sinks: mx.array | None,
     ) -> mx.array:
         return attend_expanded(self, queries, raw_keys, raw_values, pages, index, mask, sinks)

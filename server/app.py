@@ -1,6 +1,9 @@
 """The application: `uvicorn server.app:app`. Importing this module loads no model and no MLX."""
 
-import turbocache  # isort: skip  # first: it puts the fast BLAS in front of MLX, which must not be loaded before
+try:
+    import turbocache  # isort: skip  # first: it puts the fast BLAS in front of MLX, which must not be loaded before
+except ValueError as error:  # a bad TURBOCACHE_BLAS, whose sentence is all that a person needs
+    raise SystemExit(str(error)) from None
 
 import logging
 from collections.abc import AsyncIterator, Callable

@@ -252,7 +252,7 @@ class CacheBatch:
     ) -> mx.array:
         """`[B, n_heads, 1, key_dim]` in the model's basis and dtype to `[B, n_heads, 1, value_dim]` likewise."""
         kind = self.spec.layers[layer]
-        rotated = kind.key_rotation.apply(queries) * scale
+        rotated = kind.key_rotation.apply(queries, scale)
         out = kind.lanes.attend(rotated, *self.raw[layer], self.spec.pool.pages(layer), step.index, step.mask, sinks)
         return kind.value_rotation.inverse(out).astype(queries.dtype)
 
@@ -291,26 +291,17 @@ class CacheBatch:
     ) -> mx.array:
         """`[B, n_heads, L, key_dim]` to `[B, n_heads, L, value_dim]`; columns beyond a row's tokens are zero."""
         kind = self.spec.layers[layer]
-        rotated = kind.key_rotation.apply(queries).astype(kind.dtype)
-        sinks = sinks if sinks is None else sinks.astype(kind.dtype)
+        rotated = kind.key_rotation.apply(queries, scale)
         _, n_heads, n_columns, _ = queries.shape
-        outs = [mx.zeros((1, n_heads, n_columns, kind.lanes.shape.value_dim), dtype=kind.dtype)] * self.n_rows
-        for chunk, (body_keys, body_values) in zip(step.chunks, bodies, strict=True):
-            raw_keys, raw_values = self.raw[layer]
+        outs = [mx.zeros((1, n_heads, n_columns, kind.lanes.shape.value_dim))] * self.n_rows
+        for chunk, body in zip(step.chunks, bodies, strict=True):
             here = slice(chunk.row, chunk.row + 1)
-            keys, values = [raw_keys[here, :, : chunk.n_sink]], [raw_values[here, :, : chunk.n_sink]]
-            if chunk.table.size:
-                pages = gather_expanded(kind.lanes, self.spec.pool.pages(layer), chunk.table, kind.dtype)
-                keys.append(pages[0])
-                values.append(pages[1])
-            out = mx.fast.scaled_dot_product_attention(
-                rotated[here, :, : chunk.n],
-                mx.concatenate([*keys, body_keys], axis=2),
-                mx.concatenate([*values, body_values], axis=2),
-                scale=scale,
-                mask=chunk.mask,
-                sinks=sinks,
+            keys, values = (
+                mx.concatenate([kept[here, :, : chunk.n_sink], tokens], axis=2)
+                for kept, tokens in zip(self.raw[layer], body, strict=True)
             )
+            pages = self.spec.pool.pages(layer)
+            out = kind.lanes.attend(rotated[here, :, : chunk.n], keys, values, pages, chunk.index, chunk.mask, sinks)
             if chunk.n < n_columns:
                 out = mx.pad(out, [(0, 0), (0, 0), (0, n_columns - chunk.n), (0, 0)])
             outs[chunk.row] = out

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import PageIndex
+from kernels.lanes import Mask, PageIndex
 from kernels.layout import PAGE
 from turbocache.pool import PagePool
 from turbocache.ring import PageRing
@@ -37,11 +37,11 @@ class DecodeStep:
 
 @dataclass(frozen=True, slots=True)
 class ChunkStep:
-    """`n` tokens of one row. Its keys, in order: `n_sink` sink tokens, `table`'s pages, then the body.
+    """`n` tokens of one row. Its keys, in order: the pages of `index`, `n_sink` sink tokens, then the body.
 
     The body is the raw window's old tokens (at slots `old_slots`) followed by the chunk's tokens behind the sink; its
     first `PAGE * len(new_pages)` tokens become pages. `to_slots` says for each window slot which body token it holds
-    afterwards. `mask` is bool `[n, keys]`, "causal", or None for a single query that sees everything.
+    afterwards. `mask` is as `Lanes.attend` wants it.
     """
 
     row: int
@@ -50,9 +50,9 @@ class ChunkStep:
     sink_taken: int
     old_slots: mx.array
     new_pages: tuple[int, ...]
-    table: mx.array
+    index: PageIndex
     to_slots: mx.array
-    mask: mx.array | str | None
+    mask: Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def _plan_chunk(row: int, ring: PageRing, n: int, new_pages: list[int]) -> Chunk
         sink_taken=sink_taken,
         old_slots=mx.array((old - keep) % slots + keep, dtype=mx.int32),
         new_pages=tuple(new_pages),
-        table=mx.array(ring.pages, dtype=mx.int32)[None],
+        index=PageIndex((tuple(ring.pages),)),
         to_slots=mx.array(to_slots),
         mask=_chunk_mask(ring, n_sink, body_start, queries, flushed_at, flushed_before),
     )
@@ -133,8 +133,8 @@ def _plan_chunk(row: int, ring: PageRing, n: int, new_pages: list[int]) -> Chunk
 
 def _chunk_mask(
     ring: PageRing, n_sink: int, body_start: int, queries: np.ndarray, flushed_at: np.ndarray, flushed_before: int
-) -> mx.array | str | None:
-    """Which keys (sink, pages, body) each query of a chunk sees. Blocks compressed within the chunk are there twice,
+) -> Mask:
+    """Which keys (pages, sink, body) each query of a chunk sees. Blocks compressed within the chunk are there twice,
     once in pages and once raw, and each query sees the form that its position calls for.
     """
     keep, first_visible = ring.config.keep, ring.config.first_visible(int(queries[-1]))
@@ -147,13 +147,13 @@ def _chunk_mask(
     at = queries[:, None]
     mask = np.concatenate(
         [
-            np.arange(n_sink)[None] <= at,
             (paged[None] < boundary) & (paged[None] >= behind),
+            np.arange(n_sink)[None] <= at,
             (body[None] >= boundary) & (body[None] >= behind) & (body[None] <= at),
         ],
         axis=1,
     )
-    return mx.array(mask)
+    return mx.array(mask[None, None])
 
 
 def _visible_raw(rings: Sequence[PageRing]) -> np.ndarray:

@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlx_lm.sample_utils import Sampler, make_sampler
 
 from server.engine.budget import Budget
 from server.engine.gauges import Gauges
+from server.engine.generator import first_tokens, new_generator
 from server.engine.host import Host, announce, load_host
 from server.engine.run import ANSWER_STEP, Run
 from server.engine.sessions import SessionRegistry
@@ -185,17 +187,7 @@ class MlxEngine:
         announce(self._host)
 
     def _new_generator(self) -> BatchGenerator:
-        model = self._host.model
-        generator = BatchGenerator(
-            model.model,
-            stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
-            completion_batch_size=self._settings.max_batch,
-            prefill_batch_size=self._settings.max_batch,
-            prefill_step_size=self._settings.prefill_chunk,
-        )
-        # Undoes the wired limit that the generator has just set: users' machines ran out of memory under it.
-        generator.close()
-        return generator
+        return new_generator(self._host.model, self._settings.max_batch, self._settings.prefill_chunk)
 
     def _listen(self) -> None:
         """Take all commands; wait for one when there is nothing else to do."""
@@ -257,14 +249,22 @@ class MlxEngine:
             log.error("a step failed; the requests in it are answered with an error", exc_info=error)
             self._drop_batch(error)
             return
-        for progress in prompts:
-            if run := self._runs.get(progress.uid):
-                run.deliver(PrefillProgress(*progress.progress))
-                if progress.end_of_prompt:
-                    self._metrics.prompt_tokens.labels(source="prefilled").inc(len(run.request.prompt) - run.cached)
         for response in tokens:
             if run := self._runs.get(response.uid):
                 self._take(run, response)
+        for progress in prompts:
+            if run := self._runs.get(progress.uid):
+                run.deliver(PrefillProgress(*progress.progress))
+        self._begin_answers(progress.uid for progress in prompts if progress.end_of_prompt)
+
+    def _begin_answers(self, uids: Iterable[int]) -> None:
+        """Prompts are through: count them, and send the first token's text without waiting for the second."""
+        for uid, token in first_tokens(self._generator, uids).items():
+            run = self._runs[uid]
+            self._metrics.prompt_tokens.labels(source="prefilled").inc(len(run.request.prompt) - run.cached)
+            if token not in self._host.model.tokenizer.eos_token_ids:
+                run.send(run.text.add(token))
+                run.sent_ahead = True
 
     def _take(self, run: Run, response: GenerationBatch.Response) -> None:
         """One token of one run."""
@@ -272,7 +272,9 @@ class MlxEngine:
         self._metrics.generated_tokens.inc()
         if (interval := run.token_interval()) is not None:
             self._metrics.inter_token_latency.observe(interval)
-        if response.finish_reason != "stop":
+        if run.sent_ahead:
+            run.sent_ahead = False
+        elif response.finish_reason != "stop":
             run.send(run.text.add(response.token))
         if run.text.stopped or response.finish_reason is not None:
             reason: FinishReason = "length" if response.finish_reason == "length" and not run.text.stopped else "stop"

@@ -16,6 +16,7 @@ class Run:
     """A request, its session, and how far it has come.
 
     `allowed` is the number of answer tokens that memory is promised for; `limit` the most that the request wants.
+    `sent_ahead`: the next token's text has gone out already.
     """
 
     request: GenerationRequest
@@ -26,6 +27,7 @@ class Run:
     limit: int
     allowed: int
     generated: int = 0
+    sent_ahead: bool = False
     last_token: float | None = None
     started: float = field(default_factory=time.monotonic)
 
