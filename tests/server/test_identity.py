@@ -1,0 +1,43 @@
+"""server.identity: which name wins, and which names are refused."""
+
+import pytest
+from starlette.datastructures import Headers
+
+from server.errors import InvalidRequest
+from server.identity import SESSION_HEADERS, session_key
+
+
+def test_nothing_named() -> None:
+    assert session_key(None, Headers()) is None
+    assert session_key("", Headers({"X-Session-ID": ""})) is None
+
+
+@pytest.mark.parametrize("index", range(len(SESSION_HEADERS)))
+def test_headers_in_order(index: int) -> None:
+    present = {name.lower(): f"from {name}" for name in reversed(SESSION_HEADERS[index:])}
+    assert session_key(None, Headers(present)) == f"from {SESSION_HEADERS[index]}"
+
+
+def test_prompt_cache_key_wins() -> None:
+    assert session_key("mine", Headers({"X-Session-ID": "theirs"})) == "mine"
+
+
+def test_header_bytes_are_utf8() -> None:
+    assert session_key(None, Headers(raw=[(b"session-id", "Füße 🦶".encode())])) == "Füße 🦶"
+    with pytest.raises(InvalidRequest, match="UTF-8") as caught:
+        session_key(None, Headers(raw=[(b"session-id", b"\xff\xfe")]))
+    assert caught.value.param == "Session-Id"
+
+
+@pytest.mark.parametrize("key", ["a\nb", "a\x00", "\x1b[31m", "tab\t", "\u200b", "\x85", "\u2028"])
+def test_unprintable_names_are_refused(key: str) -> None:
+    with pytest.raises(InvalidRequest, match="printable") as caught:
+        session_key(key, Headers())
+    assert (caught.value.status, caught.value.param) == (400, "prompt_cache_key")
+
+
+def test_length() -> None:
+    assert session_key("x" * 256, Headers()) == "x" * 256
+    with pytest.raises(InvalidRequest, match="maximum length 256") as caught:
+        session_key("x" * 257, Headers())
+    assert caught.value.code == "string_above_max_length"
