@@ -1,0 +1,1 @@
+"""Benchmarks: programs to run by hand or through `make bench`, not timed tests."""
