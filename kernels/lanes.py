@@ -66,6 +66,13 @@ class PageIndex:
         return mx.array(rows, dtype=mx.int32)
 
     @cached_property
+    def pageless(self) -> mx.array | None:
+        """Rows without a page, bool `[B, 1, 1, 1]`, or None when there is none among rows with pages. What `table`
+        makes them read belongs to others, so its values must not even be multiplied by 0: they may be NaN.
+        """
+        return None if all(self.tables) else mx.array([not t for t in self.tables])[:, None, None, None]
+
+    @cached_property
     def _by_head(self) -> dict[int, mx.array]:
         return {}
 
@@ -148,6 +155,8 @@ def attend_expanded(
     keys, values = raw_keys, raw_values
     if index.n_pages:
         page_keys, page_values = gather_expanded(lanes, pages, index.table, raw_keys.dtype)
+        if index.pageless is not None:
+            page_values = mx.where(index.pageless, 0.0, page_values)
         keys = mx.concatenate([page_keys, raw_keys], axis=2)
         values = mx.concatenate([page_values, raw_values], axis=2)
     queries = queries.astype(keys.dtype)

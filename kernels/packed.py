@@ -23,6 +23,8 @@ from kernels.reference import quantise
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (128, 64, 32)
 
+_TOP_BIT = 0x80
+
 _FEW_TOKENS = 32
 """Up to here pages are read packed; for longer chunks it is cheaper to expand them once (measured on a CPU)."""
 
@@ -39,7 +41,8 @@ class _Grid:
     def nearest(self, units: mx.array) -> tuple[mx.array, mx.array]:
         """Coordinates to codes and levels by rounding, which costs a tenth of a search."""
         codes = mx.clip(mx.round((units - self.low) / self.step), 0, self.n_levels - 1)
-        return codes.astype(mx.uint32), self.low + self.step * codes
+        # NaN as an integer is anything: kept within its own bits, it can't reach the neighbours' when packed.
+        return codes.astype(mx.uint32) & (self.n_levels - 1), self.low + self.step * codes
 
     def affine(self, shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """Scales and biases of MLX's lanes, constant."""
@@ -64,15 +67,20 @@ class _Grid:
 
         With u_k = byte >> (k * bits), the k-th code of a byte is c_k = u_k - 2**bits * u_(k+1). So x @ c_k is the
         difference of two plain products, and bytes become floats in order, without the interleaving that makes
-        `mx.dequantize` slow on a CPU. The products grow to 256 times the result's, which costs float32 two digits.
+        `mx.dequantize` slow on a CPU. The products are larger than their difference, which costs float32 a digit or
+        two; signed bytes (u_k - 128 / 2**(k * bits), which cancels out of all but the last code) keep that small.
         """
-        in_bytes = words.view(mx.uint8)
-        n_codes = 8 // bits
-        shifted = [in_bytes] + [mx.right_shift(in_bytes, mx.array(k * bits, dtype=mx.uint8)) for k in range(1, n_codes)]
+        signed, n_codes = (
+            mx.bitwise_xor(words.view(mx.uint8), mx.array(_TOP_BIT, dtype=mx.uint8)).view(mx.int8),
+            8 // bits,
+        )
+        shifted = [signed] + [mx.right_shift(signed, mx.array(k * bits, dtype=mx.int8)) for k in range(1, n_codes)]
         products = [x @ u.astype(mx.float32) for u in shifted]
-        codes = [here - (1 << bits) * above for here, above in itertools.pairwise(products)] + [products[-1]]
-        total = mx.stack(codes, axis=-1).flatten(-2) if n_codes > 1 else codes[0]
-        return self.step * total + self.low * x.sum(axis=-1, keepdims=True)
+        total = x.sum(axis=-1, keepdims=True)
+        codes = [here - (1 << bits) * above for here, above in itertools.pairwise(products)]
+        codes.append(products[-1] + (1 << (bits - 1)) * total)
+        product = mx.stack(codes, axis=-1).flatten(-2) if n_codes > 1 else codes[0]
+        return self.step * product + self.low * total
 
 
 class PackedLanes:
@@ -175,8 +183,10 @@ class PackedLanes:
         """Weights `[B, n_kv_heads, R, P * PAGE]` over every page's values: `[B, n_kv_heads, R, value_dim]`."""
         words, scales = self._gather(pages[1], index).flatten(2, 3), self._gather(pages[3], index)
         weights = weights * scales.flatten(-2)[:, :, None]
-        out = self._values.product(weights, words, self.shape.value_bits, self._value_group)
-        return out[..., : self.shape.value_dim]
+        out = self._values.product(weights, words, self.shape.value_bits, self._value_group)[
+            ..., : self.shape.value_dim
+        ]
+        return out if index.pageless is None else mx.where(index.pageless, 0.0, out)
 
     def _gather(self, array: mx.array, index: PageIndex) -> mx.array:
         """`[n_pages, n_kv_heads, ...]` to the rows' pages, head first: `[B, n_kv_heads, P, ...]`."""

@@ -117,8 +117,6 @@ class CacheBatch:
         else:
             index = mx.array(list(rows), dtype=mx.int32)
             other.raw = [(mx.take(keys, index, axis=0), mx.take(values, index, axis=0)) for keys, values in self.raw]
-        if self._remaining is not None:
-            other._remaining = [self._remaining[row] for row in rows]
         return other
 
     @classmethod
@@ -138,6 +136,7 @@ class CacheBatch:
             if row not in kept:
                 ring.close()
         self.rings = [self.rings[int(row)] for row in rows]
+        self._remaining = None  # a prompt that was interrupted does not go on in other rows
         index = mx.array([int(row) for row in rows], dtype=mx.int32)
         self.raw = [(mx.take(keys, index, axis=0), mx.take(values, index, axis=0)) for keys, values in self.raw]
 
@@ -151,6 +150,7 @@ class CacheBatch:
         elif other.n_rows:
             self.raw = other.raw
         self.rings = self.rings + other.rings
+        self._remaining = None
         other.rings, other.raw = [], [self._empty_raw(layer, 0) for layer in self.spec.layers]
 
     def close(self) -> None:

@@ -1,0 +1,91 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernels.lanes import Codebooks, LaneShape
+from kernels.layout import PAGE
+from kernels.reference import ReferenceLanes, nearest_level, quantise
+from tests.oracles import quantise_row
+from turbocache.backend import make_lanes
+from turbocache.codebook import levels_for
+
+rng = np.random.default_rng(11)
+
+
+def rows_of(dim: int, n: int = 512) -> np.ndarray:
+    """Rows of very different norms, some of them strange."""
+    rows = rng.normal(size=(n, dim)) * 10.0 ** rng.uniform(-3, 2, size=(n, 1))
+    rows[0] = 0
+    rows[1] = 1e2  # all coordinates alike
+    rows[2] = 0
+    rows[2, 0] = -3  # one coordinate only
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_quantise_follows_the_definition(bits: int, dim: int, unbiased: bool) -> None:
+    levels = levels_for("lloyd_max", bits, dim)
+    rows = rows_of(dim)
+    codes, scales = quantise(mx.array(rows), nearest_level(mx.array(levels)), unbiased=unbiased)
+    assert codes.dtype == mx.uint32
+    assert scales.dtype == mx.float16
+    got = levels[np.array(codes)] * np.array(scales).astype(np.float64)[:, None]
+    want = np.stack([quantise_row(row, levels, unbiased=unbiased) for row in rows])
+    # A coordinate on a boundary may fall to either side; the float16 scale may round to either side.
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    close = np.isclose(got, want, rtol=2e-3, atol=1e-9).all(axis=1)
+    assert close.mean() > 0.99
+    assert (np.abs(got - want) <= norms * np.diff(levels).max() * 3 + 1e-9).all()
+
+
+def test_a_tie_goes_to_the_lower_code() -> None:
+    levels = mx.array([-3.0, -1.0, 1.0, 3.0])
+    codes, read = nearest_level(levels)(mx.array([-2.0, 0.0, 2.0, -2.0001, 2.0001, -9.0, 9.0]))
+    assert codes.tolist() == [0, 1, 2, 0, 3, 0, 3]
+    assert read.tolist() == [-3.0, -1.0, 1.0, -3.0, 3.0, -3.0, 3.0]
+
+
+def test_key_scale_makes_the_row_orthogonal_to_its_own_error_and_the_value_scale_minimises_it() -> None:
+    levels = levels_for("lloyd_max", 3, 128).astype(np.float64)
+    rows = rng.normal(size=(256, 128)).astype(np.float32)
+    search = nearest_level(mx.array(levels.astype(np.float32)))
+    read = {}
+    for unbiased in (True, False):
+        codes, scales = quantise(mx.array(rows), search, unbiased=unbiased)
+        read[unbiased] = levels[np.array(codes)] * np.array(scales).astype(np.float64)[:, None]
+    squared = (rows.astype(np.float64) ** 2).sum(axis=1)
+    assert np.abs((read[True] * rows).sum(axis=1) / squared - 1).max() < 1e-3  # float16's half step is 5e-4
+    errors = {which: ((x - rows) ** 2).sum(axis=1) for which, x in read.items()}
+    assert (errors[False] <= errors[True] * (1 + 1e-3)).all()
+    assert (((read[False] - rows) * read[False]).sum(axis=1) / squared < 1e-3).all()
+
+
+def test_scales_stop_at_the_largest_float16_and_zero_rows_stay_zero() -> None:
+    lanes = make_lanes("reference", LaneShape(1, 1, 64, 64, 4, 4))
+    tokens = np.ones((1, 1, PAGE, 64), dtype=np.float32)
+    tokens[0, 0, 0] *= 1e6
+    tokens[0, 0, 1] = 0
+    for expanded in lanes.expand(lanes.encode(mx.array(tokens), mx.array(tokens)), mx.float32):
+        read = np.array(expanded)
+        assert np.isfinite(read).all()
+        assert (read[0, 0, 1] == 0).all()
+        assert (read[0, 0, 0] > 0).all()
+
+
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(4, 4), (8, 3), (1, 1), (5, 7)])
+def test_page_arrays_describe_what_encode_makes(key_bits: int, value_bits: int) -> None:
+    lanes = make_lanes("reference", LaneShape(6, 2, 80, 96, key_bits, value_bits))
+    pages = lanes.encode(mx.zeros((3, 2, PAGE, 80)), mx.zeros((3, 2, PAGE, 96)))
+    assert [(p.shape[1:], p.dtype) for p in pages] == [(tuple(s), d) for s, d in lanes.page_arrays()]
+    keys, values = lanes.expand(pages, mx.bfloat16)
+    assert keys.shape == (3, 2, PAGE, 80)
+    assert values.shape == (3, 2, PAGE, 96)
+    assert keys.dtype == values.dtype == mx.bfloat16
+
+
+def test_codebooks_of_the_wrong_size_are_refused() -> None:
+    books = Codebooks(levels_for("lloyd_max", 3, 64), levels_for("lloyd_max", 4, 64))
+    with pytest.raises(ValueError, match="8 and 16 levels; 4 and 4 bits need 16 and 16"):
+        ReferenceLanes(LaneShape(1, 1, 64, 64, 4, 4), books)

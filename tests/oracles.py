@@ -1,0 +1,284 @@
+"""Oracles in float64 numpy that share no code with what they judge, and a driver that holds caches against them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+import numpy as np
+
+from kernels.layout import PAGE
+from turbocache import seam
+from turbocache.batch import CacheSpec
+from turbocache.plan import LayerGeometry
+from turbocache.pool import PagePool
+from turbocache.presets import preset
+from turbocache.ring import RingConfig
+from turbocache.rotation import Rotation
+from turbocache.store import compressed_layer
+from turbocache.view import PagedKVCache
+
+Array = np.ndarray
+BlockCodec = Callable[[Array], Array]
+"""Tokens of one block `[PAGE, n_kv_heads, dim]` to what a page gives back."""
+
+
+def attend_dense(queries: Array, keys: Array, values: Array, scale: float, sinks: Array | None = None) -> Array:
+    """One query token over tokens: `[n_heads, dk]`, `[T, n_kv_heads, dk]`, `[T, n_kv_heads, dv]` to `[n_heads, dv]`."""
+    n_heads, n_kv_heads = queries.shape[0], keys.shape[1]
+    of_head = np.arange(n_heads) // (n_heads // n_kv_heads)
+    scores = scale * np.einsum("hd,thd->ht", queries.astype(np.float64), keys[:, of_head].astype(np.float64))
+    extra = np.full((n_heads, 1), -np.inf) if sinks is None else np.asarray(sinks, dtype=np.float64)[:, None]
+    scores = np.concatenate([scores, extra], axis=1)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.einsum("ht,thd->hd", weights[:, :-1], values[:, of_head].astype(np.float64))
+
+
+def visible_positions(position: int, keep: int, max_size: int | None) -> Array:
+    """Positions that a query sees, itself included: the first `keep` and the latest `max_size - keep`."""
+    everything = np.arange(position + 1)
+    if max_size is None:
+        return everything
+    return everything[(everything < keep) | (everything > position - (max_size - keep))]
+
+
+def quantise_row(row: Array, levels: Array, *, unbiased: bool) -> Array:
+    """What a row `[dim]` is read back as, by the definition (TurboQuant's codes; EDEN's or least-squares scale)."""
+    norm = np.sqrt((row.astype(np.float64) ** 2).sum())
+    if norm == 0:
+        return np.zeros_like(row, dtype=np.float64)
+    unit = row / norm
+    read = levels.astype(np.float64)[np.abs(unit[:, None] - levels[None, :].astype(np.float64)).argmin(axis=1)]
+    scale = norm / (read @ unit) if unbiased else norm * (read @ unit) / (read @ read)
+    return float(np.float16(min(scale, 65504.0))) * read
+
+
+def rotated_codec(levels: Array, dim: int, *, unbiased: bool) -> BlockCodec:
+    """Rotate, quantise, rotate back. Takes the rotation as a matrix from `Rotation`, which has its own tests."""
+    matrix = np.array(Rotation(dim).apply(mx.eye(dim)), dtype=np.float64)
+
+    def codec(block: Array) -> Array:
+        rows = (block.reshape(-1, dim) @ matrix).astype(np.float32)
+        read = np.stack([quantise_row(row, levels, unbiased=unbiased) for row in rows])
+        return np.asarray(read @ matrix.T).reshape(block.shape)
+
+    return codec
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of one attention layer."""
+
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    key_dim: int = 16
+    value_dim: int = 16
+
+
+def make_spec(
+    ring: RingConfig,
+    layers: Sequence[Heads],
+    n_pages: int,
+    preset_name: str = "off",
+    backend: str = "reference",
+    dtype: mx.Dtype = mx.float32,
+    initial: int = 64,
+) -> CacheSpec:
+    """A process-wide spec over layers of the given shapes."""
+    kinds = [
+        compressed_layer(
+            LayerGeometry(h.n_heads, h.n_kv_heads, h.key_dim, h.value_dim, dtype), preset(preset_name), backend
+        )
+        for h in layers
+    ]
+    return CacheSpec(ring, PagePool([kind.lanes for kind in kinds], n_pages, initial), tuple(kinds))
+
+
+@dataclass
+class History:
+    """One row's tokens by layer, as they were given, and how many blocks are read from pages."""
+
+    keys: list[Array]
+    values: list[Array]
+    flushed: int = 0
+
+    @classmethod
+    def empty(cls, layers: Sequence[Heads]) -> "History":
+        return cls(
+            [np.zeros((0, h.n_kv_heads, h.key_dim)) for h in layers],
+            [np.zeros((0, h.n_kv_heads, h.value_dim)) for h in layers],
+        )
+
+    @property
+    def offset(self) -> int:
+        return len(self.keys[0])
+
+    def copy(self) -> "History":
+        return History(list(self.keys), list(self.values), self.flushed)
+
+
+@dataclass
+class Paged:
+    """A batch of paged caches next to its rows' histories; every step compares attention with the oracle."""
+
+    layers: Sequence[Heads]
+    spec: CacheSpec
+    rng: np.random.Generator
+    codecs: Sequence[tuple[BlockCodec, BlockCodec]] | None = None
+    tolerance: float = 5e-6
+    views: list[PagedKVCache] = field(default_factory=list)
+    rows: list[History] = field(default_factory=list)
+    worst: float = 0.0
+    n_compared: int = 0
+
+    @classmethod
+    def session(cls, layers: Sequence[Heads], spec: CacheSpec, rng: np.random.Generator, **more: object) -> "Paged":
+        made = cls(layers, spec, rng, **more)  # type: ignore[arg-type]
+        made.views, made.rows = PagedKVCache.layers(spec), [History.empty(layers)]
+        return made
+
+    def sibling(self, views: list[PagedKVCache], rows: list[History]) -> "Paged":
+        """The same driver over other caches."""
+        return replace(self, views=views, rows=rows)
+
+    def append(self, n: int) -> None:
+        """The same number of tokens for every row."""
+        self._step(n, [n] * len(self.rows))
+
+    def append_padded(self, lengths: Sequence[int], chunk: int = 1 << 30) -> None:
+        """Right-padded prompts in chunks of columns; whatever lies in the padding must not matter."""
+        for view in self.views:
+            view.prepare(lengths=list(lengths), right_padding=[max(lengths) - n for n in lengths])
+        left = list(lengths)
+        while max(left):
+            columns = min(chunk, max(left))
+            here = [min(columns, n) for n in left]
+            self._step(columns, here)
+            left = [n - m for n, m in zip(left, here, strict=True)]
+        for view in self.views:
+            view.finalize()
+
+    def _step(self, columns: int, lengths: Sequence[int]) -> None:
+        before = [row.flushed for row in self.rows]
+        outs = []
+        for i, heads in enumerate(self.layers):
+            q, k, v = self.random_inputs(heads, columns, lengths)
+            view = self.views[i]
+            # Every layer, also those that follow the leader, must report the position before this step.
+            assert np.array(view.offset).reshape(-1).tolist() == [len(row.keys[i]) for row in self.rows]
+            pending = view.update_and_fetch(mx.array(k), mx.array(v))
+            scale = heads.key_dim**-0.5
+            out = seam.attention(mx.array(q), *pending, view, scale=scale, mask=view.make_mask(columns))
+            for row, n, history in zip(range(len(lengths)), lengths, self.rows, strict=True):
+                history.keys[i] = np.concatenate([history.keys[i], k[row, :, :n].swapaxes(0, 1)])
+                history.values[i] = np.concatenate([history.values[i], v[row, :, :n].swapaxes(0, 1)])
+            outs.append((q, out))
+        mx.eval([view.state for view in self.views], [out for _, out in outs])
+        for i, (q, out) in enumerate(outs):
+            got = np.array(out)
+            for row, n in enumerate(lengths):
+                for column in self._judged(n):
+                    want = self.expected(i, row, self.rows[row].offset - n + column, q[row, :, column], before[row])
+                    self.worst = max(self.worst, float(np.abs(got[row, :, column] - want).max()))
+                    self.n_compared += 1
+                    np.testing.assert_allclose(got[row, :, column], want, atol=self.tolerance, rtol=0)
+        for row, n in zip(self.rows, lengths, strict=True):
+            if n:
+                row.flushed = self.blocks_in_pages(row.offset - 1, row.flushed)
+
+    def _judged(self, n: int, most: int = 16) -> list[int]:
+        """Columns to compare: all of a short chunk; of a long one both ends and a random choice."""
+        if n <= most:
+            return list(range(n))
+        ends = [0, 1, n - 2, n - 1]
+        return sorted({*ends, *self.rng.choice(n, size=most - len(ends), replace=False).tolist()})
+
+    def random_inputs(self, heads: Heads, columns: int, lengths: Sequence[int]) -> tuple[Array, Array, Array]:
+        """Queries, keys and values; NaN in the padding."""
+        shapes = (heads.n_heads, heads.key_dim), (heads.n_kv_heads, heads.key_dim), (heads.n_kv_heads, heads.value_dim)
+        made = []
+        for n_heads, dim in shapes:
+            x = self.rng.normal(size=(len(lengths), n_heads, columns, dim)).astype(np.float32)
+            for row, n in enumerate(lengths):
+                x[row, :, n:] = np.nan
+            made.append(x)
+        return made[0], made[1], made[2]
+
+    def blocks_in_pages(self, position: int, floor: int) -> int:
+        """Blocks that a query at `position` reads from pages."""
+        ring = self.spec.ring
+        return max(floor, (position - ring.keep) // PAGE - ring.window // PAGE)
+
+    def expected(self, layer: int, row: int, position: int, queries: Array, floor: int) -> Array:
+        """The oracle's answer for one query. `floor` is the number of blocks in pages before the step."""
+        ring, history = self.spec.ring, self.rows[row]
+        at = visible_positions(position, ring.keep, ring.max_size)
+        keys, values = history.keys[layer][: position + 1], history.values[layer][: position + 1]
+        if self.codecs is not None:
+            n_blocks = self.blocks_in_pages(position, floor)
+            keys = self._with_pages(keys, n_blocks, self.codecs[layer][0])
+            values = self._with_pages(values, n_blocks, self.codecs[layer][1])
+        return attend_dense(queries, keys[at], values[at], self.layers[layer].key_dim ** -0.5)
+
+    def _with_pages(self, tokens: Array, n_blocks: int, codec: BlockCodec) -> Array:
+        tokens, keep = tokens.copy(), self.spec.ring.keep
+        for block in range(n_blocks):
+            here = slice(keep + PAGE * block, keep + PAGE * (block + 1))
+            tokens[here] = _cached(codec, tokens[here])
+        return tokens
+
+    def trim(self, n: int) -> None:
+        """Forget the newest tokens. A page that is cut leaves its older tokens as it had them."""
+        for view in self.views:
+            assert view.trim(n) == n
+        for row in self.rows:
+            blocks = max(0, (row.offset - n - self.spec.ring.keep) // PAGE)
+            if blocks < row.flushed:
+                if self.codecs is not None:
+                    start = self.spec.ring.keep + PAGE * blocks
+                    for i, (key_codec, value_codec) in enumerate(self.codecs):
+                        for tokens, codec in ((row.keys, key_codec), (row.values, value_codec)):
+                            tokens[i] = tokens[i].copy()
+                            tokens[i][start : start + PAGE] = _cached(codec, tokens[i][start : start + PAGE])
+                row.flushed = blocks
+            row.keys = [tokens[: len(tokens) - n] for tokens in row.keys]
+            row.values = [tokens[: len(tokens) - n] for tokens in row.values]
+
+
+_pages: dict[tuple[BlockCodec, bytes], Array] = {}
+
+
+def _cached(codec: BlockCodec, block: Array) -> Array:
+    key = (codec, block.tobytes())
+    if key not in _pages:
+        if len(_pages) > 4096:
+            _pages.clear()
+        _pages[key] = codec(block)
+    return _pages[key]
+
+
+def merged(parts: Sequence[Paged]) -> Paged:
+    """One batch of all parts' rows; the parts stay as they are."""
+    views = [
+        part_views[0].merge(part_views) for part_views in map(list, zip(*(part.views for part in parts), strict=True))
+    ]
+    return parts[0].sibling(views, [row.copy() for part in parts for row in part.rows])
+
+
+def extracted(batch: Paged, row: int) -> Paged:
+    """An independent session of one row."""
+    return batch.sibling([view.extract(row) for view in batch.views], [batch.rows[row].copy()])
+
+
+def filtered(batch: Paged, rows: Sequence[int]) -> None:
+    """Keep only these rows."""
+    for view in batch.views:
+        view.filter(list(rows))
+    batch.rows = [batch.rows[row] for row in rows]
+
+
+def extended(batch: Paged, other: Paged) -> None:
+    """Take over the rows of another batch."""
+    for view, theirs in zip(batch.views, other.views, strict=True):
+        view.extend(theirs)
+    batch.rows, other.rows = batch.rows + other.rows, []

@@ -1,0 +1,65 @@
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm.models import base, llama
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+from turbocache.presets import preset
+from turbocache.ring import RingConfig
+from turbocache.store import CacheStore, checked_plans
+from turbocache.view import PagedKVCache
+
+
+def test_a_mixed_model_says_the_same_as_with_mlx_lms_caches(gemma: Module) -> None:
+    plans = checked_plans(gemma)
+    assert [plan.compressed for plan in plans] == [False, True, False, True]
+    store = CacheStore(gemma, plans, preset("off"), "packed", RingConfig(4, 0), 50)
+    ours, theirs = store.new_cache(), make_prompt_cache(gemma)
+    assert [type(layer) for layer in ours] == [RotatingKVCache, PagedKVCache] * 2
+    for tokens in ([5] * 3 + list(range(90)), [7], list(range(40)), [1]):
+        got, want = (gemma(mx.array([tokens]), cache=cache) for cache in (ours, theirs))
+        assert float(mx.abs(got - want).max()) < 1e-3 * float(mx.abs(want).max())
+
+
+class _Peeking(Module):
+    """A model that looks at its keys before attention, which only real arrays allow."""
+
+    def __init__(self, inner: Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.layers = inner.layers
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        n = tokens.shape[1]
+        for layer in cache:
+            q, k, v = mx.ones((1, 4, n, 64)), mx.ones((1, 2, n, 64)), mx.ones((1, 2, n, 64))
+            keys, values = layer.update_and_fetch(k, v)
+            base.scaled_dot_product_attention(q, keys[..., :], values, cache=layer, scale=1.0, mask=None)
+        return mx.ones((1, n, 97))
+
+
+def test_a_model_that_cannot_use_paged_caches_falls_back_as_a_whole_with_the_reason(tiny_llama: Module) -> None:
+    plans = checked_plans(_Peeking(tiny_llama))
+    assert not any(plan.compressed for plan in plans)
+    assert "can't use a paged cache: TypeError" in plans[0].reason
+
+
+class _Deaf(llama.Model):  # type: ignore[misc]
+    """A model that gives its cache other keys than attention should see: it moves the positions of long prompts."""
+
+    def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
+        out: mx.array = super().__call__(inputs, cache=cache)
+        if cache is not None and isinstance(cache[0], PagedKVCache):
+            out = out[:, :, ::-1]
+        return out
+
+
+def test_other_logits_than_with_mlx_lms_caches_are_a_reason_to_fall_back(tiny_llama: Module) -> None:
+    deaf = _Deaf(tiny_llama.args)
+    deaf.update(tiny_llama.parameters())
+    plans = checked_plans(deaf)
+    assert not any(plan.compressed for plan in plans)
+    assert "logits over a paged cache differ by" in plans[0].reason
+    assert plans[0].token_nbytes == 2 * 2 * 64 * 4
+    assert all(plan.compressed for plan in checked_plans(tiny_llama))
