@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.layout import PAGE
+from kernels.softmax import attention
 
 Pages = tuple[mx.array, ...]
 """The arrays of one layer's pages, each `[n_pages, ...]`, in the order of `Lanes.page_arrays`."""
@@ -151,7 +152,7 @@ def attend_expanded(
     mask: Mask,
     sinks: mx.array | None,
 ) -> mx.array:
-    """`Lanes.attend` by expanding every page and calling MLX's attention: the definition of correct."""
+    """`Lanes.attend` by expanding every page and attending in the plain way: the definition of correct."""
     keys, values = raw_keys, raw_values
     if index.n_pages:
         page_keys, page_values = gather_expanded(lanes, pages, index.table, raw_keys.dtype)
@@ -159,7 +160,5 @@ def attend_expanded(
             page_values = mx.where(index.pageless, 0.0, page_values)
         keys = mx.concatenate([page_keys, raw_keys], axis=2)
         values = mx.concatenate([page_values, raw_values], axis=2)
-    queries = queries.astype(keys.dtype)
     sinks = sinks if sinks is None else sinks.astype(keys.dtype)
-    out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask, sinks=sinks)
-    return out.astype(mx.float32)
+    return attention(queries.astype(keys.dtype), keys, values, mask, sinks).astype(mx.float32)

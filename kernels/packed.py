@@ -9,8 +9,8 @@ dim is then the fast one of MLX's two forms), value codes packed along the head 
 key scales and value scales `[PAGE]` in float16.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import ClassVar
 
 import mlx.core as mx
@@ -19,11 +19,10 @@ import numpy as np
 from kernels.lanes import CodebookKind, Codebooks, LaneShape, Mask, PageIndex, Pages, attend_expanded
 from kernels.layout import PAGE, pack, words_for
 from kernels.reference import quantise
+from kernels.softmax import causal_mask, divided, on_cpu, weigh
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (128, 64, 32)
-
-_TOP_BIT = 0x80
 
 _FEW_TOKENS = 32
 """Up to here pages are read packed; for longer chunks it is cheaper to expand them once (measured on a CPU)."""
@@ -53,7 +52,7 @@ class _Grid:
 
         MLX's quantised product, except on the CPU, where it decodes the codes anew for every row of `x`.
         """
-        if mx.default_device().type == mx.cpu:
+        if on_cpu():
             if 8 % bits == 0:
                 return self._product_of_bytes(x, words, bits)
             groups = (*words.shape[:-1], words.shape[-1] * 32 // bits // group)
@@ -68,19 +67,26 @@ class _Grid:
         With u_k = byte >> (k * bits), the k-th code of a byte is c_k = u_k - 2**bits * u_(k+1). So x @ c_k is the
         difference of two plain products, and bytes become floats in order, without the interleaving that makes
         `mx.dequantize` slow on a CPU. The products are larger than their difference, which costs float32 a digit or
-        two; signed bytes (u_k - 128 / 2**(k * bits), which cancels out of all but the last code) keep that small.
+        two; u_k around 0 keep that small, and their differences are then the levels in units of the step.
         """
-        signed, n_codes = (
-            mx.bitwise_xor(words.view(mx.uint8), mx.array(_TOP_BIT, dtype=mx.uint8)).view(mx.int8),
-            8 // bits,
-        )
-        shifted = [signed] + [mx.right_shift(signed, mx.array(k * bits, dtype=mx.int8)) for k in range(1, n_codes)]
-        products = [x @ u.astype(mx.float32) for u in shifted]
-        total = x.sum(axis=-1, keepdims=True)
-        codes = [here - (1 << bits) * above for here, above in itertools.pairwise(products)]
-        codes.append(products[-1] + (1 << (bits - 1)) * total)
-        product = mx.stack(codes, axis=-1).flatten(-2) if n_codes > 1 else codes[0]
-        return self.step * product + self.low * total
+        x, above, codes = x * self.step, None, []
+        for u in reversed(_shifted_bytes(bits)(words.view(mx.uint8))):
+            here = x @ u
+            codes.append(here if above is None else here - (1 << bits) * above)
+            above = here
+        return mx.stack(codes[::-1], axis=-1).flatten(-2) if len(codes) > 1 else codes[0]
+
+
+@cache
+def _shifted_bytes(bits: int) -> Callable[[mx.array], tuple[mx.array, ...]]:
+    """Bytes to all their u_k as float32, each less the middle of its range; one pass where MLX can compile it."""
+
+    def shift(in_bytes: mx.array) -> tuple[mx.array, ...]:
+        shifted = [mx.right_shift(in_bytes, mx.array(k, dtype=mx.uint8)) if k else in_bytes for k in range(0, 8, bits)]
+        return tuple(u.astype(mx.float32) - (255 >> k) / 2 for u, k in zip(shifted, range(0, 8, bits), strict=True))
+
+    compiled: Callable[[mx.array], tuple[mx.array, ...]] = mx.compile(shift, shapeless=True)
+    return compiled
 
 
 class PackedLanes:
@@ -160,16 +166,14 @@ class PackedLanes:
         if n_paged:
             scores = mx.concatenate([self._page_scores(grouped, pages, index), scores], axis=-1)
         scores = scores.reshape(n_rows, n_kv_heads, n_repeats, n_tokens, -1)
-        if mask is not None:
-            if isinstance(mask, str):
-                n_keys = scores.shape[-1]
-                mask = mx.arange(n_keys) <= mx.arange(n_keys - n_tokens, n_keys)[:, None]
-                mask = mask[None, None]
-            scores = mx.where(mask[:, :, None], scores, -mx.inf)
-        weights = _softmax(scores, sinks).reshape(n_rows, n_kv_heads, n_repeats * n_tokens, -1)
+        if isinstance(mask, str):
+            mask = causal_mask(n_tokens, scores.shape[-1])
+        weights, total = weigh(scores, None if mask is None else mask[:, :, None], sinks)
+        weights = weights.flatten(2, 3)
         out = weights[..., n_paged:] @ raw_values
         if n_paged:
             out = out + self._page_values(weights[..., :n_paged], pages, index)
+        out = divided(out.reshape(n_rows, n_kv_heads, n_repeats, n_tokens, -1), total)
         return out.reshape(n_rows, n_heads, n_tokens, self.shape.value_dim)
 
     def _page_scores(self, grouped: mx.array, pages: Pages, index: PageIndex) -> mx.array:
@@ -191,12 +195,3 @@ class PackedLanes:
     def _gather(self, array: mx.array, index: PageIndex) -> mx.array:
         """`[n_pages, n_kv_heads, ...]` to the rows' pages, head first: `[B, n_kv_heads, P, ...]`."""
         return mx.take(array.flatten(0, 1), index.heads(self.shape.n_kv_heads), axis=0)
-
-
-def _softmax(scores: mx.array, sinks: mx.array | None) -> mx.array:
-    """Over the last axis of `[B, n_kv_heads, n_repeats, L, keys]`, with one more logit per head if there are sinks."""
-    if sinks is None:
-        return mx.softmax(scores, axis=-1)
-    column = sinks.astype(mx.float32).reshape(1, *scores.shape[1:3], 1, 1)
-    column = mx.broadcast_to(column, (*scores.shape[:-1], 1))
-    return mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]

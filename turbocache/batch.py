@@ -253,7 +253,8 @@ class CacheBatch:
         """`[B, n_heads, 1, key_dim]` in the model's basis and dtype to `[B, n_heads, 1, value_dim]` likewise."""
         kind = self.spec.layers[layer]
         rotated = kind.key_rotation.apply(queries, scale)
-        out = kind.lanes.attend(rotated, *self.raw[layer], self.spec.pool.pages(layer), step.index, step.mask, sinks)
+        keys, values = (raw[:, :, : step.n_raw] for raw in self.raw[layer])
+        out = kind.lanes.attend(rotated, keys, values, self.spec.pool.pages(layer), step.index, step.mask, sinks)
         return kind.value_rotation.inverse(out).astype(queries.dtype)
 
     def prefill(

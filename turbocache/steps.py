@@ -27,10 +27,13 @@ class Flush:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """One token per row. `slots` int32 `[B, 1, 1, 1]`; `mask` as `Lanes.attend` wants it, pages first."""
+    """One token per row. `slots` int32 `[B, 1, 1, 1]`; raw slots from `n_raw` on are empty in every row; `mask` is as
+    `Lanes.attend` wants it, pages first and then the first `n_raw` raw slots.
+    """
 
     flushes: tuple[Flush, ...]
     slots: mx.array
+    n_raw: int
     index: PageIndex
     mask: mx.array | None
 
@@ -80,10 +83,13 @@ def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: PageIndex |
     index = PageIndex(tuple(tuple(ring.pages) for ring in rings))
     if previous is not None and previous.tables == index.tables:
         index = previous
-    visible = np.concatenate([_visible_in_pages(rings, index.n_pages), _visible_raw(rings)], axis=1)
+    raw = _visible_raw(rings)
+    n_raw = int(np.flatnonzero(raw.any(axis=0))[-1]) + 1
+    visible = np.concatenate([_visible_in_pages(rings, index.n_pages), raw[:, :n_raw]], axis=1)
     mask = None if visible.all() else mx.array(visible[:, None, None, :])
     rotated = sum(ring.rotate() for ring in rings)
-    return DecodeStep(tuple(flushes), mx.array(slots, dtype=mx.int32)[:, None, None, None], index, mask), rotated
+    at = mx.array(slots, dtype=mx.int32)[:, None, None, None]
+    return DecodeStep(tuple(flushes), at, n_raw, index, mask), rotated
 
 
 def plan_prefill(rings: Sequence[PageRing], lengths: Sequence[int], pool: PagePool) -> tuple[PrefillStep, int]:

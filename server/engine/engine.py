@@ -1,5 +1,6 @@
 """The engine thread: takes requests, keeps the batch full, feeds tokens back, and puts sessions to rest."""
 
+import gc
 import logging
 import queue
 import threading
@@ -184,6 +185,9 @@ class MlxEngine:
         self._registry = SessionRegistry(store.new_cache)
         self._gauges = Gauges(self._metrics, self._host, self._registry)
         self._generator = self._new_generator()
+        # What the start has loaded lives as long as the process: collections need not look at it between tokens.
+        gc.collect()
+        gc.freeze()
         announce(self._host)
 
     def _new_generator(self) -> BatchGenerator:
