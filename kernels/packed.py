@@ -161,20 +161,21 @@ class PackedLanes:
         n_kv_heads, n_repeats = self.shape.n_kv_heads, n_heads // self.shape.n_kv_heads
         grouped = queries.reshape(n_rows, n_kv_heads, n_repeats * n_tokens, key_dim)
         raw_keys, raw_values = raw_keys.astype(mx.float32), raw_values.astype(mx.float32)
-        scores = grouped @ raw_keys.swapaxes(-1, -2)
-        n_paged = index.n_pages * PAGE
+        n_paged, n_raw, shape = index.n_pages * PAGE, raw_keys.shape[2], (n_rows, n_kv_heads, n_repeats, n_tokens)
+        page_mask: mx.array | None = None
+        raw_mask: mx.array | None = None
+        if isinstance(mask, str):  # causal among the raw tokens, and every page is older than they are
+            raw_mask = causal_mask(n_tokens, n_raw)[:, :, None]
+        elif mask is not None:
+            page_mask, raw_mask = mx.split(mask[:, :, None], [n_paged], axis=-1)
+        parts = [((grouped @ raw_keys.swapaxes(-1, -2)).reshape(*shape, n_raw), raw_mask)]
         if n_paged:
-            scores = mx.concatenate([self._page_scores(grouped, pages, index), scores], axis=-1)
-        scores = scores.reshape(n_rows, n_kv_heads, n_repeats, n_tokens, -1)
-        if isinstance(mask, str):
-            mask = causal_mask(n_tokens, scores.shape[-1])
-        weights, total = weigh(scores, None if mask is None else mask[:, :, None], sinks)
-        weights = weights.flatten(2, 3)
-        out = weights[..., n_paged:] @ raw_values
+            parts.append((self._page_scores(grouped, pages, index).reshape(*shape, n_paged), page_mask))
+        weights, total = weigh(parts, sinks)
+        out = weights[0].flatten(2, 3) @ raw_values
         if n_paged:
-            out = out + self._page_values(weights[..., :n_paged], pages, index)
-        out = divided(out.reshape(n_rows, n_kv_heads, n_repeats, n_tokens, -1), total)
-        return out.reshape(n_rows, n_heads, n_tokens, self.shape.value_dim)
+            out = out + self._page_values(weights[1].flatten(2, 3), pages, index)
+        return divided(out.reshape(*shape, -1), total).reshape(n_rows, n_heads, n_tokens, self.shape.value_dim)
 
     def _page_scores(self, grouped: mx.array, pages: Pages, index: PageIndex) -> mx.array:
         """Queries `[B, n_kv_heads, R, key_dim]` against every page: `[B, n_kv_heads, R, P * PAGE]`."""

@@ -5,6 +5,10 @@ polynomial in MLX operations takes 1 to 2 ns, as long as the arrays stay in the 
 through in tiles.
 """
 
+import itertools
+from collections.abc import Sequence
+from functools import reduce
+
 import mlx.core as mx
 
 _LOG2_E = 1.4426950408889634
@@ -56,26 +60,32 @@ def exp_below(x: mx.array, top: mx.array) -> mx.array:
     return raised.view(mx.float32)
 
 
-def weigh(scores: mx.array, mask: mx.array | None, sinks: mx.array | None) -> tuple[mx.array, mx.array | float]:
-    """Softmax without its division: weights `[B, n_kv_heads, n_repeats, L, keys]` and their totals `[..., 1]`, or
-    weights that add up to 1 and the total 1.
+Masked = tuple[mx.array, mx.array | None]
+"""Scores `[B, n_kv_heads, n_repeats, L, keys]` and a bool mask that broadcasts against them, or None."""
 
-    `mask` is bool and broadcasts against the scores; what it hides weighs at most 1e-37 of the rest. `sinks`
-    `[n_heads]` are logits that count in the total and weigh nothing.
+
+def weigh(parts: Sequence[Masked], sinks: mx.array | None) -> tuple[list[mx.array], mx.array | float]:
+    """Softmax over the keys of all parts together, without its division: each part's weights, and their total
+    `[B, n_kv_heads, n_repeats, L, 1]` (or 1 when they add up to that already).
+
+    What a mask hides weighs at most 1e-37 of the rest. `sinks` `[n_heads]` are logits that count in the total and
+    weigh nothing.
     """
-    if mask is not None:
-        scores = mx.where(mask, scores, _LOWEST)
-    if sinks is None and (scores.size < _FEW or not on_cpu()):
-        return mx.softmax(scores, axis=-1), 1.0
-    top = scores.max(axis=-1, keepdims=True)
+    scores = [part if mask is None else mx.where(mask, part, _LOWEST) for part, mask in parts]
+    if sinks is None and (sum(part.size for part in scores) < _FEW or not on_cpu()):
+        ends = list(itertools.accumulate(part.shape[-1] for part in scores))
+        weights = mx.softmax(mx.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
+        return mx.split(weights, ends[:-1], axis=-1), 1.0
+    tops = [part.max(axis=-1, keepdims=True) for part in scores]
     if sinks is not None:
-        sinks = sinks.astype(mx.float32).reshape(1, *scores.shape[1:3], 1, 1)
-        top = mx.maximum(top, sinks)
-    weights = exp_below(scores, top)
-    total = weights.sum(axis=-1, keepdims=True)
+        sinks = sinks.astype(mx.float32).reshape(1, *scores[0].shape[1:3], 1, 1)
+        tops.append(sinks)
+    top = reduce(mx.maximum, tops)
+    weights = [exp_below(part, top) for part in scores]
+    totals = [part.sum(axis=-1, keepdims=True) for part in weights]
     if sinks is not None:
-        total = total + exp_below(sinks, top)
-    return weights, total
+        totals.append(exp_below(sinks, top))
+    return weights, reduce(mx.add, totals)
 
 
 def divided(out: mx.array, total: mx.array | float) -> mx.array:
@@ -110,6 +120,6 @@ def attention(
         shape = tile.shape[:-1]
         scores = (tile.flatten(2, 3) @ transposed).reshape(*shape, n_keys)
         seen = None if mask is None else mask[:, :, None, start : start + per_tile]
-        weights, total = weigh(scores, seen, sinks)
+        (weights,), total = weigh([(scores, seen)], sinks)
         tiles.append(divided((weights.flatten(2, 3) @ values).reshape(*shape, -1), total))
     return mx.concatenate(tiles, axis=3).flatten(1, 2)

@@ -1,12 +1,16 @@
 """How much memory the device has, as far as caches are concerned."""
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMINFO = Path("/proc/meminfo")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+_KEPT = 1 << 28
 
 
 def on_cpu() -> bool:
@@ -39,3 +43,16 @@ def available_memory() -> int:
     if "free_memory" in info:
         return int(info["free_memory"])
     return device_memory() - mx.get_active_memory()
+
+
+def keep_freed_memory() -> bool:
+    """Tell the C library to keep freed memory for the next step instead of giving it back; whether it listened.
+
+    On the CPU every step allocates and frees the same few megabytes, and glibc returns them to the system each time:
+    the page faults were a quarter of a decode step over 4,000 tokens (43 ms with, 33 without). Call it before the
+    thread that computes starts; at most `_KEPT` bytes are kept. Does nothing but on Linux's CPU backend.
+    """
+    if not (on_cpu() and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")):
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all([mallopt(_M_ARENA_MAX, 1), mallopt(_M_MMAP_THRESHOLD, _KEPT), mallopt(_M_TRIM_THRESHOLD, _KEPT)])

@@ -42,6 +42,7 @@ from server.protocol import (
     SamplingParams,
 )
 from server.settings import Settings
+from turbocache.memory import keep_freed_memory
 from turbocache.store import evaluate
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class MlxEngine:
 
     def start(self) -> None:
         """Load the model and begin to serve. Raises StartupError when that fails."""
+        keep_freed_memory()
         self._thread.start()
         self._ready.wait()
         if isinstance(self._startup_error, StartupError):
