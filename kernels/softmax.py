@@ -75,17 +75,17 @@ def weigh(parts: Sequence[Masked], sinks: mx.array | None) -> tuple[list[mx.arra
     if sinks is None and (sum(part.size for part in scores) < _FEW or not on_cpu()):
         ends = list(itertools.accumulate(part.shape[-1] for part in scores))
         weights = mx.softmax(mx.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
-        return mx.split(weights, ends[:-1], axis=-1), 1.0
+        return list(mx.split(weights, ends[:-1], axis=-1)), 1.0
     tops = [part.max(axis=-1, keepdims=True) for part in scores]
     if sinks is not None:
         sinks = sinks.astype(mx.float32).reshape(1, *scores[0].shape[1:3], 1, 1)
         tops.append(sinks)
     top = reduce(mx.maximum, tops)
-    weights = [exp_below(part, top) for part in scores]
-    totals = [part.sum(axis=-1, keepdims=True) for part in weights]
+    raised = [exp_below(part, top) for part in scores]
+    totals = [part.sum(axis=-1, keepdims=True) for part in raised]
     if sinks is not None:
         totals.append(exp_below(sinks, top))
-    return weights, reduce(mx.add, totals)
+    return raised, reduce(mx.add, totals)
 
 
 def divided(out: mx.array, total: mx.array | float) -> mx.array:
