@@ -5,7 +5,16 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from kernels.lanes import CodebookKind, LaneShape, Mask, PageIndex, Pages, attend_expanded
+from kernels.lanes import (
+    CodebookKind,
+    LaneShape,
+    Mask,
+    PageIndex,
+    Pages,
+    RowIndex,
+    attend_expanded,
+    attend_step_masked,
+)
 from kernels.layout import PAGE
 
 
@@ -42,6 +51,19 @@ class IdentityLanes:
         pages: Pages,
         index: PageIndex,
         mask: Mask,
+        scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        return attend_expanded(self, queries, raw_keys, raw_values, pages, index, mask, sinks)
+        return attend_expanded(self.expand, queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
+
+    def attend_step(
+        self,
+        queries: mx.array,
+        raw_keys: mx.array,
+        raw_values: mx.array,
+        pages: Pages,
+        rows: RowIndex,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        return attend_step_masked(self, queries, raw_keys, raw_values, pages, rows, scale, sinks)

@@ -1,11 +1,12 @@
 """Lanes: one way of storing pages and attending over them. Every backend is a `Lanes` class with the same contract.
 
-All keys, values and queries here are in the rotated basis; nothing in this package knows the rotation, the model or
-the session. Shapes use `B` rows, `n_heads` query heads, `n_kv_heads` KV heads, `PAGE` tokens a page.
+All keys, values, queries and outputs here are in the model's basis; whether pages hold rotated tokens is the lanes' own
+affair. Nothing in this package knows the model or the session. Shapes use `B` rows, `n_heads` query heads, `n_kv_heads`
+KV heads, `PAGE` tokens a page.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
@@ -43,7 +44,7 @@ class LaneShape:
 
 @dataclass(frozen=True, slots=True)
 class Codebooks:
-    """Sorted reconstruction levels of unit vectors' coordinates, float32 `[2**bits]`, for keys and for values."""
+    """Sorted reconstruction levels of N(0, 1), float32 `[2**bits]` with float16's values, for keys and for values."""
 
     keys: np.ndarray
     values: np.ndarray
@@ -84,6 +85,112 @@ class PageIndex:
         return self._by_head[n_kv_heads]
 
 
+@dataclass(frozen=True)
+class RowIndex:
+    """One decode step of `B` rows in integers, shared by all layers. Arrays are made when they are first asked for.
+
+    `tables` are page ids, oldest first; `offsets` the positions of the rows' first queries; row b's pages hold blocks
+    `first[b]`, `first[b] + 1`, ... Where a row's tokens lie:
+
+        page `i` of the table, token t   position keep + PAGE * (first + i) + t
+        raw slot s < keep                position s
+        raw slot s >= keep               the position p from keep + PAGE * (first + n_pages) on, the window's start, for
+                                         which s = keep + (p - keep) % window_slots
+
+    The step's own tokens are in the raw slots already; window and step together have to fit into `window_slots`. Query
+    i of a row is at q = offset + i and sees p if p <= q, and p < keep or p > q - (max_size - keep).
+
+    `previous` is the step before, whose page table is kept if it is the same.
+    """
+
+    tables: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]
+    first: tuple[int, ...]
+    n_queries: int
+    keep: int
+    window_slots: int
+    max_size: int | None
+    previous: InitVar["RowIndex | None"] = None
+
+    def __post_init__(self, previous: "RowIndex | None") -> None:
+        if previous is not None and previous.tables == self.tables:
+            self.__dict__["index"] = previous.index
+
+    @cached_property
+    def index(self) -> PageIndex:
+        return PageIndex(self.tables)
+
+    @property
+    def table(self) -> mx.array:
+        """Page ids, int32 `[B, P]`; what follows a row's own pages means nothing."""
+        return self.index.table
+
+    @cached_property
+    def rows(self) -> mx.array:
+        """int32 `[B, 4]`: offset, first, number of pages, 0."""
+        counts = zip(self.offsets, self.first, self.tables, strict=True)
+        return mx.array([[offset, first, len(table), 0] for offset, first, table in counts], dtype=mx.int32)
+
+    @cached_property
+    def page_mask(self) -> mx.array | None:
+        """Which tokens of the pages each query sees, bool `[B, 1, L, P * PAGE]`; None when they all do."""
+        starts, ends = self._page_bounds
+        full = all(len(table) == self.index.n_pages for table in self.tables)
+        if full and (self._oldest[:, -1] <= starts).all() and (ends <= self._queries[:, 0]).all():
+            return None
+        positions = starts[:, None] + np.arange(self.index.n_pages * PAGE)
+        return mx.array(self._seen(positions, ends[:, None])[:, None])
+
+    @cached_property
+    def n_raw(self) -> int:
+        """Raw slots from here on are empty in every row."""
+        return int(np.flatnonzero(self._seen_raw.any(axis=(0, 1)))[-1]) + 1
+
+    @cached_property
+    def raw_mask(self) -> mx.array | None:
+        """Which of the first `n_raw` raw slots each query sees, bool `[B, 1, L, n_raw]`; None when they all do."""
+        seen = self._seen_raw[:, :, : self.n_raw]
+        return None if seen.all() else mx.array(seen[:, None])
+
+    @cached_property
+    def mask(self) -> mx.array | None:
+        """As `Lanes.attend` wants it: `page_mask` and `raw_mask` in one."""
+        if self.page_mask is None and self.raw_mask is None:
+            return None
+        shape = (len(self.tables), 1, self.n_queries)
+        parts = ((self.page_mask, self.index.n_pages * PAGE), (self.raw_mask, self.n_raw))
+        return mx.concatenate([mx.ones((*shape, n), mx.bool_) if m is None else m for m, n in parts], axis=-1)
+
+    @cached_property
+    def _page_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """First position of each row's pages, and of its window."""
+        starts = self.keep + PAGE * np.array(self.first)
+        return starts, starts + PAGE * np.array([len(table) for table in self.tables])
+
+    @cached_property
+    def _queries(self) -> np.ndarray:
+        """Positions `[B, L]`."""
+        return np.array(self.offsets)[:, None] + np.arange(self.n_queries)
+
+    @cached_property
+    def _oldest(self) -> np.ndarray:
+        """First position behind the sink that each query sees, `[B, L]`."""
+        return self._queries * 0 if self.max_size is None else self._queries + 1 - (self.max_size - self.keep)
+
+    @cached_property
+    def _seen_raw(self) -> np.ndarray:
+        window, slots = self._page_bounds[1][:, None], np.arange(self.window_slots)
+        sink = np.broadcast_to(np.arange(self.keep), (len(self.tables), self.keep))
+        ring = window + (slots - (window - self.keep)) % self.window_slots
+        return self._seen(np.concatenate([sink, ring], axis=1), np.iinfo(np.int64).max)
+
+    def _seen(self, positions: np.ndarray, end: np.ndarray | int) -> np.ndarray:
+        """`positions` `[B, n]` that lie before `end` and that each query sees, bool `[B, L, n]`."""
+        at, queries = positions[:, None], self._queries[..., None]
+        recent = (at < self.keep) | (at >= self._oldest[..., None])
+        return np.asarray((at <= queries) & recent & (positions < end)[:, None])
+
+
 class Lanes(Protocol):
     """One layer's storage and attention. Instances are immutable; the pool owns the arrays."""
 
@@ -101,7 +208,9 @@ class Lanes(Protocol):
         ...
 
     def encode(self, keys: mx.array, values: mx.array) -> Pages:
-        """`[N, n_kv_heads, PAGE, key_dim]` and `[N, n_kv_heads, PAGE, value_dim]` to the arrays of N pages."""
+        """`[N, n_kv_heads, PAGE, key_dim]` and `[N, n_kv_heads, PAGE, value_dim]` of any float type to the arrays of N
+        pages.
+        """
         ...
 
     def expand(self, pages: Pages, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -116,19 +225,41 @@ class Lanes(Protocol):
         pages: Pages,
         index: PageIndex,
         mask: Mask,
+        scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
         """Attention of `L` query tokens per row over the row's pages and raw tokens.
 
-        `queries` `[B, n_heads, L, key_dim]`, float32 and already scaled; `raw_keys`/`raw_values`
-        `[B, n_kv_heads, S, dim]`; `pages` the whole pool; `mask` bool `[B, 1, L, P * PAGE + S]` with the pages first,
-        or "causal" when the last L raw tokens are the queries' own, or None when everything is visible; `sinks`
-        `[n_heads]` extra logits without a value, or None. Returns float32 `[B, n_heads, L, value_dim]`.
+        `queries` `[B, n_heads, L, key_dim]` in the model's dtype; `raw_keys`/`raw_values` `[B, n_kv_heads, S, dim]`;
+        `pages` the whole pool; `mask` bool `[B, 1, L, P * PAGE + S]` with the pages first, or "causal" when the last L
+        raw tokens are the queries' own and every page is older, or None when everything is visible; `scale` multiplies
+        the products; `sinks` `[n_heads]` extra logits without a value, or None. Returns the queries' dtype,
+        `[B, n_heads, L, value_dim]`.
+        """
+        ...
+
+    def attend_step(
+        self,
+        queries: mx.array,
+        raw_keys: mx.array,
+        raw_values: mx.array,
+        pages: Pages,
+        rows: RowIndex,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """`attend` for a decode step of 1 to 8 query tokens per row, causal among themselves, without a mask: `rows`
+        says where everything is. `raw_keys`/`raw_values` `[B, n_kv_heads, keep + window_slots, dim]` are the whole raw
+        buffers, the step's tokens included.
         """
         ...
 
 
-def gather_expanded(lanes: Lanes, pages: Pages, table: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+Expand = Callable[[Pages, mx.Dtype], tuple[mx.array, mx.array]]
+"""`Lanes.expand`, or the same in another basis."""
+
+
+def gather_expanded(expand: Expand, pages: Pages, table: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     """Pages of `table` `[B, P]` as contiguous keys and values `[B, n_kv_heads, P * PAGE, dim]` in `dtype`."""
     n_rows, n_pages = table.shape
     chosen = tuple(mx.take(array, table.reshape(-1), axis=0) for array in pages)
@@ -138,27 +269,43 @@ def gather_expanded(lanes: Lanes, pages: Pages, table: mx.array, dtype: mx.Dtype
         tokens = tokens.reshape(n_rows, n_pages, n_kv_heads, PAGE, dim).transpose(0, 2, 1, 3, 4)
         return tokens.reshape(n_rows, n_kv_heads, n_pages * PAGE, dim)
 
-    keys, values = lanes.expand(chosen, dtype)
+    keys, values = expand(chosen, dtype)
     return lay_out(keys), lay_out(values)
 
 
 def attend_expanded(
-    lanes: Lanes,
+    expand: Expand,
     queries: mx.array,
     raw_keys: mx.array,
     raw_values: mx.array,
     pages: Pages,
     index: PageIndex,
     mask: Mask,
+    scale: float,
     sinks: mx.array | None,
 ) -> mx.array:
     """`Lanes.attend` by expanding every page and attending in the plain way: the definition of correct."""
     keys, values = raw_keys, raw_values
     if index.n_pages:
-        page_keys, page_values = gather_expanded(lanes, pages, index.table, raw_keys.dtype)
+        page_keys, page_values = gather_expanded(expand, pages, index.table, raw_keys.dtype)
         if index.pageless is not None:
             page_values = mx.where(index.pageless, 0.0, page_values)
         keys = mx.concatenate([page_keys, raw_keys], axis=2)
         values = mx.concatenate([page_values, raw_values], axis=2)
     sinks = sinks if sinks is None else sinks.astype(keys.dtype)
-    return attention(queries.astype(keys.dtype), keys, values, mask, sinks).astype(mx.float32)
+    return attention(queries.astype(keys.dtype), keys, values, scale, mask, sinks).astype(queries.dtype)
+
+
+def attend_step_masked(
+    lanes: Lanes,
+    queries: mx.array,
+    raw_keys: mx.array,
+    raw_values: mx.array,
+    pages: Pages,
+    rows: RowIndex,
+    scale: float,
+    sinks: mx.array | None,
+) -> mx.array:
+    """`Lanes.attend_step` by the lanes' own `attend` and a mask."""
+    raw_keys, raw_values = raw_keys[:, :, : rows.n_raw], raw_values[:, :, : rows.n_raw]
+    return lanes.attend(queries, raw_keys, raw_values, pages, rows.index, rows.mask, scale, sinks)

@@ -7,7 +7,7 @@ For the widths that `mx.quantize` knows this is also MLX's own order, so MLX's q
 
 import mlx.core as mx
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Changes whenever bytes written by an older version would be read differently."""
 
 PAGE = 64

@@ -173,14 +173,14 @@ def _check(name: str, lanes: Lanes, oracle: Lanes) -> list[Check]:
     ]
 
     index = PageIndex(((0, 2, 1), (3,)))
-    n_raw = PAGE
-    queries = mx.random.normal((2, shape.n_heads, 1, shape.key_dim), key=mx.random.key(9)) * shape.key_dim**-0.5
+    n_raw, scale = PAGE, shape.key_dim**-0.5
+    queries = mx.random.normal((2, shape.n_heads, 1, shape.key_dim), key=mx.random.key(9))
     raw_keys = mx.random.normal((2, shape.n_kv_heads, n_raw, shape.key_dim), key=mx.random.key(10))
     raw_values = mx.random.normal((2, shape.n_kv_heads, n_raw, shape.value_dim), key=mx.random.key(11))
     columns = mx.arange(3 * PAGE + n_raw)
     visible = mx.stack([columns >= 5, (columns < PAGE) | (columns >= 3 * PAGE)])[:, None, None, :]
-    got, attend_time = _timed(lambda: lanes.attend(queries, raw_keys, raw_values, pages, index, visible, None))
-    want = attend_expanded(lanes, queries, raw_keys, raw_values, pages, index, visible, None)
+    got, attend_time = _timed(lambda: lanes.attend(queries, raw_keys, raw_values, pages, index, visible, scale, None))
+    want = attend_expanded(lanes.expand, queries, raw_keys, raw_values, pages, index, visible, scale, None)
     results.append(_verdict(f"{label} attend", _error(got, want), attend_time))
     return results
 

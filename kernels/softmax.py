@@ -99,18 +99,23 @@ def causal_mask(n_queries: int, n_keys: int) -> mx.array:
 
 
 def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None, sinks: mx.array | None
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
 ) -> mx.array:
-    """`mx.fast.scaled_dot_product_attention` with scale 1, on the CPU computed in tiles of queries.
+    """`mx.fast.scaled_dot_product_attention`, on the CPU computed in tiles of queries.
 
     `queries` `[B, n_heads, L, dim]`, `keys` and `values` `[B, n_kv_heads, K, dim]`; `mask` bool `[B, 1, L, K]`,
     "causal" or None. Returns the queries' dtype, `[B, n_heads, L, value_dim]`.
     """
     if not on_cpu() or queries.dtype != mx.float32:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask, sinks=sinks)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     n_rows, n_heads, n_queries, dim = queries.shape
     n_kv_heads, n_keys = keys.shape[1], keys.shape[2]
-    grouped = queries.reshape(n_rows, n_kv_heads, n_heads // n_kv_heads, n_queries, dim)
+    grouped = (queries * scale).reshape(n_rows, n_kv_heads, n_heads // n_kv_heads, n_queries, dim)
     if isinstance(mask, str):
         mask = causal_mask(n_queries, n_keys) if n_queries > 1 else None
     transposed, per_tile = keys.swapaxes(-1, -2), max(1, _TILE // (n_rows * n_heads * n_keys))

@@ -7,13 +7,13 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.layout import PAGE
+from kernels.rotation import Rotation
 from turbocache import seam
 from turbocache.batch import CacheSpec
 from turbocache.plan import LayerGeometry
 from turbocache.pool import PagePool
 from turbocache.presets import preset
-from turbocache.ring import RingConfig
-from turbocache.rotation import Rotation
+from turbocache.ring import PageRing, RingConfig
 from turbocache.store import compressed_layer
 from turbocache.view import PagedKVCache
 
@@ -43,13 +43,15 @@ def visible_positions(position: int, keep: int, max_size: int | None) -> Array:
 
 
 def quantise_row(row: Array, levels: Array, *, unbiased: bool) -> Array:
-    """What a row `[dim]` is read back as, by the definition (TurboQuant's codes; EDEN's or least-squares scale)."""
-    norm = np.sqrt((row.astype(np.float64) ** 2).sum())
-    if norm == 0:
-        return np.zeros_like(row, dtype=np.float64)
-    unit = row / norm
-    read = levels.astype(np.float64)[np.abs(unit[:, None] - levels[None, :].astype(np.float64)).argmin(axis=1)]
-    scale = norm / (read @ unit) if unbiased else norm * (read @ unit) / (read @ read)
+    """What a rotated row `[dim]` is read back as, by the definition (TurboQuant's codes of levels of N(0, 1); EDEN's or
+    the least-squares scale).
+    """
+    row, levels = row.astype(np.float64), levels.astype(np.float64)
+    rms = np.sqrt((row**2).mean())
+    if rms == 0:
+        return np.zeros_like(row)
+    read = levels[np.abs(row[:, None] / rms - levels).argmin(axis=1)]
+    scale = (row @ row) / (read @ row) if unbiased else (read @ row) / (read @ read)
     return float(np.float16(min(scale, 65504.0))) * read
 
 
@@ -63,6 +65,16 @@ def rotated_codec(levels: Array, dim: int, *, unbiased: bool) -> BlockCodec:
         return np.asarray(read @ matrix.T).reshape(block.shape)
 
     return codec
+
+
+def raw_positions(ring: PageRing) -> Array:
+    """Position held by each raw slot, -1 for an empty one, int64 `[keep + window_slots]`."""
+    keep, slots = ring.config.keep, ring.config.window_slots
+    positions = np.full(keep + slots, -1, dtype=np.int64)
+    positions[:keep] = np.where(np.arange(keep) < ring.offset, np.arange(keep), -1)
+    held = np.arange(max(ring.window_start, keep), ring.offset)
+    positions[keep + (held - keep) % slots] = held
+    return positions
 
 
 @dataclass(frozen=True)

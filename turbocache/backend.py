@@ -40,8 +40,7 @@ def make_lanes(backend: str, shape: LaneShape, codebook: CodebookKind | None = N
     """
     lanes = LANES[backend]
     kind = codebook or lanes.codebook
-    keys = levels_for(kind, shape.key_bits, shape.key_dim)
-    return lanes(shape, Codebooks(keys, levels_for(kind, shape.value_bits, shape.value_dim)))
+    return lanes(shape, Codebooks(levels_for(kind, shape.key_bits), levels_for(kind, shape.value_bits)))
 
 
 def choose_backend(requested: str, plans: Sequence[LayerPlan], preset: Preset) -> Backend:

@@ -11,11 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from kernels.lanes import Lanes, PageIndex, gather_expanded
+from kernels.lanes import Lanes, RowIndex, gather_expanded
 from kernels.layout import PAGE
 from turbocache.pool import PagePool
 from turbocache.ring import PageRing, RingConfig
-from turbocache.rotation import NoRotation, Rotation
 from turbocache.steps import ChunkStep, DecodeStep, PrefillStep, plan_decode, plan_prefill
 
 
@@ -24,8 +23,6 @@ class CompressedLayer:
     """How one attention layer is stored. `dtype` is that of the raw tokens: the model's own cache dtype."""
 
     lanes: Lanes
-    key_rotation: Rotation | NoRotation
-    value_rotation: Rotation | NoRotation
     dtype: mx.Dtype
 
 
@@ -71,9 +68,8 @@ class CacheSpec:
 class CacheBatch:
     """`B` rows of sink + ring + window. Owns its rings (and through them their pages) and its raw buffers.
 
-    Raw keys and values are kept rotated, `[B, n_kv_heads, keep + window_slots, dim]` per layer, so that sink, pages and
-    window meet the same rotated query. Raises PoolExhausted from a step when the pool is full; the batch is then as it
-    was before the step.
+    Raw keys and values are kept as the model gave them, `[B, n_kv_heads, keep + window_slots, dim]` per layer. Raises
+    PoolExhausted from a step when the pool is full; the batch is then as it was before the step.
     """
 
     def __init__(self, spec: CacheSpec, n_rows: int = 1) -> None:
@@ -81,7 +77,7 @@ class CacheBatch:
         self.rings = [PageRing(spec.ring, spec.pool) for _ in range(n_rows)]
         self.raw = [self._empty_raw(layer, n_rows) for layer in spec.layers]
         self._remaining: list[int] | None = None
-        self._index: PageIndex | None = None
+        self._rows: RowIndex | None = None
         spec.live.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CacheBatch":
@@ -190,7 +186,7 @@ class CacheBatch:
         start = mx.array([row, slot])
         table = mx.array([[page]])
         for i, layer in enumerate(self.spec.layers):
-            restored = gather_expanded(layer.lanes, self.spec.pool.pages(i), table, layer.dtype)
+            restored = gather_expanded(layer.lanes.expand, self.spec.pool.pages(i), table, layer.dtype)
             keys, values = (
                 mx.slice_update(raw, tokens, start, axes=[0, 2])
                 for raw, tokens in zip(self.raw[i], restored, strict=True)
@@ -215,8 +211,8 @@ class CacheBatch:
         """
         step: DecodeStep | PrefillStep
         if n_tokens == 1 and self._remaining is None:
-            step, rotated = plan_decode(self.rings, self.spec.pool, self._index)
-            self._index = step.index
+            step, rotated = plan_decode(self.rings, self.spec.pool, self._rows)
+            self._rows = step.rows
             writes = bool(step.flushes)
         else:
             lengths = [n_tokens] * self.n_rows
@@ -233,7 +229,6 @@ class CacheBatch:
 
     def decode(self, layer: int, step: DecodeStep, keys: mx.array, values: mx.array) -> None:
         """Store one token per row: compress the blocks that are due, then write the token into its slot."""
-        keys, values = self._rotated(layer, keys, values)
         raw_keys, raw_values = self.raw[layer]
         if step.flushes:
             blocks = [
@@ -243,19 +238,16 @@ class CacheBatch:
             content = self.spec.layers[layer].lanes.encode(*blocks)
             self.spec.pool.write(layer, [f.page for f in step.flushes], content)
         self.raw[layer] = (
-            mx.put_along_axis(raw_keys, mx.broadcast_to(step.slots, keys.shape), keys, axis=2),
-            mx.put_along_axis(raw_values, mx.broadcast_to(step.slots, values.shape), values, axis=2),
+            mx.put_along_axis(raw_keys, step.slots_for(keys), keys.astype(raw_keys.dtype), axis=2),
+            mx.put_along_axis(raw_values, step.slots_for(values), values.astype(raw_values.dtype), axis=2),
         )
 
     def attend_decode(
         self, layer: int, step: DecodeStep, queries: mx.array, scale: float, sinks: mx.array | None
     ) -> mx.array:
-        """`[B, n_heads, 1, key_dim]` in the model's basis and dtype to `[B, n_heads, 1, value_dim]` likewise."""
-        kind = self.spec.layers[layer]
-        rotated = kind.key_rotation.apply(queries, scale)
-        keys, values = (raw[:, :, : step.n_raw] for raw in self.raw[layer])
-        out = kind.lanes.attend(rotated, keys, values, self.spec.pool.pages(layer), step.index, step.mask, sinks)
-        return kind.value_rotation.inverse(out).astype(queries.dtype)
+        """`[B, n_heads, 1, key_dim]` to `[B, n_heads, 1, value_dim]` in the queries' dtype."""
+        lanes, pages = self.spec.layers[layer].lanes, self.spec.pool.pages(layer)
+        return lanes.attend_step(queries, *self.raw[layer], pages, step.rows, scale, sinks)
 
     def prefill(
         self, layer: int, step: PrefillStep, keys: mx.array, values: mx.array
@@ -263,7 +255,7 @@ class CacheBatch:
         """Store a chunk: full blocks become pages, the rest goes to sink and window. Returns for each chunk step the
         body's keys and values, which its own queries still see raw.
         """
-        keys, values = self._rotated(layer, keys, values)
+        keys, values = (x.astype(self.spec.layers[layer].dtype) for x in (keys, values))
         rows = [tuple(raw[row : row + 1] for raw in self.raw[layer]) for row in range(self.n_rows)]
         bodies = []
         for chunk in step.chunks:
@@ -291,22 +283,21 @@ class CacheBatch:
         sinks: mx.array | None,
     ) -> mx.array:
         """`[B, n_heads, L, key_dim]` to `[B, n_heads, L, value_dim]`; columns beyond a row's tokens are zero."""
-        kind = self.spec.layers[layer]
-        rotated = kind.key_rotation.apply(queries, scale)
+        lanes, pages = self.spec.layers[layer].lanes, self.spec.pool.pages(layer)
         _, n_heads, n_columns, _ = queries.shape
-        outs = [mx.zeros((1, n_heads, n_columns, kind.lanes.shape.value_dim))] * self.n_rows
+        outs = [mx.zeros((1, n_heads, n_columns, lanes.shape.value_dim), queries.dtype)] * self.n_rows
         for chunk, body in zip(step.chunks, bodies, strict=True):
             here = slice(chunk.row, chunk.row + 1)
             keys, values = (
                 mx.concatenate([kept[here, :, : chunk.n_sink], tokens], axis=2)
                 for kept, tokens in zip(self.raw[layer], body, strict=True)
             )
-            pages = self.spec.pool.pages(layer)
-            out = kind.lanes.attend(rotated[here, :, : chunk.n], keys, values, pages, chunk.index, chunk.mask, sinks)
+            chosen = queries[here, :, : chunk.n]
+            out = lanes.attend(chosen, keys, values, pages, chunk.index, chunk.mask, scale, sinks)
             if chunk.n < n_columns:
                 out = mx.pad(out, [(0, 0), (0, 0), (0, n_columns - chunk.n), (0, 0)])
             outs[chunk.row] = out
-        return kind.value_rotation.inverse(mx.concatenate(outs)).astype(queries.dtype)
+        return mx.concatenate(outs)
 
     def _raw_after(self, chunk: ChunkStep, raw: mx.array, new: mx.array, body: mx.array) -> mx.array:
         """One row's sink and window after a chunk."""
@@ -328,10 +319,6 @@ class CacheBatch:
                 part.append(full.swapaxes(0, 1))
         content = self.spec.layers[layer].lanes.encode(mx.concatenate(blocks[0]), mx.concatenate(blocks[1]))
         self.spec.pool.write(layer, ids, content)
-
-    def _rotated(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        kind = self.spec.layers[layer]
-        return kind.key_rotation.apply(keys).astype(kind.dtype), kind.value_rotation.apply(values).astype(kind.dtype)
 
     def _empty_raw(self, layer: CompressedLayer, n_rows: int) -> tuple[mx.array, mx.array]:
         shape, slots = layer.lanes.shape, self.spec.ring.raw_slots

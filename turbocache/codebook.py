@@ -1,8 +1,9 @@
-"""Scalar codebooks for the coordinates of rotated unit vectors, and how they were computed.
+"""Scalar codebooks for the coordinates of rotated vectors, and how they were computed.
 
 After the rotation a coordinate of a unit vector in `dim` dimensions follows f(t) ~ (1 - t^2)^((dim - 3) / 2), which is
 N(0, 1/dim) for the head dims in use (TurboQuant, arXiv 2504.19874, section 3.1). So one codebook for N(0, 1) per bit
-width serves every head dim, scaled by 1/sqrt(dim).
+width serves every head dim; each row's scale takes the 1/sqrt(dim). Levels are rounded to float16, so that every
+backend reads the same numbers.
 
 `python -m turbocache.codebook` prints `codebook_tables.py` anew; a test computes the tables again.
 """
@@ -120,30 +121,39 @@ def gaussian_distortion(levels: np.ndarray) -> float:
     return _distortion(np.asarray(levels, dtype=np.float64)[levels.size // 2 :])
 
 
+def grid_step(bits: int) -> float:
+    """`UNIFORM_STEP` rounded so that every level (c - (2**bits - 1) / 2) * step is a float16: a level's count of half
+    steps has `bits` binary digits, which leaves the step 11 - `bits`. Raises the distortion by 0.01 % up to 5 bits and
+    by 1.2 % at most.
+    """
+    mantissa, exponent = math.frexp(UNIFORM_STEP[bits])
+    digits = 1 << (11 - bits)
+    return math.ldexp(round(mantissa * digits) / digits, exponent)
+
+
 @cache
-def _unit_levels(kind: CodebookKind, bits: int) -> np.ndarray:
-    grid = (np.arange(1 << (bits - 1)) + 0.5) * UNIFORM_STEP[bits]
-    half = np.array(LLOYD_MAX[bits]) if kind == "lloyd_max" else grid
-    levels = np.concatenate([-half[::-1], half])
-    levels.flags.writeable = False
-    return levels
+def levels_for(kind: CodebookKind, bits: int) -> np.ndarray:
+    """Sorted levels of N(0, 1), float32 `[2**bits]` with float16's values, not writeable.
 
-
-def levels_for(kind: CodebookKind, bits: int, dim: int) -> np.ndarray:
-    """Sorted levels for coordinates of unit vectors in `dim` dimensions, float32 `[2**bits]`.
-
-    Raises ValueError for bits outside 1..8 and for the kind `none`.
+    At 8 bits both kinds are the grid, which is read without a table. Raises ValueError for bits outside 1..8 and for
+    the kind `none`.
     """
     if not 1 <= bits <= MAX_BITS or kind == "none":
         raise ValueError(f"no {kind} codebook of {bits} bits; there are lloyd_max and uniform ones of 1 to {MAX_BITS}")
-    return (_unit_levels(kind, bits) / math.sqrt(dim)).astype(np.float32)
+    if kind == "lloyd_max" and bits < MAX_BITS:
+        half = np.array(LLOYD_MAX[bits])
+    else:
+        half = (np.arange(1 << (bits - 1)) + 0.5) * grid_step(bits)
+    levels = np.concatenate([-half[::-1], half]).astype(np.float16).astype(np.float32)
+    levels.flags.writeable = False
+    return levels
 
 
 def _print_tables() -> None:
     print('"""Frozen codebooks for N(0, 1), made by `python -m turbocache.codebook`."""\n')
     print("# Positive half of the Lloyd-Max levels by bits; the other half mirrors it.")
     print("LLOYD_MAX: dict[int, tuple[float, ...]] = {")
-    for bits in range(1, MAX_BITS + 1):
+    for bits in range(1, MAX_BITS):  # 8 bits are the grid
         print(f"    {bits}: (")
         for level in lloyd_max(bits):
             print(f"        {level:.12f},")

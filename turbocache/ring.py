@@ -13,8 +13,6 @@ arrived: for a query in block b the blocks up to `b - window/P - 1` are read fro
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from kernels.layout import PAGE
 from turbocache.pool import PagePool
 
@@ -143,12 +141,3 @@ class PageRing:
         if not 0 <= offset <= self.offset:
             return False
         return self.first == 0 or self.config.keep + self.evicted <= self.config.first_visible(offset)
-
-    def raw_positions(self) -> np.ndarray:
-        """Position held by each raw slot, -1 for an empty one, int64 `[keep + window_slots]`."""
-        keep, slots = self.config.keep, self.config.window_slots
-        positions = np.full(keep + slots, -1, dtype=np.int64)
-        positions[:keep] = np.where(np.arange(keep) < self.offset, np.arange(keep), -1)
-        held = np.arange(max(self.window_start, keep), self.offset)
-        positions[keep + (held - keep) % slots] = held
-        return positions

@@ -5,12 +5,12 @@ slots to write, which blocks to compress and which keys each query sees. `CacheB
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import Mask, PageIndex
+from kernels.lanes import Mask, PageIndex, RowIndex
 from kernels.layout import PAGE
 from turbocache.pool import PagePool
 from turbocache.ring import PageRing
@@ -27,15 +27,20 @@ class Flush:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """One token per row. `slots` int32 `[B, 1, 1, 1]`; raw slots from `n_raw` on are empty in every row; `mask` is as
-    `Lanes.attend` wants it, pages first and then the first `n_raw` raw slots.
-    """
+    """One token per row, written to raw slot `slots[b]`; `rows` is what attention needs to know."""
 
     flushes: tuple[Flush, ...]
-    slots: mx.array
-    n_raw: int
-    index: PageIndex
-    mask: mx.array | None
+    slots: tuple[int, ...]
+    rows: RowIndex
+    _slots_for: dict[tuple[int, ...], mx.array] = field(default_factory=dict)
+
+    def slots_for(self, tokens: mx.array) -> mx.array:
+        """The slots in the shape of `tokens` `[B, n_kv_heads, 1, dim]`, int32; made once for all layers."""
+        shape = tokens.shape
+        if shape not in self._slots_for:
+            slots = mx.array(self.slots, dtype=mx.int32)[:, None, None, None]
+            self._slots_for[shape] = mx.broadcast_to(slots, shape)
+        return self._slots_for[shape]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +70,11 @@ class PrefillStep:
     chunks: tuple[ChunkStep, ...]
 
 
-def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: PageIndex | None) -> tuple[DecodeStep, int]:
+def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: RowIndex | None) -> tuple[DecodeStep, int]:
     """Advance every ring by one token; returns the step and the number of pages that rotated out.
 
-    `previous` is the last step's index, reused while no page table changes. Raises PoolExhausted and then changes
-    nothing.
+    `previous` is the last step's index, whose page table is used again while it does not change. Raises PoolExhausted
+    and then changes nothing.
     """
     due = [row for row, ring in enumerate(rings) if ring.flushed_at(ring.offset) > ring.flushed]
     flushes = []
@@ -77,19 +82,22 @@ def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: PageIndex |
         ring = rings[row]
         flushes.append(Flush(row, _window_slot(ring, ring.window_start), page))
         ring.append_pages([page])
-    slots = [_slot(ring, ring.offset) for ring in rings]
+    config = rings[0].config
+    rows = RowIndex(
+        tables=tuple(tuple(ring.pages) for ring in rings),
+        offsets=tuple(ring.offset for ring in rings),
+        first=tuple(ring.first for ring in rings),
+        n_queries=1,
+        keep=config.keep,
+        window_slots=config.window_slots,
+        max_size=config.max_size,
+        previous=previous,
+    )
+    slots = tuple(_slot(ring, ring.offset) for ring in rings)
     for ring in rings:
         ring.offset += 1
-    index = PageIndex(tuple(tuple(ring.pages) for ring in rings))
-    if previous is not None and previous.tables == index.tables:
-        index = previous
-    raw = _visible_raw(rings)
-    n_raw = int(np.flatnonzero(raw.any(axis=0))[-1]) + 1
-    visible = np.concatenate([_visible_in_pages(rings, index.n_pages), raw[:, :n_raw]], axis=1)
-    mask = None if visible.all() else mx.array(visible[:, None, None, :])
     rotated = sum(ring.rotate() for ring in rings)
-    at = mx.array(slots, dtype=mx.int32)[:, None, None, None]
-    return DecodeStep(tuple(flushes), at, n_raw, index, mask), rotated
+    return DecodeStep(tuple(flushes), slots, rows), rotated
 
 
 def plan_prefill(rings: Sequence[PageRing], lengths: Sequence[int], pool: PagePool) -> tuple[PrefillStep, int]:
@@ -116,8 +124,6 @@ def _plan_chunk(row: int, ring: PageRing, n: int, new_pages: list[int]) -> Chunk
     sink_taken = min(max(keep - start, 0), n)
     old = np.arange(body_start, max(start, body_start))
     flushed_before = ring.flushed
-    queries = np.arange(start, end)
-    flushed_at = np.maximum(flushed_before, (queries - keep) // PAGE - ring.config.window // PAGE)
     ring.append_pages(new_pages)
     ring.offset = end
     held = np.arange(max(ring.window_start, keep), end)
@@ -133,47 +139,30 @@ def _plan_chunk(row: int, ring: PageRing, n: int, new_pages: list[int]) -> Chunk
         new_pages=tuple(new_pages),
         index=PageIndex((tuple(ring.pages),)),
         to_slots=mx.array(to_slots),
-        mask=_chunk_mask(ring, n_sink, body_start, queries, flushed_at, flushed_before),
+        mask=_chunk_mask(ring, n, n_sink, flushed_before),
     )
 
 
-def _chunk_mask(
-    ring: PageRing, n_sink: int, body_start: int, queries: np.ndarray, flushed_at: np.ndarray, flushed_before: int
-) -> Mask:
-    """Which keys (pages, sink, body) each query of a chunk sees. Blocks compressed within the chunk are there twice,
-    once in pages and once raw, and each query sees the form that its position calls for.
+def _chunk_mask(ring: PageRing, n: int, n_sink: int, flushed_before: int) -> Mask:
+    """Which keys (pages, sink, body) each of the newest `n` tokens sees. Blocks compressed within the chunk are there
+    twice, once in pages and once raw, and each query sees the form that its position calls for.
+
+    Lazy: the device makes the mask from positions, once for all layers.
     """
-    keep, first_visible = ring.config.keep, ring.config.first_visible(int(queries[-1]))
-    paged = np.arange(keep + PAGE * ring.first, keep + PAGE * ring.flushed)
-    if ring.flushed == flushed_before and first_visible <= keep + PAGE * ring.first:
-        return "causal" if len(queries) > 1 else None
-    body = np.arange(body_start, queries[-1] + 1)
-    behind = np.array([ring.config.first_visible(int(q)) for q in queries])[:, None]
-    boundary = keep + PAGE * flushed_at[:, None]
-    at = queries[:, None]
-    mask = np.concatenate(
-        [
-            (paged[None] < boundary) & (paged[None] >= behind),
-            np.arange(n_sink)[None] <= at,
-            (body[None] >= boundary) & (body[None] >= behind) & (body[None] <= at),
-        ],
-        axis=1,
-    )
-    return mx.array(mask[None, None])
-
-
-def _visible_raw(rings: Sequence[PageRing]) -> np.ndarray:
-    """Raw slots that hold a token, the one being written included: bool `[B, keep + window_slots]`."""
-    return np.stack([ring.raw_positions() >= 0 for ring in rings])
-
-
-def _visible_in_pages(rings: Sequence[PageRing], n_pages: int) -> np.ndarray:
-    """Tokens of each row's pages that its newest query sees: bool `[B, n_pages * PAGE]`."""
-    visible = np.zeros((len(rings), n_pages * PAGE), dtype=bool)
-    for row, ring in enumerate(rings):
-        hidden = ring.config.first_visible(ring.offset - 1) - (ring.config.keep + PAGE * ring.first)
-        visible[row, max(hidden, 0) : PAGE * len(ring.pages)] = True
-    return visible
+    keep, window, end = ring.config.keep, ring.config.window, ring.offset
+    pages_start = keep + PAGE * ring.first
+    if ring.flushed == flushed_before and ring.config.first_visible(end - 1) <= pages_start:
+        return "causal" if n > 1 else None
+    paged = mx.arange(pages_start, keep + PAGE * ring.flushed)
+    sink = mx.arange(n_sink)
+    body = mx.arange(keep + PAGE * flushed_before, end)
+    queries = mx.arange(end - n, end)[:, None]
+    boundary = keep + PAGE * mx.maximum(flushed_before, (queries - keep) // PAGE - window // PAGE)
+    in_pages, in_body = paged < boundary, (body >= boundary) & (body <= queries)
+    if ring.config.max_size is not None:
+        oldest = queries + 1 - (ring.config.max_size - keep)
+        in_pages, in_body = in_pages & (paged >= oldest), in_body & (body >= oldest)
+    return mx.concatenate([in_pages, sink <= queries, in_body], axis=1)[None, None]
 
 
 def _window_slot(ring: PageRing, position: int) -> int:

@@ -17,7 +17,6 @@ from turbocache.plan import LayerGeometry, LayerPlan, all_native, plan_layers
 from turbocache.pool import PagePool
 from turbocache.presets import PRESETS, Preset
 from turbocache.ring import PageRing, RingConfig
-from turbocache.rotation import NoRotation, Rotation
 from turbocache.view import PagedKVCache
 
 _SAME_LOGITS = 0.02
@@ -25,13 +24,10 @@ _SAME_LOGITS = 0.02
 
 
 def compressed_layer(geometry: LayerGeometry, preset: Preset, backend: str) -> CompressedLayer:
-    """Storage of one layer: the backend's lanes behind a rotation, or pages as they are for `off`."""
+    """Storage of one layer: the backend's lanes, or pages as they are for `off`."""
     shape = lane_shape(geometry, preset)
-    if not preset.compressed:
-        return CompressedLayer(IdentityLanes(shape, geometry.dtype), NoRotation(), NoRotation(), geometry.dtype)
-    return CompressedLayer(
-        make_lanes(backend, shape), Rotation(geometry.key_dim), Rotation(geometry.value_dim), geometry.dtype
-    )
+    lanes = make_lanes(backend, shape) if preset.compressed else IdentityLanes(shape, geometry.dtype)
+    return CompressedLayer(lanes, geometry.dtype)
 
 
 def checked_plans(model: Module) -> list[LayerPlan]:

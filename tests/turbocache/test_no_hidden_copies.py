@@ -220,5 +220,5 @@ def test_prefill_peaks_at_the_compressed_cache_and_one_layers_scratch(llama_of: 
     # softmax, which MLX's CPU attention holds three times over.
     scratch = 3 * (raw_cache // n_layers) + 3 * 2 * chunk * n * 4
     assert ours < spec.pool.allocated_nbytes + 2 * spec.raw_nbytes + scratch + 4 * MIB
-    assert ours < 0.75 * raw_cache
+    assert ours < 0.8 * raw_cache
     assert peak_of(lambda: make_prompt_cache(model)) > raw_cache

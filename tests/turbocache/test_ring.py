@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernels.identity import IdentityLanes
 from kernels.lanes import LaneShape
 from kernels.layout import PAGE
-from tests.oracles import visible_positions
+from tests.oracles import raw_positions, visible_positions
 from turbocache.pool import PagePool, PoolExhausted
 from turbocache.ring import PageRing, RingConfig
 from turbocache.steps import plan_decode, plan_prefill
@@ -53,7 +53,7 @@ def test_what_a_ring_holds(config: RingConfig, chunks: list[int]) -> None:
         assert ring.offset == start + n
         assert len(ring.pages) == ring.flushed - ring.first
         assert pool.n_used == len(ring.pages)
-        raw = ring.raw_positions()
+        raw = raw_positions(ring)
         held = raw[raw >= 0]
         assert len(np.unique(held)) == len(held)
         in_pages = np.arange(config.keep + PAGE * ring.first, config.keep + PAGE * ring.flushed)

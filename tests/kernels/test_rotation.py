@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from turbocache.rotation import NoRotation, Rotation
+from kernels.rotation import Rotation
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 ODD_DIMS = (1, 2, 3, 5, 7, 24, 33, 72, 100, 127, 160)
@@ -106,9 +106,3 @@ def test_signs_are_frozen() -> None:
 def test_refuses_empty_vectors() -> None:
     with pytest.raises(ValueError, match="positive dimension, not 0"):
         Rotation(0)
-
-
-def test_no_rotation_changes_nothing() -> None:
-    x = mx.array([1.0, 2.0], dtype=mx.float16)
-    assert NoRotation().apply(x) is x
-    assert NoRotation().inverse(x) is x

@@ -26,21 +26,14 @@ class Rotation:
         self.n_blocks = dim // self.block
         bits = np.random.Generator(np.random.PCG64(seed)).integers(0, 2, size=dim)
         self._signs = mx.array((1 - 2 * bits).astype(np.float32))
-        self._scaled: dict[float, mx.array] = {}
 
-    def apply(self, x: mx.array, scale: float = 1.0) -> mx.array:
-        """`[..., dim]` of any float type to its rotation in float32, times `scale`."""
-        signs = self._signs if scale == 1.0 else self._scaled_signs(scale)
-        return self._mix(x.astype(mx.float32) * signs)
+    def apply(self, x: mx.array) -> mx.array:
+        """`[..., dim]` of any float type to its rotation in float32."""
+        return self._mix(x.astype(mx.float32) * self._signs)
 
     def inverse(self, y: mx.array) -> mx.array:
         """`[..., dim]` back from the rotated basis, float32."""
         return self._mix(y.astype(mx.float32)) * self._signs
-
-    def _scaled_signs(self, scale: float) -> mx.array:
-        if scale not in self._scaled:
-            self._scaled[scale] = self._signs * scale
-        return self._scaled[scale]
 
     def _mix(self, x: mx.array) -> mx.array:
         if self.n_blocks == 1:
@@ -48,13 +41,3 @@ class Rotation:
         blocks = x.reshape(*x.shape[:-1], self.n_blocks, self.block)
         blocks = mx.hadamard_transform(blocks, scale=1 / math.sqrt(self.block))
         return (blocks - 2 * blocks.mean(axis=-2, keepdims=True)).reshape(x.shape)
-
-
-class NoRotation:
-    """The identity in the same shape, for caches without a codec: keeps the dtype as well."""
-
-    def apply(self, x: mx.array, scale: float = 1.0) -> mx.array:
-        return x if scale == 1.0 else x * scale
-
-    def inverse(self, y: mx.array) -> mx.array:
-        return y

@@ -1,0 +1,175 @@
+"""Decode steps of one to eight query tokens, told in integers: every lane against float64, token by token."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.identity import IdentityLanes
+from kernels.lanes import Lanes, LaneShape, RowIndex
+from kernels.layout import PAGE
+from kernels.packed import PackedLanes
+from tests.oracles import attend_dense, visible_positions
+from turbocache.backend import make_lanes
+
+SHAPE = LaneShape(4, 2, 64, 32, 4, 4)
+
+
+def lanes_of(name: str) -> Lanes:
+    return IdentityLanes(SHAPE, mx.float32) if name == "identity" else make_lanes(name, SHAPE)
+
+
+@dataclass
+class Row:
+    """One row's tokens by position as attention should see them, and what the step says about it."""
+
+    keys: np.ndarray
+    values: np.ndarray
+    offset: int
+    first: int
+    table: tuple[int, ...]
+
+
+class Step:
+    """Rows in random states that a ring can be in: pages anywhere in the pool, raw tokens in their slots, rubbish in
+    every other slot.
+    """
+
+    def __init__(self, lanes: Lanes, rng: np.random.Generator, n_rows: int, n_queries: int, ring: tuple) -> None:
+        self.keep, self.window, self.max_size = ring
+        self.slots, self.n_queries = self.window + PAGE, n_queries
+        free = rng.permutation(8 * n_rows)
+        tokens = [rng.normal(size=(8 * n_rows, 2, PAGE, dim)).astype(np.float32) for dim in (64, 32)]
+        self.pages = lanes.encode(*(mx.array(x) for x in tokens))
+        read = [np.array(x).swapaxes(1, 2) for x in lanes.expand(self.pages, mx.float32)]
+        shape = (n_rows, 2, self.keep + self.slots)
+        self.raw = [np.full((*shape, dim), 1e4, dtype=np.float32) for dim in (64, 32)]
+        self.rows = []
+        for row in range(n_rows):
+            offset = int(rng.integers(0, 500))
+            blocks = max(0, (offset - self.keep) // PAGE)
+            fewest = max(0, -(-(offset + n_queries - self.keep - self.slots) // PAGE))
+            flushed = int(rng.integers(fewest, blocks + 1)) if blocks > fewest else fewest
+            oldest = self.keep if self.max_size is None else offset + 1 - (self.max_size - self.keep)
+            gone = min(flushed, max(0, (oldest - self.keep) // PAGE))
+            first = int(rng.integers(0, gone + 1))
+            table, free = tuple(free[: flushed - first].tolist()), free[flushed - first :]
+            end = offset + n_queries
+            history = [rng.normal(size=(end, 2, dim)).astype(np.float32) for dim in (64, 32)]
+            for known, page_tokens, raw in zip(history, read, self.raw, strict=True):
+                for i, page in enumerate(table):
+                    start = self.keep + PAGE * (first + i)
+                    known[start : start + PAGE] = page_tokens[page]
+                for p in (*range(min(self.keep, end)), *range(self.keep + PAGE * flushed, end)):
+                    raw[row, :, p if p < self.keep else self.keep + (p - self.keep) % self.slots] = known[p]
+            self.rows.append(Row(history[0], history[1], offset, first, table))
+
+    def index(self) -> RowIndex:
+        return RowIndex(
+            tables=tuple(row.table for row in self.rows),
+            offsets=tuple(row.offset for row in self.rows),
+            first=tuple(row.first for row in self.rows),
+            n_queries=self.n_queries,
+            keep=self.keep,
+            window_slots=self.slots,
+            max_size=self.max_size,
+        )
+
+    def expected(self, queries: np.ndarray, scale: float, sinks: np.ndarray | None) -> np.ndarray:
+        out = np.zeros((*queries.shape[:3], 32))
+        for b, row in enumerate(self.rows):
+            for i in range(self.n_queries):
+                at = visible_positions(row.offset + i, self.keep, self.max_size)
+                out[b, :, i] = attend_dense(queries[b, :, i], row.keys[at], row.values[at], scale, sinks)
+        return out
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**16),
+    name=st.sampled_from(["identity", "reference", "packed"]),
+    n_rows=st.integers(1, 4),
+    n_queries=st.sampled_from([1, 1, 2, 5, 8]),
+    keep=st.sampled_from([0, 3, 64]),
+    window=st.sampled_from([0, 64, 128]),
+    slack=st.sampled_from([None, 0, 37, 200]),
+    with_sinks=st.booleans(),
+)
+def test_a_step_sees_exactly_the_tokens_it_should(
+    seed: int, name: str, n_rows: int, n_queries: int, keep: int, window: int, slack: int | None, with_sinks: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    max_size = None if slack is None else keep + window + PAGE + slack
+    step = Step(lanes_of(name), rng, n_rows, n_queries, (keep, window, max_size))
+    queries = rng.normal(size=(n_rows, 4, n_queries, 64)).astype(np.float32)
+    sinks = rng.normal(size=(4,)).astype(np.float32) if with_sinks else None
+    raw_keys, raw_values = (mx.array(x) for x in step.raw)
+    given_sinks = None if sinks is None else mx.array(sinks)
+    index = step.index()
+    out = lanes_of(name).attend_step(mx.array(queries), raw_keys, raw_values, step.pages, index, 0.125, given_sinks)
+    assert out.dtype == mx.float32
+    tolerance = 1e-3 if name == "packed" and mx.default_device().type == mx.cpu else 3e-5
+    np.testing.assert_allclose(np.array(out), step.expected(queries, 0.125, sinks), atol=tolerance, rtol=0)
+
+
+def index_of(tables: tuple[tuple[int, ...], ...], **changes: object) -> RowIndex:
+    given = {"offsets": (300,) * len(tables), "first": (1,) * len(tables), "n_queries": 1, "keep": 4}
+    given |= {"window_slots": 192, "max_size": None} | changes
+    return RowIndex(tables=tables, **given)  # type: ignore[arg-type]
+
+
+def test_arrays_of_a_step() -> None:
+    index = index_of(((5, 3), (9,)), offsets=(300, 260), first=(1, 2))
+    assert index.rows.tolist() == [[300, 1, 2, 0], [260, 2, 1, 0]]
+    assert index.rows.dtype == index.table.dtype == mx.int32
+    assert index.table[0].tolist() == [5, 3]
+    assert index.table[1, 0].item() == 9
+
+
+def test_the_page_table_is_made_again_only_when_it_changes() -> None:
+    before = index_of(((5, 3), (9,)))
+    same = index_of(((5, 3), (9,)), offsets=(301, 301), previous=before)
+    assert same.table is before.table
+    assert same.rows is not before.rows
+    other = index_of(((5, 3, 1), (9,)), previous=same)
+    assert other.table.tolist()[0] == [5, 3, 1]
+
+
+def test_masks_are_made_only_where_something_is_hidden() -> None:
+    full = index_of(((5, 3),), offsets=(4 + 64 * 3 + 191,))
+    assert full.page_mask is full.raw_mask is full.mask is None
+    assert full.n_raw == 4 + 192
+    assert index_of(((5, 3),), offsets=(4 + 64 * 3 + 5,)).page_mask is None
+    rotating = index_of(((5, 3),), offsets=(4 + 64 * 3 + 5,), max_size=4 + 5 + 1 + 60)
+    assert rotating.page_mask is not None
+    assert np.array(rotating.page_mask).sum() == 60
+    assert index_of(((5, 3), (9,))).page_mask is not None
+    assert index_of(((), ())).page_mask is None
+
+
+@pytest.mark.parametrize("name", ["identity", "reference", "packed"])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_outputs_have_the_queries_dtype(name: str, dtype: mx.Dtype) -> None:
+    step = Step(lanes_of(name), np.random.default_rng(0), 2, 1, (3, 64, None))
+    queries = mx.random.normal((2, 4, 1, 64)).astype(dtype)
+    raw = [mx.clip(mx.array(x), -9, 9).astype(dtype) for x in step.raw]
+    assert lanes_of(name).attend_step(queries, *raw, step.pages, step.index(), 0.125, None).dtype == dtype
+
+
+def test_without_pages_nothing_is_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> mx.array:
+        raise AssertionError("rotated")
+
+    monkeypatch.setattr("kernels.rotation.Rotation.apply", refuse)
+    monkeypatch.setattr("kernels.rotation.Rotation.inverse", refuse)
+    for name in ("reference", "packed"):
+        lanes = lanes_of(name)
+        pages = tuple(mx.zeros((0, *shape), dtype) for shape, dtype in lanes.page_arrays())
+        raw = mx.ones((1, 2, 196, 64)), mx.ones((1, 2, 196, 32))
+        for n in (1, 60):
+            index = index_of(((),), offsets=(20,), first=(0,), n_queries=n)
+            assert lanes.attend_step(mx.ones((1, 4, n, 64)), *raw, pages, index, 0.125, None).shape == (1, 4, n, 32)
+    assert isinstance(lanes, PackedLanes)
