@@ -1,0 +1,112 @@
+"""The fused kernels' sources, assembled for a language and handed to MLX.
+
+A kernel is a body (`metal/NAME.metal`), written once in Metal's words. In front of it go the language's prelude, what all
+kernels share (`metal/shapes.h`, `metal/common.h`) and, where there is one, the kernel's own functions (`metal/NAME.h`).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+
+Language = Literal["metal", "cuda"]
+
+_SOURCES = Path(__file__).parent / "metal"
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A kernel's inputs and outputs by name, in order."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+_PAGES = ("key_words", "value_words", "key_scales", "value_scales")
+_SIGNS = ("key_signs", "value_signs")
+_TABLES = ("key_table", "value_table")
+
+KERNELS = {
+    "encode": Signature(("keys", "values", *_SIGNS, *_TABLES), _PAGES),
+    "expand": Signature((*_PAGES, "table", *_SIGNS, *_TABLES), ("keys", "values")),
+    "attend": Signature(
+        ("queries", "raw_keys", "raw_values", "table", "rows", *_PAGES, "signs", *_TABLES, "params"),
+        ("parts", "part_stats"),
+    ),
+    "merge": Signature(("parts", "part_stats", "sinks", "signs"), ("out",)),
+}
+
+
+Constant = int | bool | mx.Dtype
+Constants = tuple[tuple[str, Constant], ...]
+
+_TYPES = {
+    "metal": {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float"},
+    "cuda": {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float"},
+}
+
+
+def body(name: str, language: Language, constants: Constants) -> str:
+    """The body of a kernel's function, with its constants and types in front.
+
+    They are part of the text, not MLX's template arguments, which it would take apart at every launch.
+    """
+    lines = [_constant(key, value, language) for key, value in constants]
+    if language == "cuda":
+        lines.insert(0, f"#undef {_symbol(name)}\n")
+    return "".join(lines) + _terse(_SOURCES / f"{name}.metal")
+
+
+def header(name: str, language: Language, bounds: tuple[int, int] | None = None) -> str:
+    """What stands in front of the kernel's function. `bounds`, on CUDA: threads of a threadgroup, and how many of them
+    one multiprocessor must be able to hold, which limits a thread's registers.
+    """
+    own = _SOURCES / f"{name}.h"
+    shared = [_SOURCES / file for file in ("shapes.h", f"prelude_{language}.h", "common.h")]
+    parts = [*shared, *([own] if own.exists() else [])]
+    text = "".join(_terse(part) for part in parts)
+    if bounds is None or language != "cuda":
+        return text
+    # MLX writes the signature, so the attribute goes in with the function's name; the body undoes the macro.
+    return f"{text}#define {_symbol(name)} __launch_bounds__({bounds[0]}, {bounds[1]}) {_symbol(name)}\n"
+
+
+@cache
+def kernel(
+    name: str, language: Language, constants: Constants, bounds: tuple[int, int] | None = None
+) -> Callable[..., list[mx.array]]:
+    """The kernel as MLX calls it; compiled at its first launch.
+
+    Raises RuntimeError or ValueError where this build of MLX has no such language.
+    """
+    build: Any = mx.fast.metal_kernel if language == "metal" else mx.fast.cuda_kernel
+    signature = KERNELS[name]
+    made: Callable[..., list[mx.array]] = build(
+        name=f"turbocache_{name}",
+        input_names=list(signature.inputs),
+        output_names=list(signature.outputs),
+        source=body(name, language, constants),
+        header=header(name, language, bounds),
+    )
+    return made
+
+
+def _symbol(name: str) -> str:
+    """The function's name in the text that MLX makes."""
+    return f"custom_kernel_turbocache_{name}"
+
+
+def _constant(key: str, value: Constant, language: Language) -> str:
+    if isinstance(value, mx.Dtype):
+        return f"using {key} = {_TYPES[language][value]};\n"
+    return f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {str(value).lower()};\n"
+
+
+def _terse(path: Path) -> str:
+    """A source without comments and indentation: MLX copies and hashes a kernel's whole text at every launch."""
+    lines = (re.sub(r"//.*", "", line).strip() for line in path.read_text().splitlines())
+    return "".join(f"{line}\n" for line in lines if line)

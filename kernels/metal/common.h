@@ -1,0 +1,164 @@
+// Shared by all kernels, in both languages; comes after the prelude.
+
+// A lane of a simdgroup is (g, c) = (lane / 4, lane % 4). Streams of codes are read in quarters, one for each c: the
+// quarter starts at bit c * BITS of the stream, and its WORDS words are shifted to begin with it.
+
+template <int BITS>
+kernel_fn void load_quarter(const device uint* stream, int c, thread uint* words) {
+  constexpr int n = STREAM_WORDS(BITS);
+  if constexpr (BITS % 128 == 0) {
+    PRAGMA_UNROLL
+    for (int i = 0; i < n; i += 4) load_words4(stream + c * n + i, words + i);
+  } else if constexpr (BITS % 64 == 0) {
+    PRAGMA_UNROLL
+    for (int i = 0; i < n; i += 2) load_words2(stream + c * n + i, words + i);
+  } else if constexpr (BITS % 32 == 0) {
+    PRAGMA_UNROLL
+    for (int i = 0; i < n; i++) words[i] = load_word(stream + c * n + i);
+  } else {
+    const uint first = uint(c * BITS), shift = first & 31u;
+    const uint last = (first + BITS - 1u) >> 5;
+    uint low = load_word(stream + (first >> 5));
+    PRAGMA_UNROLL
+    for (int i = 0; i < n; i++) {
+      const uint next = min((first >> 5) + uint(i) + 1u, last);
+      const uint high = load_word(stream + next);
+      words[i] = shift == 0u ? low : (low >> shift) | (high << (32u - shift));
+      low = high;
+    }
+  }
+}
+
+// H applied to `row` [D] by one simdgroup, in threadgroup memory: Walsh-Hadamard on blocks of the largest power of two
+// that divides D, then a Householder reflection across the blocks (kernels/rotation.py). Symmetric and orthogonal. A lane
+// works on the elements lane, lane + 32, ... in registers where blocks allow it.
+template <int D>
+kernel_fn void mix(TG(float) row, uint lane) {
+  constexpr int block = D & -D, n_blocks = D / block;
+  constexpr float norm = inverse_root(block);
+  if constexpr (block % 32 == 0) {
+    constexpr int n = D / 32, per_block = block / 32;
+    float x[n];
+    PRAGMA_UNROLL
+    for (int i = 0; i < n; i++) x[i] = row[int(lane) + 32 * i];
+    PRAGMA_UNROLL
+    for (int h = 1; h < 32; h <<= 1) {
+      const float sign = (lane & uint(h)) ? -1.0f : 1.0f;
+      PRAGMA_UNROLL
+      for (int i = 0; i < n; i++) x[i] = shuffle_xor(x[i], h) + sign * x[i];
+    }
+    PRAGMA_UNROLL
+    for (int h = 1; h < per_block; h <<= 1) {
+      PRAGMA_UNROLL
+      for (int i = 0; i < n; i++) {
+        if ((i & h) == 0) {
+          const float a = x[i], b = x[i + h];
+          x[i] = a + b, x[i + h] = a - b;
+        }
+      }
+    }
+    PRAGMA_UNROLL
+    for (int i = 0; i < per_block; i++) {
+      float sum = 0.0f;
+      PRAGMA_UNROLL
+      for (int j = 0; j < n_blocks; j++) sum += x[j * per_block + i];
+      const float twice_mean = n_blocks > 1 ? 2.0f / float(n_blocks) * sum : 0.0f;
+      PRAGMA_UNROLL
+      for (int j = 0; j < n_blocks; j++)
+        row[int(lane) + 32 * (j * per_block + i)] = (x[j * per_block + i] - twice_mean) * norm;
+    }
+  } else {
+    for (int h = 1; h < block; h <<= 1) {
+      for (int i = int(lane); i < D / 2; i += 32) {
+        const int a = (i / h) * 2 * h + i % h;
+        const float x = row[a], y = row[a + h];
+        row[a] = x + y, row[a + h] = x - y;
+      }
+      barrier_simd();
+    }
+    for (int i = int(lane); i < block; i += 32) {
+      float sum = 0.0f;
+      for (int j = 0; j < n_blocks; j++) sum += row[j * block + i];
+      const float twice_mean = n_blocks > 1 ? 2.0f / float(n_blocks) * sum : 0.0f;
+      for (int j = 0; j < n_blocks; j++) row[j * block + i] = (row[j * block + i] - twice_mean) * norm;
+    }
+  }
+  barrier_simd();
+}
+
+// --- a page's codes and scales, as attend.metal's lanes hold them ---
+
+template <int DK, int KP>
+kernel_fn void load_keys(thread uint (&keys)[8][STREAM_WORDS(DK / 8 * KP)], const device uint* page, int g, int c) {
+  constexpr int stride = (DK * KP / 2 + 31) / 32;
+  PRAGMA_UNROLL
+  for (int k = 0; k < 8; k++) load_quarter<DK / 8 * KP>(page + (16 * (g >> 1) + 2 * k + (g & 1)) * stride, c, keys[k]);
+}
+
+template <int DV, int VP>
+kernel_fn void load_values(thread uint (&values)[DV / 8][STREAM_WORDS(8 * VP)], const device uint* page, int g, int c) {
+  PRAGMA_UNROLL
+  for (int i = 0; i < DV / 8; i++) load_quarter<8 * VP>(page + (8 * i + g) * VP, c, values[i]);
+}
+
+kernel_fn void load_scales(thread float (&scales)[8], const device half* page, int g) {
+  const device uint* pairs = (const device uint*)page + 8 * (g >> 1);
+  uint words[8];
+  load_words4(pairs, words);
+  load_words4(pairs + 4, words + 4);
+  PRAGMA_UNROLL
+  for (int k = 0; k < 8; k++) scales[k] = half_bits((g & 1) ? words[k] >> 16 : words[k] & 0xffffu);
+}
+
+kernel_fn int clamp_int(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+
+// Highest logit of a query over the simdgroups' `stats` [WARPS, 8].
+template <int WARPS>
+kernel_fn float highest_of(TG(const float) stats, int r) {
+  float highest = stats[r];
+  for (int w = 1; w < WARPS; w++) highest = max(highest, stats[w * 8 + r]);
+  return highest;
+}
+
+// The sum of the parts in `out` [OUT_AT_ONCE, 8, OUT_STRIDE] to memory, and for each query the highest logit and the sum of
+// weights relative to it, from what the simdgroups left in `stats`: highest [WARPS, 8], sums [WARPS, 8].
+template <int DV, int WARPS>
+kernel_fn void write_part(
+    TG(const float) out, TG(const float) stats, device float* parts, device float* part_stats, int part, int n_parts,
+    int n_rows, uint thread_index) {
+  PRAGMA_UNROLL
+  for (int i = 0; i < 8 * DV; i += 32 * WARPS) {
+    const int r = (i + int(thread_index)) / DV, d = (i + int(thread_index)) % DV;
+    if (r < n_rows) {
+      float sum = 0.0f;
+      PRAGMA_UNROLL
+      for (int w = 0; w < OUT_AT_ONCE(DV, WARPS); w++) sum += out[(w * 8 + r) * OUT_STRIDE(DV) + d];
+      parts[size_t(r * n_parts + part) * DV + d] = sum;
+    }
+  }
+  const int r = int(thread_index);
+  if (r < n_rows) {
+    const float highest = highest_of<WARPS>(stats, r);
+    float total = 0.0f;
+    for (int w = 0; w < WARPS; w++) total += stats[(WARPS + w) * 8 + r] * exp2_fast(stats[w * 8 + r] - highest);
+    part_stats[(r * n_parts + part) * 2] = highest;
+    part_stats[(r * n_parts + part) * 2 + 1] = total;
+  }
+}
+
+// --- one code of a stream, for encode and expand ---
+
+template <int PB>
+kernel_fn uint code_at(const device uint* stream, int index) {
+  const int bit = index * PB, word = bit >> 5, shift = bit & 31;
+  uint code = stream[word] >> shift;
+  if (32 % PB != 0 && shift + PB > 32) code |= stream[word + 1] << (32 - shift);
+  return PB == 32 ? code : code & ((1u << PB) - 1u);
+}
+
+// Element `e` (0 or 1) of a pair code, in units of the row's scale.
+template <int PB>
+kernel_fn float level_of(uint code, int e, const device half* table) {
+  if (PB == 16) return (float(e == 0 ? code & 255u : code >> 8) - 127.5f) * BYTE_STEP;
+  return float(table[2 * code + e]);
+}

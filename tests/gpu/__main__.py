@@ -1,0 +1,43 @@
+"""Correctness and speed of the fused kernels on this machine's GPU: `python -m tests.gpu`."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+from tests.gpu import attention, correctness
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
+    parser.add_argument("--only", default="correctness,attention", help="parts to run")
+    parser.add_argument("--every", type=int, default=1, help="check each N-th case only")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    result = {"device": mx.device_info(), "mlx": mx.__version__, "date": time.strftime("%Y-%m-%d")}
+    failed = 0
+    if "correctness" in parts:
+        result["correctness"] = correctness.run_all(options.every)
+        for row in result["correctness"]:
+            failed += not row["passed"]
+            print(
+                "ok  " if row["passed"] else "FAIL",
+                {k: (f"{v:.2e}" if isinstance(v, float) else v) for k, v in row.items() if k != "passed"},
+            )
+    if "attention" in parts:
+        bandwidth = attention.copy_bandwidth()
+        print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+        result["attention"] = [attention.run(case, bandwidth) for case in attention.CASES]
+        for row in result["attention"]:
+            print({k: (round(v, 2) if isinstance(v, float) else v) for k, v in row.items()})
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1, default=str))
+    print(f"{failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

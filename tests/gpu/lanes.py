@@ -1,0 +1,21 @@
+"""The lanes under test, for whatever GPU this is."""
+
+import mlx.core as mx
+
+from kernels.fused import CudaLanes, FusedLanes, MetalLanes
+from kernels.lanes import Codebooks, LaneShape
+from kernels.reference import ReferenceLanes
+from turbocache.codebook import levels_for
+
+
+def codebooks(shape: LaneShape) -> Codebooks:
+    return Codebooks(levels_for("lloyd_max", shape.key_bits), levels_for("lloyd_max", shape.value_bits))
+
+
+def fused(shape: LaneShape) -> FusedLanes:
+    kind = MetalLanes if mx.metal.is_available() else CudaLanes
+    return kind(shape, codebooks(shape))
+
+
+def reference(shape: LaneShape) -> ReferenceLanes:
+    return ReferenceLanes(shape, codebooks(shape))
