@@ -26,7 +26,7 @@ LOG2_E = 1.4426950408889634
 
 _BITS = (2, 2.5, 3, 3.5, 4, 8)
 _TILE = 8
-_MERGE_THREADS = 512
+_THREADS = 32 * WARPS
 _SHARED_BYTES = 48 << 10
 """Of one CUDA threadgroup, without asking for more."""
 _NO_TABLE = np.zeros((8, 2), dtype=np.float16)
@@ -74,6 +74,7 @@ class FusedLanes:
         self._two_tables = shape.key_bits == shape.value_bits and not np.array_equal(codebooks.keys, codebooks.values)
         self._constants: dict[float, mx.array] = {}
         self._steps: dict[Any, _Step] = {}
+        self._zeros: mx.array | None = None
         self._codes: Constants = (
             ("DK", shape.key_dim),
             ("DV", shape.value_dim),
@@ -116,8 +117,8 @@ class FusedLanes:
         return tuple(
             kernel("encode", self.language, constants)(
                 inputs=[keys, values, *self._signs, *self._tables],
-                grid=(32 * WARPS, self.shape.n_kv_heads, 2 * n_pages),
-                threadgroup=(32 * WARPS, 1, 1),
+                grid=(_THREADS, self.shape.n_kv_heads, 2 * n_pages),
+                threadgroup=(_THREADS, 1, 1),
                 output_shapes=[(n_pages, *shape) for shape, _ in arrays],
                 output_dtypes=[dtype for _, dtype in arrays],
             )
@@ -132,8 +133,8 @@ class FusedLanes:
         s = self.shape
         keys, values = kernel("expand", self.language, (("T", dtype), *self._codes))(
             inputs=[*pages, table, *self._signs, *self._tables],
-            grid=(32 * WARPS * 4 * n_pages, s.n_kv_heads, 2 * n_rows),
-            threadgroup=(32 * WARPS, 1, 1),
+            grid=(_THREADS * 4 * n_pages, s.n_kv_heads, 2 * n_rows),
+            threadgroup=(_THREADS, 1, 1),
             output_shapes=[(n_rows, s.n_kv_heads, n_pages * PAGE, dim) for dim in (s.key_dim, s.value_dim)],
             output_dtypes=[dtype, dtype],
         )
@@ -175,30 +176,49 @@ class FusedLanes:
         step = self._step(queries.dtype, n_queries, rows.keep, rows.window_slots, rows.max_size, sinks is not None)
         n_splits = self._splits(n_pages, n_rows * n_kv_heads * step.groups, step.raw_blocks)
         lead = (n_rows, n_heads, n_queries, step.raw_blocks + n_splits)
-        parts, stats = step.attend(
-            inputs=[
-                queries,
-                raw_keys,
-                raw_values,
-                rows.table if n_pages else self._no_pages[0],
-                rows.rows,
-                *(pages if n_pages else self._no_pages[1]),
-                self._signs[0],
-                *self._tables,
-                self._constant(scale * LOG2_E),
-            ],
-            grid=(32 * WARPS * n_splits, n_kv_heads * step.groups, n_rows),
-            threadgroup=(32 * WARPS, 1, 1),
+        step_inputs = [
+            queries,
+            raw_keys,
+            raw_values,
+            rows.table if n_pages else self._no_pages[0],
+            rows.rows,
+            *(pages if n_pages else self._no_pages[1]),
+            self._signs[0],
+            *self._tables,
+            self._constant(scale * LOG2_E),
+        ]
+        merge_inputs = [self._constant(0.0) if sinks is None else sinks, self._signs[1]]
+        out_shape = (n_rows, n_heads, n_queries, value_dim)
+        grid = (_THREADS * n_splits, n_kv_heads * step.groups, n_rows)
+        if step.merge is None:
+            return step.attend(
+                inputs=[*step_inputs, *merge_inputs, self._counters(n_rows * n_kv_heads * step.groups)],
+                grid=grid,
+                threadgroup=(_THREADS, 1, 1),
+                output_shapes=[out_shape, (*lead, value_dim), (*lead, 2)],
+                output_dtypes=[queries.dtype, mx.float32, mx.float32],
+            )[0]
+        parts = step.attend(
+            inputs=step_inputs,
+            grid=grid,
+            threadgroup=(_THREADS, 1, 1),
             output_shapes=[(*lead, value_dim), (*lead, 2)],
             output_dtypes=[mx.float32, mx.float32],
         )
         return step.merge(
-            inputs=[parts, stats, self._constant(0.0) if sinks is None else sinks, self._signs[1]],
-            grid=(_MERGE_THREADS, n_rows * n_heads * n_queries, 1),
-            threadgroup=(_MERGE_THREADS, 1, 1),
-            output_shapes=[(n_rows, n_heads, n_queries, value_dim)],
+            inputs=[*parts, *merge_inputs],
+            grid=(_THREADS, -(-n_rows * n_heads * n_queries // WARPS), 1),
+            threadgroup=(_THREADS, 1, 1),
+            output_shapes=[out_shape],
             output_dtypes=[queries.dtype],
         )[0]
+
+    def _counters(self, n: int) -> mx.array:
+        """At least `n` counters at 0, which launches use and leave at 0. Launches of one layer never overlap."""
+        if self._zeros is None or self._zeros.size < n:
+            self._zeros = mx.zeros((max(n, 256),), dtype=mx.int32)
+            mx.eval(self._zeros)
+        return self._zeros
 
     @cached_property
     def _no_pages(self) -> tuple[mx.array, Pages]:
@@ -236,22 +256,26 @@ class FusedLanes:
             ("SLOTS", slots),
             ("SPAN", 0 if max_size is None else max_size - keep),
         )
+        groups = -(-needed // tiles)
+        # Three threadgroups fit a multiprocessor where a thread's part of output and page is small enough.
+        bounds = (_THREADS, 3 if tiles == 1 and max(s.key_dim, s.value_dim) <= 128 else 1)
+        merging: Constants = (("HAS_SINKS", has_sinks), ("MAX_PARTS", MAX_SPLITS + raw_blocks))
+        if self.language == "cuda":
+            whole = kernel("attend_merged", self.language, (*attend, *merging, ("GROUPS", groups)), bounds)
+            return _Step(whole, None, groups, raw_blocks)
         merge: Constants = (
             ("T", dtype),
             ("DV", s.value_dim),
             ("L", n_queries),
             ("N_HEADS", s.n_heads),
-            ("HAS_SINKS", has_sinks),
             ("RAW_BLOCKS", raw_blocks),
-            ("MAX_PARTS", MAX_SPLITS + raw_blocks),
-            ("THREADS", _MERGE_THREADS),
+            ("WARPS", WARPS),
+            *merging,
         )
-        # Three threadgroups fit a multiprocessor where a thread's part of output and page is small enough.
-        small = tiles == 1 and max(s.key_dim, s.value_dim) <= 128
         return _Step(
-            kernel("attend", self.language, attend, (32 * WARPS, 3 if small else 1)),
+            kernel("attend", self.language, (*attend, *merging), bounds),
             kernel("merge", self.language, merge),
-            -(-needed // tiles),
+            groups,
             raw_blocks,
         )
 
@@ -276,10 +300,12 @@ class FusedLanes:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """The two kernels of a step, the groups that its query rows are cut into, and blocks of raw tokens."""
+    """The kernels of a step (`merge` None where attend does it), the groups that its query rows are cut into, and
+    blocks of raw tokens.
+    """
 
     attend: Callable[..., list[mx.array]]
-    merge: Callable[..., list[mx.array]]
+    merge: Callable[..., list[mx.array]] | None
     groups: int
     raw_blocks: int
 

@@ -1,7 +1,8 @@
 """The fused kernels' sources, assembled for a language and handed to MLX.
 
-A kernel is a body (`metal/NAME.metal`), written once in Metal's words. In front of it go the language's prelude, what all
-kernels share (`metal/shapes.h`, `metal/common.h`) and, where there is one, the kernel's own functions (`metal/NAME.h`).
+A kernel is a body (`metal/NAME.metal`), written once in Metal's words. In front of it go the language's prelude, what
+all kernels share (`metal/shapes.h`, `metal/common.h`) and, where there is one, the kernel's own functions
+(`metal/NAME.h`).
 """
 
 import re
@@ -20,8 +21,9 @@ _SOURCES = Path(__file__).parent / "metal"
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A kernel's inputs and outputs by name, in order."""
+    """A kernel's source, and its inputs and outputs by name, in order."""
 
+    source: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
@@ -30,16 +32,17 @@ _PAGES = ("key_words", "value_words", "key_scales", "value_scales")
 _SIGNS = ("key_signs", "value_signs")
 _TABLES = ("key_table", "value_table")
 
-KERNELS = {
-    "encode": Signature(("keys", "values", *_SIGNS, *_TABLES), _PAGES),
-    "expand": Signature((*_PAGES, "table", *_SIGNS, *_TABLES), ("keys", "values")),
-    "attend": Signature(
-        ("queries", "raw_keys", "raw_values", "table", "rows", *_PAGES, "signs", *_TABLES, "params"),
-        ("parts", "part_stats"),
-    ),
-    "merge": Signature(("parts", "part_stats", "sinks", "signs"), ("out",)),
-}
+_STEP = ("queries", "raw_keys", "raw_values", "table", "rows", *_PAGES, "signs", *_TABLES, "params")
+_PARTS = ("parts", "part_stats")
 
+KERNELS = {
+    "encode": Signature("encode", ("keys", "values", *_SIGNS, *_TABLES), _PAGES),
+    "expand": Signature("expand", (*_PAGES, "table", *_SIGNS, *_TABLES), ("keys", "values")),
+    "attend": Signature("attend", _STEP, _PARTS),
+    "merge": Signature("merge", (*_PARTS, "sinks", "value_signs"), ("out",)),
+    # attend and merge in one launch; needs threadgroups that see each other's memory, which Metal does not promise.
+    "attend_merged": Signature("attend", (*_STEP, "sinks", "value_signs", "counters"), ("out", *_PARTS)),
+}
 
 Constant = int | bool | mx.Dtype
 Constants = tuple[tuple[str, Constant], ...]
@@ -56,16 +59,18 @@ def body(name: str, language: Language, constants: Constants) -> str:
     They are part of the text, not MLX's template arguments, which it would take apart at every launch.
     """
     lines = [_constant(key, value, language) for key, value in constants]
+    if name == "attend_merged":
+        lines.append("#define MERGED\n")
     if language == "cuda":
         lines.insert(0, f"#undef {_symbol(name)}\n")
-    return "".join(lines) + _terse(_SOURCES / f"{name}.metal")
+    return "".join(lines) + _terse(_SOURCES / f"{KERNELS[name].source}.metal")
 
 
 def header(name: str, language: Language, bounds: tuple[int, int] | None = None) -> str:
     """What stands in front of the kernel's function. `bounds`, on CUDA: threads of a threadgroup, and how many of them
     one multiprocessor must be able to hold, which limits a thread's registers.
     """
-    own = _SOURCES / f"{name}.h"
+    own = _SOURCES / f"{KERNELS[name].source}.h"
     shared = [_SOURCES / file for file in ("shapes.h", f"prelude_{language}.h", "common.h")]
     parts = [*shared, *([own] if own.exists() else [])]
     text = "".join(_terse(part) for part in parts)

@@ -20,12 +20,13 @@ constexpr float LOWEST = -1e30f, HIDDEN = -2e30f; // HIDDEN is far below any max
 constexpr int RAW_BLOCKS = (KEEP + 63) / 64 + SLOTS / 64;
 constexpr int TABLES = TABLE_WORDS(KP) + (KP == VP && !VALUE_TABLE ? 0 : TABLE_WORDS(VP));
 constexpr int OUT_FLOATS = OUT_AT_ONCE(DV, WARPS) * 8 * OUT_STRIDE(DV);
+constexpr int MERGE_FLOATS = MAX_PARTS + DV;
 constexpr int RAW_FLOATS = ROWS * DK + larger(WARPS * 16 * 8, OUT_FLOATS), TABLE_FLOATS = TABLES * int(sizeof(table_word)) / 4;
 
 threadgroup float stats[2 * WARPS * 8];
 threadgroup float4 query_storage[(QUERY_WORDS(NT, DK) + 3) / 4];
 // One after the other: queries and weights of raw tokens, or the tables of pages; then the output of a tile.
-threadgroup float4 scratch_storage[(larger(RAW_FLOATS, TABLE_FLOATS) + 3) / 4];
+threadgroup float4 scratch_storage[(larger(larger(RAW_FLOATS, TABLE_FLOATS), WARPS * MERGE_FLOATS) + 3) / 4];
 TG(query_word) page_queries = (TG(query_word))query_storage;
 TG(float) scratch = (TG(float))scratch_storage;
 TG(table_word) key_levels = (TG(table_word))scratch;
@@ -153,8 +154,8 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
     for (int r = 0; r < LIVE; r++) {
       if (int(lane) == r) stats[warp * 8 + r] = top[r], stats[(WARPS + warp) * 8 + r] = total[r];
     }
-    barrier_group(); // the weights, which `out` overwrites, are done with
-    TG(float) out = q + ROWS * DK;
+    barrier_group(); // the weights, which the output overwrites, are done with
+    TG(float) tile_out = q + ROWS * DK;
     for (int turn = 0; turn < WARPS; turn += OUT_AT_ONCE(DV, WARPS)) {
       const int place = int(warp) - turn;
       if (place >= 0 && place < OUT_AT_ONCE(DV, WARPS)) {
@@ -164,7 +165,7 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
           PRAGMA_UNROLL
           for (int i = 0; i < (DV + 127) / 128; i++) {
             const int d = 4 * int(lane) + 128 * i;
-            TG(float) at = out + (place * 8 + r) * OUT_STRIDE(DV) + d;
+            TG(float) at = tile_out + (place * 8 + r) * OUT_STRIDE(DV) + d;
             for (int e = 0; e < 4; e++)
               if (d < DV) at[e] = (turn > 0 ? at[e] : 0.0f) + acc[i][e][r] * factor;
           }
@@ -173,7 +174,7 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
       barrier_group();
     }
     write_part<DV, WARPS>(
-        out, stats, parts + size_t(first_query + 8 * n) * n_parts * DV, part_stats + size_t(first_query + 8 * n) * n_parts * 2,
+        tile_out, stats, parts + size_t(first_query + 8 * n) * n_parts * DV, part_stats + size_t(first_query + 8 * n) * n_parts * 2,
         block, n_parts, min(8, n_rows - 8 * n), lane + 32 * warp);
     barrier_group();
   }
@@ -271,7 +272,7 @@ if (begin < end) {
 }
 
 barrier_group(); // the tables are done with
-TG(float) out = scratch;
+TG(float) tile_out = scratch;
 PRAGMA_UNROLL
 for (int n = 0; n < NT; n++) {
   PRAGMA_UNROLL
@@ -285,11 +286,25 @@ for (int n = 0; n < NT; n++) {
   for (int turn = 0; turn < WARPS; turn += OUT_AT_ONCE(DV, WARPS)) {
     const int place = int(warp) - turn;
     if (place >= 0 && place < OUT_AT_ONCE(DV, WARPS))
-      o.put(out + place * 8 * OUT_STRIDE(DV), n, factor0, factor1, turn > 0, lane);
+      o.put(tile_out + place * 8 * OUT_STRIDE(DV), n, factor0, factor1, turn > 0, lane);
     barrier_group();
   }
   write_part<DV, WARPS>(
-      out, stats, parts + size_t(first_query + 8 * n) * n_parts * DV, part_stats + size_t(first_query + 8 * n) * n_parts * 2,
+      tile_out, stats, parts + size_t(first_query + 8 * n) * n_parts * DV, part_stats + size_t(first_query + 8 * n) * n_parts * 2,
       RAW_BLOCKS + split, n_parts, min(8, n_rows - 8 * n), lane + 32 * warp);
   barrier_group();
 }
+
+// --- where threadgroups can wait for each other's memory, the last split of a group adds the parts up ---
+
+#ifdef MERGED
+if (last_of(counters + (row * KV_HEADS + head) * GROUPS + group, n_splits, (TG(int))stats, lane + 32 * warp)) {
+  for (int r = int(warp); r < n_rows; r += WARPS) {
+    const int query = first_query + r;
+    merge_row<T, DV, RAW_BLOCKS>(
+        parts + size_t(query) * n_parts * DV, part_stats + size_t(query) * n_parts * 2, n_parts,
+        HAS_SINKS ? float(sinks[query / L % (KV_HEADS * REPEATS)]) * 1.44269504f : LOWEST, value_signs,
+        scratch + warp * MERGE_FLOATS, out + size_t(query) * DV, lane);
+  }
+}
+#endif

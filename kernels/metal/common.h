@@ -146,6 +146,77 @@ kernel_fn void write_part(
   }
 }
 
+// One query row's parts added up, by one simdgroup: `parts` [n_parts, DV] and `part_stats` [n_parts, 2] as write_part leaves
+// them. The first RAW_BLOCKS parts are in the model's basis, the others in the rotated one; these are brought back once.
+// `sink` is a logit without a value, in units of log2 e. `scratch`: n_parts + DV floats.
+template <typename T, int DV, int RAW_BLOCKS>
+kernel_fn void merge_row(
+    const device float* parts, const device float* part_stats, int n_parts, float sink, const device float* signs,
+    TG(float) scratch, device T* out, uint lane) {
+  constexpr int chunks = (DV + 127) / 128; // a lane has 4 dims of each 128
+  TG(float) row = scratch;
+  TG(float) factors = scratch + DV;
+  float highest = sink;
+  for (int s = int(lane); s < n_parts; s += 32) highest = max(highest, load_fresh(part_stats + 2 * s));
+  for (int mask = 1; mask < 32; mask <<= 1) highest = max(highest, shuffle_xor(highest, mask));
+  float total = 0.0f;
+  for (int s = int(lane); s < n_parts; s += 32) {
+    const float factor = exp2_fast(load_fresh(part_stats + 2 * s) - highest);
+    total += load_fresh(part_stats + 2 * s + 1) * factor;
+    factors[s] = factor;
+  }
+  for (int mask = 1; mask < 32; mask <<= 1) total += shuffle_xor(total, mask);
+  total += exp2_fast(sink - highest);
+  barrier_simd();
+  PRAGMA_UNROLL
+  for (int i = 0; i < chunks; i++) {
+    const int d = 128 * i + 4 * int(lane);
+    if (d < DV) {
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      int s = RAW_BLOCKS;
+      for (; s + 8 <= n_parts; s += 8) {
+        float x[8][4];
+        PRAGMA_UNROLL
+        for (int k = 0; k < 8; k++) load4_fresh(parts + (s + k) * DV + d, x[k]);
+        PRAGMA_UNROLL
+        for (int k = 0; k < 8; k++) {
+          const float factor = factors[s + k];
+          PRAGMA_UNROLL
+          for (int e = 0; e < 4; e++) sum[e] += factor * x[k][e];
+        }
+      }
+      for (; s < n_parts; s++) {
+        float x[4];
+        load4_fresh(parts + s * DV + d, x);
+        PRAGMA_UNROLL
+        for (int e = 0; e < 4; e++) sum[e] += factors[s] * x[e];
+      }
+      PRAGMA_UNROLL
+      for (int e = 0; e < 4; e++) row[d + e] = sum[e];
+    }
+  }
+  barrier_simd();
+  mix<DV>(row, lane);
+  PRAGMA_UNROLL
+  for (int i = 0; i < chunks; i++) {
+    const int d = 128 * i + 4 * int(lane);
+    if (d < DV) {
+      float sum[4];
+      PRAGMA_UNROLL
+      for (int e = 0; e < 4; e++) sum[e] = row[d + e] * signs[d + e];
+      PRAGMA_UNROLL
+      for (int s = 0; s < RAW_BLOCKS; s++) {
+        float x[4];
+        load4_fresh(parts + s * DV + d, x);
+        PRAGMA_UNROLL
+        for (int e = 0; e < 4; e++) sum[e] += factors[s] * x[e];
+      }
+      PRAGMA_UNROLL
+      for (int e = 0; e < 4; e++) out[d + e] = T(sum[e] / total);
+    }
+  }
+}
+
 // --- one code of a stream, for encode and expand ---
 
 template <int PB>

@@ -73,6 +73,28 @@ kernel_fn void load4(const __nv_bfloat16* p, float* x) {
   x[2] = __uint_as_float(v.y << 16), x[3] = __uint_as_float(v.y & 0xffff0000u);
 }
 
+// What other threadgroups have written: not from this multiprocessor's cache.
+kernel_fn float load_fresh(const float* p) { return __ldcg(p); }
+kernel_fn void load4_fresh(const float* p, float* x) {
+  float4 v = __ldcg(reinterpret_cast<const float4*>(p));
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+// Whether this threadgroup is the last of n to get here; what the others wrote before is visible then. The counter goes
+// back to 0 for the next launch. It is an input that no other launch in flight shares.
+kernel_fn bool last_of(const int* counter, int n, int* flag, uint thread_index) {
+  __threadfence();
+  __syncthreads();
+  if (thread_index == 0) {
+    const int before = atomicAdd(const_cast<int*>(counter), 1);
+    if (before == n - 1) *const_cast<int*>(counter) = 0;
+    *flag = before == n - 1;
+  }
+  __syncthreads();
+  const bool last = *flag != 0;
+  if (last) __threadfence();
+  return last;
+}
+
 // --- two half values in one register ---
 
 kernel_fn uint pack_half2(float low, float high) {

@@ -31,6 +31,9 @@ kernel_fn void load4(const device T* p, thread float* x) {
   x[0] = float(v[0]), x[1] = float(v[1]), x[2] = float(v[2]), x[3] = float(v[3]);
 }
 
+kernel_fn float load_fresh(const device float* p) { return *p; }
+kernel_fn void load4_fresh(const device float* p, thread float* x) { load4(p, x); }
+
 // --- tables of pair codes ---
 
 typedef half2 table_word;
