@@ -21,20 +21,22 @@ Pages = tuple[mx.array, ...]
 
 Mask = mx.array | Literal["causal"] | None
 
-CodebookKind = Literal["lloyd_max", "uniform", "none"]
-"""`lloyd_max`: any sorted levels. `uniform`: equally spaced ones, which affine integer products can read."""
+CodebookKind = Literal["lloyd_max", "pair", "uniform", "none"]
+"""`lloyd_max`: the best levels, and points for pairs of coordinates where a coordinate has a half bit. `pair`: points
+from 2 to 4 bits, levels elsewhere. `uniform`: equally spaced levels, which affine integer products can read.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class LaneShape:
-    """What a layer stores: head counts, head dims and code widths. Widths are 1 to 8 bits."""
+    """What a layer stores: head counts, head dims and code widths. Widths are 1 to 8 bits, 2.5 and 3.5 among them."""
 
     n_heads: int
     n_kv_heads: int
     key_dim: int
     value_dim: int
-    key_bits: int
-    value_bits: int
+    key_bits: float
+    value_bits: float
 
     @property
     def n_repeats(self) -> int:
@@ -44,7 +46,9 @@ class LaneShape:
 
 @dataclass(frozen=True, slots=True)
 class Codebooks:
-    """Sorted reconstruction levels of N(0, 1), float32 `[2**bits]` with float16's values, for keys and for values."""
+    """Reconstruction levels of N(0, 1) for keys and for values, float32 with float16's values, each `[2**bits]` and
+    sorted, or `[2**(2 * bits), 2]` for pairs of coordinates (kernels/codes.py).
+    """
 
     keys: np.ndarray
     values: np.ndarray

@@ -2,8 +2,11 @@
 
 A row of `n` codes of `bits` bits is one little-endian bit stream: code `i` occupies the stream's bits
 `[i*bits, (i+1)*bits)`, and stream bit `j` is bit `j % 32` of word `j // 32`. The last word is filled with zero bits.
+A code stands for one coordinate, or for two: then its bits are twice those of a coordinate, which may be 2.5 or 3.5.
 For the widths that `mx.quantize` knows this is also MLX's own order, so MLX's quantised matrix products read it.
 """
+
+import math
 
 import mlx.core as mx
 
@@ -16,9 +19,9 @@ PAGE = 64
 _WORD = 32
 
 
-def words_for(n: int, bits: int) -> int:
-    """Number of 32-bit words that hold `n` codes of `bits` bits."""
-    return (n * bits + _WORD - 1) // _WORD
+def words_for(n: int, bits: float) -> int:
+    """Number of 32-bit words that hold the codes of `n` coordinates at `bits` bits each."""
+    return math.ceil(n * bits / _WORD)
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:

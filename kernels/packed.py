@@ -50,6 +50,7 @@ class _Grid:
         if not np.allclose(steps, steps[0], rtol=1e-4):
             raise ValueError("the packed lanes need equally spaced levels")
         self.step, self.low, self.n_levels = float(steps.mean()), float(levels[0]), len(levels)
+        self.bits = self.n_levels.bit_length() - 1
 
     def nearest(self, units: mx.array) -> tuple[mx.array, mx.array]:
         """Coordinates to codes and levels by rounding, which costs a tenth of a search."""
@@ -126,7 +127,7 @@ class PackedLanes:
     def unsupported(cls, shape: LaneShape) -> str | None:
         for what, bits in (("keys", shape.key_bits), ("values", shape.value_bits)):
             if bits not in _BITS:
-                return f"MLX's quantised products have no {bits}-bit lanes (for {what}); there are {_BITS}"
+                return f"MLX's quantised products have no {bits:g}-bit lanes (for {what}); there are {_BITS}"
         return None
 
     def page_arrays(self) -> Sequence[tuple[tuple[int, ...], mx.Dtype]]:
@@ -144,8 +145,8 @@ class PackedLanes:
         value_codes, value_scales = quantise(values, self._values.nearest, unbiased=False)
         value_codes = mx.pad(value_codes, [(0, 0)] * (value_codes.ndim - 1) + [(0, self._value_pad)])
         return (
-            pack(key_codes.swapaxes(-1, -2), self.shape.key_bits),
-            pack(value_codes, self.shape.value_bits),
+            pack(key_codes.swapaxes(-1, -2), self._keys.bits),
+            pack(value_codes, self._values.bits),
             key_scales,
             value_scales,
         )
@@ -160,8 +161,8 @@ class PackedLanes:
         s = self.shape
         key_affine = self._keys.affine((*key_words.shape[:-1], 1), mx.float32)
         value_affine = self._values.affine((*value_words.shape[:-1], self._value_groups), mx.float32)
-        keys = mx.dequantize(key_words, *key_affine, group_size=PAGE, bits=s.key_bits)
-        values = mx.dequantize(value_words, *value_affine, group_size=self._value_group, bits=s.value_bits)
+        keys = mx.dequantize(key_words, *key_affine, group_size=PAGE, bits=self._keys.bits)
+        values = mx.dequantize(value_words, *value_affine, group_size=self._value_group, bits=self._values.bits)
         keys = (keys * key_scales[..., None, :].astype(mx.float32)).swapaxes(-1, -2)
         return keys, values[..., : s.value_dim] * value_scales[..., None].astype(mx.float32)
 
@@ -237,16 +238,14 @@ class PackedLanes:
         """Queries `[B, n_kv_heads, R, key_dim]` against every page: `[B, n_kv_heads, R, P * PAGE]`."""
         words, scales = self._gather(pages[0], index), self._gather(pages[2], index)
         words = words.swapaxes(2, 3).flatten(-2)  # [B, n_kv_heads, key_dim, P * words]
-        scores = self._keys.product(grouped, words, self.shape.key_bits, PAGE)
+        scores = self._keys.product(grouped, words, self._keys.bits, PAGE)
         return scores * scales.flatten(-2)[:, :, None]
 
     def _page_values(self, weights: mx.array, pages: Pages, index: PageIndex) -> mx.array:
         """Weights `[B, n_kv_heads, R, P * PAGE]` over every page's values: `[B, n_kv_heads, R, value_dim]`."""
         words, scales = self._gather(pages[1], index).flatten(2, 3), self._gather(pages[3], index)
         weights = weights * scales.flatten(-2)[:, :, None]
-        out = self._values.product(weights, words, self.shape.value_bits, self._value_group)[
-            ..., : self.shape.value_dim
-        ]
+        out = self._values.product(weights, words, self._values.bits, self._value_group)[..., : self.shape.value_dim]
         return out if index.pageless is None else mx.where(index.pageless, 0.0, out)
 
     def _gather(self, array: mx.array, index: PageIndex) -> mx.array:

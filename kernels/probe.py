@@ -210,4 +210,4 @@ def _timed(run: Callable[[], T], repeats: int = 3) -> tuple[T, float]:
 
 def _describe(shape: LaneShape) -> str:
     dims = f"{shape.key_dim}" if shape.key_dim == shape.value_dim else f"{shape.key_dim}/{shape.value_dim}"
-    return f"{shape.n_heads}/{shape.n_kv_heads} heads x {dims}, k{shape.key_bits}v{shape.value_bits}"
+    return f"{shape.n_heads}/{shape.n_kv_heads} heads x {dims}, k{shape.key_bits:g}v{shape.value_bits:g}"

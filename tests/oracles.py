@@ -55,14 +55,32 @@ def quantise_row(row: Array, levels: Array, *, unbiased: bool) -> Array:
     return float(np.float16(min(scale, 65504.0))) * read
 
 
-def rotated_codec(levels: Array, dim: int, *, unbiased: bool) -> BlockCodec:
+def quantise_page(rows: Array, table: Array, *, unbiased: bool) -> Array:
+    """`quantise_row` for one head's rotated page `[PAGE, dim]` and any codebook: levels `[n]`, or pairs `[n, 2]`, which
+    stand for neighbouring dims of a key (`unbiased`) and for one dim of neighbouring tokens' values.
+    """
+    if table.ndim == 1:
+        return np.stack([quantise_row(row, table, unbiased=unbiased) for row in rows])
+    rows, table = rows.astype(np.float64), table.astype(np.float64)
+    rms = np.sqrt((rows**2).mean(axis=1, keepdims=True))
+    units = rows / np.where(rms == 0, 1, rms)
+    streams = units if unbiased else units.T
+    pairs = streams.reshape(-1, 1, 2)
+    read = table[((pairs - table) ** 2).sum(axis=-1).argmin(axis=1)].reshape(streams.shape)
+    read = read if unbiased else read.T
+    along = (read * rows).sum(axis=1)
+    scales = (rows**2).sum(axis=1) / np.where(along == 0, 1, along) if unbiased else along / (read**2).sum(axis=1)
+    return np.asarray(np.minimum(scales, 65504.0).astype(np.float16).astype(np.float64)[:, None] * read)
+
+
+def rotated_codec(table: Array, dim: int, *, unbiased: bool) -> BlockCodec:
     """Rotate, quantise, rotate back. Takes the rotation as a matrix from `Rotation`, which has its own tests."""
     matrix = np.array(Rotation(dim).apply(mx.eye(dim)), dtype=np.float64)
 
     def codec(block: Array) -> Array:
-        rows = (block.reshape(-1, dim) @ matrix).astype(np.float32)
-        read = np.stack([quantise_row(row, levels, unbiased=unbiased) for row in rows])
-        return np.asarray(read @ matrix.T).reshape(block.shape)
+        heads = (block @ matrix).astype(np.float32).swapaxes(0, 1)
+        read = np.stack([quantise_page(rows, table, unbiased=unbiased) for rows in heads])
+        return np.asarray((read @ matrix.T).swapaxes(0, 1))
 
     return codec
 

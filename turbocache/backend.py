@@ -1,6 +1,8 @@
 """Backends: their lanes, their candidates for the probe, and the choice for a loaded model."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -38,9 +40,20 @@ def make_lanes(backend: str, shape: LaneShape, codebook: CodebookKind | None = N
 
     Raises ValueError for shapes that the backend does not support.
     """
-    lanes = LANES[backend]
+    lanes, shape = LANES[backend], fitted(backend, shape)
     kind = codebook or lanes.codebook
-    return lanes(shape, Codebooks(levels_for(kind, shape.key_bits), levels_for(kind, shape.value_bits)))
+    # An odd dim does not come out even in pairs; values pair tokens, of which a page has 64.
+    key_kind: CodebookKind = "lloyd_max" if kind == "pair" and shape.key_dim % 2 else kind
+    return lanes(shape, Codebooks(levels_for(key_kind, shape.key_bits), levels_for(kind, shape.value_bits)))
+
+
+def fitted(backend: str, shape: LaneShape) -> LaneShape:
+    """`shape`, or where the backend can't take its half bits, the same with keys rounded up and values down: no more
+    bytes if both have halves, and keys are the ones that need the bits.
+    """
+    whole = replace(shape, key_bits=math.ceil(shape.key_bits), value_bits=math.floor(shape.value_bits))
+    lanes = LANES[backend]
+    return whole if whole != shape and lanes.unsupported(shape) and not lanes.unsupported(whole) else shape
 
 
 def choose_backend(requested: str, plans: Sequence[LayerPlan], preset: Preset) -> Backend:
@@ -57,8 +70,19 @@ def choose_backend(requested: str, plans: Sequence[LayerPlan], preset: Preset) -
     elif not shapes:
         reason = "no layer of this model can be compressed"
     else:
-        return backend
+        return replace(backend, reason="; ".join([backend.reason, *_changed_widths(backend.name, shapes)]))
     return Backend(backend.name, requested, reason, backend.profile, backend.device)
+
+
+def _changed_widths(backend: str, shapes: Sequence[LaneShape]) -> list[str]:
+    """What `fitted` did to the preset, in words."""
+    said = []
+    for shape in shapes:
+        stored = fitted(backend, shape)
+        if stored != shape:
+            asked, got = (f"k{s.key_bits:g}v{s.value_bits:g}" for s in (shape, stored))
+            said.append(f"{asked} is stored as {got}: {LANES[backend].unsupported(shape)}")
+    return list(dict.fromkeys(said))
 
 
 def _candidate(name: str) -> Candidate:
@@ -74,7 +98,7 @@ def _candidate(name: str) -> Candidate:
     return Candidate(
         name,
         build=lambda shape: make_lanes(name, shape),
-        oracle=lambda shape: make_lanes("reference", shape, LANES[name].codebook),
+        oracle=lambda shape: make_lanes("reference", fitted(name, shape), LANES[name].codebook),
     )
 
 

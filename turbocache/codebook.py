@@ -15,6 +15,7 @@ import numpy as np
 
 from kernels.lanes import CodebookKind
 from turbocache.codebook_tables import LLOYD_MAX, UNIFORM_STEP
+from turbocache.pair_codebook import PAIR_BITS, pair_levels
 
 MAX_BITS = 8
 _SQRT_2PI = math.sqrt(2 * math.pi)
@@ -132,18 +133,25 @@ def grid_step(bits: int) -> float:
 
 
 @cache
-def levels_for(kind: CodebookKind, bits: int) -> np.ndarray:
-    """Sorted levels of N(0, 1), float32 `[2**bits]` with float16's values, not writeable.
+def levels_for(kind: CodebookKind, bits: float) -> np.ndarray:
+    """Sorted levels of N(0, 1), float32 `[2**bits]` with float16's values, not writeable; `pair_levels` where `kind`
+    (see `CodebookKind`) calls for pairs.
 
-    At 8 bits both kinds are the grid, which is read without a table. Raises ValueError for bits outside 1..8 and for
-    the kind `none`.
+    At 8 bits all kinds are the grid, which is read without a table. Raises ValueError for bits without a codebook and
+    for the kind `none`.
     """
-    if not 1 <= bits <= MAX_BITS or kind == "none":
-        raise ValueError(f"no {kind} codebook of {bits} bits; there are lloyd_max and uniform ones of 1 to {MAX_BITS}")
-    if kind == "lloyd_max" and bits < MAX_BITS:
-        half = np.array(LLOYD_MAX[bits])
+    if bits in PAIR_BITS and (kind == "pair" or (kind == "lloyd_max" and bits % 1)):
+        return pair_levels(bits)
+    if not 1 <= bits <= MAX_BITS or bits % 1 or kind == "none":
+        raise ValueError(
+            f"no {kind} codebook of {bits:g} bits; there are lloyd_max and uniform ones of 1 to {MAX_BITS}, "
+            f"and pairs of {', '.join(f'{b:g}' for b in PAIR_BITS)}"
+        )
+    whole = int(bits)
+    if kind != "uniform" and whole < MAX_BITS:
+        half = np.array(LLOYD_MAX[whole])
     else:
-        half = (np.arange(1 << (bits - 1)) + 0.5) * grid_step(bits)
+        half = (np.arange(1 << (whole - 1)) + 0.5) * grid_step(whole)
     levels = np.concatenate([-half[::-1], half]).astype(np.float16).astype(np.float32)
     levels.flags.writeable = False
     return levels

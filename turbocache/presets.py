@@ -1,4 +1,7 @@
-"""Presets: how many bits keys and values get. `off` stores them as they are."""
+"""Presets: how many bits keys and values get. `off` stores them as they are.
+
+A half bit is a code for a pair of coordinates (turbocache/pair_codebook.py).
+"""
 
 from dataclasses import dataclass
 
@@ -8,18 +11,34 @@ class Preset:
     """A named pair of code widths; both are None for `off`."""
 
     name: str
-    key_bits: int | None
-    value_bits: int | None
+    key_bits: float | None
+    value_bits: float | None
 
     @property
     def compressed(self) -> bool:
         return self.key_bits is not None
 
 
-_PAIRS = ((8, 8), (8, 4), (8, 3), (4, 4), (4, 3), (4, 2), (3, 3), (2, 2))
-PRESETS = {"off": Preset("off", None, None)} | {
-    f"k{keys}v{values}": Preset(f"k{keys}v{values}", keys, values) for keys, values in _PAIRS
+PRESETS = {
+    known.name: known
+    for known in (
+        Preset("off", None, None),
+        Preset("k8v8", 8, 8),
+        Preset("k8v4", 8, 4),
+        Preset("k8v3", 8, 3),
+        Preset("k4v4", 4, 4),
+        Preset("k4v3", 4, 3),
+        Preset("turbo3_5", 3.5, 3.5),
+        Preset("k4v2_5", 4, 2.5),
+        Preset("turbo3", 3, 3),
+        Preset("k3v3", 3, 3),
+        Preset("k3_5v2_5", 3.5, 2.5),
+        Preset("k4v2", 4, 2),
+        Preset("turbo2_5", 2.5, 2.5),
+        Preset("k2v2", 2, 2),
+    )
 }
+"""By name, from most bits to fewest. `turbo3` is `k3v3` by the name that its neighbours have."""
 DEFAULT_PRESET = "k4v4"
 
 

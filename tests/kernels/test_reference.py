@@ -2,11 +2,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kernels.codes import nearest_level
 from kernels.lanes import Codebooks, LaneShape
 from kernels.layout import PAGE
-from kernels.reference import ReferenceLanes, nearest_level, quantise
+from kernels.reference import ReferenceLanes, quantise
 from kernels.rotation import Rotation
-from tests.oracles import quantise_row
+from tests.oracles import quantise_page, quantise_row
 from turbocache.backend import make_lanes
 from turbocache.codebook import levels_for
 
@@ -75,6 +76,57 @@ def test_scales_stop_at_the_largest_float16_and_zero_rows_stay_zero() -> None:
         assert (read[0, 0, 0] > 0).all()
 
 
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(2, 2), (2.5, 3.5), (3, 4), (3.5, 2.5), (4, 3), (8, 2.5)])
+@pytest.mark.parametrize("dims", [(64, 64), (80, 96), (40, 33)])
+def test_pair_codes_follow_the_definition(dims: tuple[int, int], key_bits: float, value_bits: float) -> None:
+    """Pages and back in float64, in the rotated basis. A pair on a border may get either entry, a scale either of two
+    float16 neighbours.
+    """
+    shape = LaneShape(4, 2, *dims, key_bits, value_bits)
+    lanes = make_lanes("reference", shape, "pair")
+    tokens = [rows_of(dim, 3 * 2 * PAGE).reshape(3, 2, PAGE, dim) for dim in dims]
+    pages = lanes.encode(*(mx.array(x) for x in tokens))
+    assert [(p.shape[1:], p.dtype) for p in pages] == [(tuple(s), d) for s, d in lanes.page_arrays()]
+    read = lanes.expand(pages, mx.float32)
+    for i, (bits, unbiased) in enumerate(((key_bits, True), (value_bits, False))):
+        rotation = Rotation(dims[i])
+        got, exact = (np.array(rotation.apply(mx.array(x))).reshape(-1, PAGE, dims[i]) for x in (read[i], tokens[i]))
+        want = np.stack([quantise_page(rows, levels_for("pair", bits), unbiased=unbiased) for rows in exact])
+        rms = np.sqrt((exact.astype(np.float64) ** 2).mean(axis=-1, keepdims=True))
+        close = (np.abs(got - want) <= 2e-3 * np.abs(want) + 1e-4 * rms + 1e-7).all(axis=-1)
+        assert close.mean() > 0.985
+        assert (np.abs(got - want) <= 2.5 * rms + 1e-6).all()
+
+
+def test_a_broken_token_spoils_no_other() -> None:
+    """Values pair two tokens in one code: a token of NaN or infinity must not make its neighbour so."""
+    lanes = make_lanes("reference", LaneShape(1, 1, 64, 64, 2.5, 2.5))
+    tokens = rng.normal(size=(1, 1, PAGE, 64)).astype(np.float32)
+    good = [np.array(x) for x in lanes.expand(lanes.encode(mx.array(tokens), mx.array(tokens)), mx.float32)]
+    broken = tokens.copy()
+    broken[0, 0, 6], broken[0, 0, 21] = np.nan, np.inf
+    read = [np.array(x) for x in lanes.expand(lanes.encode(mx.array(broken), mx.array(broken)), mx.float32)]
+    others = np.setdiff1d(np.arange(PAGE), [6, 21])
+    np.testing.assert_array_equal(read[0][0, 0, others], good[0][0, 0, others])
+    unpaired = np.setdiff1d(others, [7, 20])
+    np.testing.assert_array_equal(read[1][0, 0, unpaired], good[1][0, 0, unpaired])
+    errors = np.square(read[1] - tokens)[0, 0, [7, 20]].mean(axis=-1)
+    assert (errors < 0.2).all()
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.5])
+def test_half_bits_take_their_part_of_the_bytes(bits: float) -> None:
+    arrays = make_lanes("reference", LaneShape(8, 2, 128, 128, bits, bits)).page_arrays()
+    assert sum(int(np.prod(shape)) * dtype.size for shape, dtype in arrays) == 2 * 2 * PAGE * (128 * bits / 8 + 2)
+
+
+def test_pairs_of_an_odd_key_dim_are_refused_and_of_an_odd_value_dim_are_not() -> None:
+    books = Codebooks(levels_for("pair", 2.5), levels_for("pair", 2.5))
+    with pytest.raises(ValueError, match=r"a code of 2.5 bits stands for a pair of dims, and keys have 33"):
+        ReferenceLanes(LaneShape(1, 1, 33, 64, 2.5, 2.5), books)
+    ReferenceLanes(LaneShape(1, 1, 64, 33, 2.5, 2.5), books)
+
+
 @pytest.mark.parametrize(("key_bits", "value_bits"), [(4, 4), (8, 3), (1, 1), (5, 7)])
 def test_page_arrays_describe_what_encode_makes(key_bits: int, value_bits: int) -> None:
     lanes = make_lanes("reference", LaneShape(6, 2, 80, 96, key_bits, value_bits))
@@ -111,5 +163,5 @@ def test_pages_are_laid_out_as_documented(key_bits: int, value_bits: int) -> Non
 
 def test_codebooks_of_the_wrong_size_are_refused() -> None:
     books = Codebooks(levels_for("lloyd_max", 3), levels_for("lloyd_max", 4))
-    with pytest.raises(ValueError, match="8 and 16 levels; 4 and 4 bits need 16 and 16"):
+    with pytest.raises(ValueError, match="a codebook of 8 levels is not one of 4 bits, which needs 16"):
         ReferenceLanes(LaneShape(1, 1, 64, 64, 4, 4), books)

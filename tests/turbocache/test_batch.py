@@ -151,7 +151,7 @@ def test_after_a_trim(ring: RingConfig, cut: int) -> None:
 
 
 def codecs_of(
-    layers: tuple[Heads, ...], kind: str, key_bits: int, value_bits: int
+    layers: tuple[Heads, ...], kind: str, key_bits: float, value_bits: float
 ) -> list[tuple[BlockCodec, BlockCodec]]:
     made = []
     for heads in layers:
@@ -166,16 +166,25 @@ def codecs_of(
     return made
 
 
-@pytest.mark.parametrize(("backend", "kind"), [("reference", "lloyd_max"), ("packed", "uniform")])
+@pytest.mark.parametrize(
+    ("backend", "kind", "bits", "name"),
+    [
+        ("reference", "lloyd_max", 2, "k2v2"),
+        ("packed", "uniform", 2, "k2v2"),
+        ("reference", "pair", 2.5, "turbo2_5"),
+    ],
+)
 @pytest.mark.parametrize("ring", [RingConfig(3, 64, 220), RingConfig(0, 0, None), RingConfig(64, 128, 300)], ids=str)
-def test_each_token_is_read_in_the_form_its_position_calls_for(backend: str, kind: str, ring: RingConfig) -> None:
+def test_each_token_is_read_in_the_form_its_position_calls_for(
+    backend: str, kind: str, bits: float, name: str, ring: RingConfig
+) -> None:
     """The same with a codec at two bits, where the forms are far apart. A coordinate that lies on a boundary to within
     float32 may fall to either side, which moves an output by less than the tolerance; one token in the wrong form
     moves it by several times that.
     """
     layers = (Heads(4, 2, 64, 32),)
-    spec = make_spec(ring, layers, n_pages=200, preset_name="k2v2", backend=backend)
-    codecs = codecs_of(layers, kind, 2, 2)
+    spec = make_spec(ring, layers, n_pages=200, preset_name=name, backend=backend)
+    codecs = codecs_of(layers, kind, bits, bits)
     script: list[tuple[str, object]] = [
         ("append", 150),
         ("decode", 70),
@@ -194,9 +203,9 @@ def test_each_token_is_read_in_the_form_its_position_calls_for(backend: str, kin
     run(Paged.session(layers, spec, np.random.default_rng(0), codecs=codecs, tolerance=5e-4), script)
 
 
-@pytest.mark.parametrize("backend", ["packed", "reference"])
+@pytest.mark.parametrize(("backend", "name"), [("packed", "k4v4"), ("reference", "k4v4"), ("reference", "turbo3_5")])
 @pytest.mark.parametrize("ring", [RingConfig(3, 64, 200), RingConfig(64, 0, None)], ids=str)
-def test_results_do_not_depend_on_how_a_prefill_is_cut(backend: str, ring: RingConfig) -> None:
+def test_results_do_not_depend_on_how_a_prefill_is_cut(backend: str, name: str, ring: RingConfig) -> None:
     """The same tokens in different chunks: the same page contents bit for bit, the same outputs to within float32 (the
     packed lanes compute short chunks from whole bytes, which costs two digits).
     """
@@ -206,7 +215,7 @@ def test_results_do_not_depend_on_how_a_prefill_is_cut(backend: str, ring: RingC
     q, k, v = (mx.array(rng.normal(size=(1, heads, n, 64)).astype(np.float32)) for heads in (4, 2, 2))
     results = []
     for cut in ([n], [1] * n, [64] * 8 + [5], [100, 1, 1, 200, 3, 150, 62], [3, 61, 64, 128, 128, 133], [516, 1]):
-        spec = make_spec(ring, layers, n_pages=50, preset_name="k4v4", backend=backend)
+        spec = make_spec(ring, layers, n_pages=50, preset_name=name, backend=backend)
         batch = CacheBatch(spec)
         outs, start = [], 0
         for length in cut:

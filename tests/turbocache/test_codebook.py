@@ -11,6 +11,7 @@ from kernels.rotation import Rotation
 from turbocache.backend import make_lanes
 from turbocache.codebook import MAX_BITS, gaussian_distortion, grid_step, levels_for, lloyd_max, uniform_step
 from turbocache.codebook_tables import LLOYD_MAX, UNIFORM_STEP
+from turbocache.pair_codebook import PAIR_BITS, pair_distortion, pair_levels
 
 PUBLISHED = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
 """Mean squared error of the best scalar quantiser of N(0, 1) (Max 1960; TurboQuant, arXiv 2504.19874)."""
@@ -127,6 +128,41 @@ def mean_ratio(read: np.ndarray, keys: np.ndarray, queries: np.ndarray) -> tuple
     return float(ratios.mean()), float(ratios.std() / len(ratios) ** 0.5)
 
 
+@pytest.mark.parametrize("bits", PAIR_BITS)
+@pytest.mark.parametrize("dim", [80, 128])
+def test_rotated_vectors_have_the_distortion_of_their_pair_code(bits: float, dim: int) -> None:
+    """The same through pair codes, which are integrated for a Gaussian: within 3 % of that at these dims."""
+    rng = np.random.default_rng(round(10 * bits))
+    rows = rng.normal(size=(16, 2, PAGE, dim)) * 3 + 0.5 * rng.normal(size=(16, 2, PAGE, 1))
+    lanes = make_lanes("reference", LaneShape(2, 2, dim, dim, bits, bits), "pair")
+    tokens = mx.array(rows.astype(np.float32))
+    squared = (rows**2).sum(axis=-1)
+    pages = lanes.encode(tokens, tokens)
+    keys, values = (np.array(x).astype(np.float64) for x in lanes.expand(pages, mx.float32))
+    for read, scales in ((keys, pages[2]), (values, pages[3])):
+        plain = read / np.array(scales).astype(np.float64)[..., None] * (squared[..., None] / dim) ** 0.5
+        error = (((plain - rows) ** 2).sum(axis=-1) / squared).mean()
+        assert error == pytest.approx(pair_distortion(pair_levels(bits)), rel=0.03)
+    for read, least in ((keys, False), (values, True)):
+        cosine = (read * rows).sum(axis=-1) / np.sqrt((read**2).sum(axis=-1) * squared)
+        error = (((read - rows) ** 2).sum(axis=-1) / squared).mean()
+        assert error == pytest.approx(((1 - cosine**2) if least else (1 / cosine**2 - 1)).mean(), rel=0.003)
+
+
+@pytest.mark.parametrize("bits", PAIR_BITS)
+def test_inner_products_with_keys_in_pairs_have_no_bias(bits: float) -> None:
+    dim, n = 128, 128
+    rng = np.random.default_rng(round(10 * bits) + 1)
+    keys = rng.normal(size=(n, 1, PAGE, dim))
+    queries = (0.5 * keys + 0.75**0.5 * rng.normal(size=keys.shape)).reshape(-1, dim)
+    lanes = make_lanes("reference", LaneShape(1, 1, dim, dim, bits, bits), "pair")
+    tokens = mx.array(keys.astype(np.float32))
+    read = np.array(lanes.expand(lanes.encode(tokens, tokens), mx.float32)[0]).astype(np.float64)
+    mean, error = mean_ratio(read.reshape(-1, dim), keys.reshape(-1, dim), queries)
+    assert error < 0.01
+    assert abs(mean - 1) < 4 * error
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("backend", ["reference", "packed"])
 def test_inner_products_with_keys_have_no_bias(backend: str, bits: int) -> None:
@@ -170,7 +206,16 @@ def test_levels_are_sorted_symmetric_float16_and_cannot_be_changed(kind: str, bi
         levels[0] = 0
 
 
+def test_pairs_are_where_the_kind_calls_for_them() -> None:
+    for bits in PAIR_BITS:
+        assert levels_for("pair", bits) is pair_levels(bits)
+    for bits in (1, 5, 6, 7, 8):
+        np.testing.assert_array_equal(levels_for("pair", bits), levels_for("lloyd_max", bits))
+    for bits in (2.5, 3.5):
+        assert levels_for("lloyd_max", bits) is pair_levels(bits)
+
+
 def test_unknown_codebooks_are_refused() -> None:
-    for kind, bits in (("lloyd_max", 0), ("uniform", 9), ("none", 4)):
+    for kind, bits in (("lloyd_max", 0), ("uniform", 9), ("none", 4), ("uniform", 2.5), ("pair", 4.5)):
         with pytest.raises(ValueError, match="there are lloyd_max and uniform ones of 1 to 8"):
             levels_for(kind, bits)  # type: ignore[arg-type]
