@@ -30,7 +30,7 @@ from kernels.lanes import (
 from kernels.layout import PAGE, pack, words_for
 from kernels.reference import quantise
 from kernels.rotation import Rotation
-from kernels.softmax import causal_mask, divided, on_cpu, weigh
+from kernels.softmax import causal_mask, divided, on_cpu, product, weigh
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (128, 64, 32)
@@ -71,7 +71,7 @@ class _Grid:
             if 8 % bits == 0:
                 return self._product_of_bytes(x, words, bits)
             groups = (*words.shape[:-1], words.shape[-1] * 32 // bits // group)
-            return x @ mx.dequantize(words, *self.affine(groups, x.dtype), group_size=group, bits=bits)
+            return product(x, mx.dequantize(words, *self.affine(groups, x.dtype), group_size=group, bits=bits))
         groups = (*words.shape[:-1], words.shape[-1] * 32 // bits // group)
         scales, biases = self.affine(groups, x.dtype)
         return mx.quantized_matmul(x, words, scales, biases, transpose=False, group_size=group, bits=bits)
@@ -86,7 +86,7 @@ class _Grid:
         """
         x, above, codes = x * self.step, None, []
         for u in reversed(_shifted_bytes(bits)(words.view(mx.uint8))):
-            here = x @ u
+            here = product(x, u)
             codes.append(here if above is None else here - (1 << bits) * above)
             above = here
         return mx.stack(codes[::-1], axis=-1).flatten(-2) if len(codes) > 1 else codes[0]
@@ -222,13 +222,13 @@ class PackedLanes:
         # All query heads of a KV head, and all their tokens, are rows of one product.
         grouped = queries.astype(mx.float32).reshape(n_rows, n_kv_heads, n_repeats * n_tokens, key_dim) * scale
         keys, values, raw_mask = raw[0].astype(mx.float32), raw[1].astype(mx.float32), raw[2]
-        parts = [(grouped @ keys.swapaxes(-1, -2), raw_mask)]
+        parts = [(product(grouped, keys.swapaxes(-1, -2)), raw_mask)]
         if index.n_pages:
             parts.append((self._page_scores(self._key_rotation.apply(grouped), pages, index), page_mask))
         shape = (n_rows, n_kv_heads, n_repeats, n_tokens)
         masked = [(x.reshape(*shape, -1), None if seen is None else seen[:, :, None]) for x, seen in parts]
         weights, total = weigh(masked, sinks)
-        out = weights[0].flatten(2, 3) @ values
+        out = product(weights[0].flatten(2, 3), values)
         if index.n_pages:
             out = out + self._value_rotation.inverse(self._page_values(weights[1].flatten(2, 3), pages, index))
         out = divided(out.reshape(*shape, -1), total).reshape(n_rows, n_heads, n_tokens, self.shape.value_dim)

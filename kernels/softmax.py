@@ -21,11 +21,25 @@ _FEW = 1 << 12
 """Below this many elements MLX's own softmax is as fast."""
 _TILE = 1 << 19
 """Scores at a time: 2 MiB of float32."""
+_FEW_ROWS = 8
+"""Up to here `product` takes rows one at a time."""
 
 
 def on_cpu() -> bool:
     """Whether MLX computes on its CPU backend."""
     return bool(mx.default_device().type == mx.cpu)
+
+
+def product(x: mx.array, y: mx.array) -> mx.array:
+    """`x` `[B, H, R, K]` @ `y` `[B, H, K, N]`.
+
+    On the CPU a batch of products of few rows is taken row by row: a BLAS starts its threads for each small product of
+    matrices, but not for one of a vector. Waiting for them costs 5 microseconds on a quiet machine with two cores and
+    70 on a busy one; 4 rows of 8 sessions over 256 tokens took 0.14 ms in place of 0.2 to 1.2.
+    """
+    if on_cpu() and 1 < x.shape[2] <= _FEW_ROWS:
+        return (x[:, :, :, None] @ y[:, :, None]).squeeze(3)
+    return x @ y
 
 
 def _power(x: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
@@ -123,8 +137,8 @@ def attention(
     for start in range(0, n_queries, per_tile):
         tile = grouped[:, :, :, start : start + per_tile]
         shape = tile.shape[:-1]
-        scores = (tile.flatten(2, 3) @ transposed).reshape(*shape, n_keys)
+        scores = product(tile.flatten(2, 3), transposed).reshape(*shape, n_keys)
         seen = None if mask is None else mask[:, :, None, start : start + per_tile]
         (weights,), total = weigh([(scores, seen)], sinks)
-        tiles.append(divided((weights.flatten(2, 3) @ values).reshape(*shape, -1), total))
+        tiles.append(divided(product(weights.flatten(2, 3), values).reshape(*shape, -1), total))
     return mx.concatenate(tiles, axis=3).flatten(1, 2)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kernels import softmax
-from kernels.softmax import attention, exp_below, weigh
+from kernels.softmax import attention, exp_below, product, weigh
 
 
 def test_the_exponential_is_accurate_down_to_its_floor() -> None:
@@ -50,3 +50,14 @@ def test_tiles_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch, causal
     mask = "causal" if causal else None
     want = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.7, mask=mask)
     np.testing.assert_allclose(np.array(attention(queries, keys, values, 0.7, mask, None)), np.array(want), atol=3e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+def test_products_of_few_rows_are_those_of_many(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    x, y = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 2, rows, 40), (3, 2, 40, 70)))
+    got = product(mx.array(x), mx.array(y))
+    assert got.shape == (3, 2, rows, 70)
+    np.testing.assert_allclose(np.array(got), x.astype(np.float64) @ y, atol=1e-4)
+    transposed = product(mx.array(x), mx.array(np.ascontiguousarray(y.swapaxes(-1, -2))).swapaxes(-1, -2))
+    np.testing.assert_allclose(np.array(transposed), x.astype(np.float64) @ y, atol=1e-4)
