@@ -1,31 +1,118 @@
-"""mlx-lm's BatchGenerator as the engine uses it."""
+"""mlx-lm's BatchGenerator as the engine uses it, with an eye on what each row's tokens were drawn from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from mlx_lm.generate import BatchGenerator
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
+from mlx_lm.sample_utils import Sampler, make_sampler
 
+from server.protocol import SamplingParams
 from turbocache.model import LoadedModel
 
+_MAX_SAMPLERS = 64
+"""Parameters come from users, so their samplers are not kept for ever."""
 
-def new_generator(model: LoadedModel, max_batch: int, prefill_chunk: int) -> BatchGenerator:
-    """An empty generator that stops at the model's own end tokens."""
-    generator = BatchGenerator(
-        model.model,
-        stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
-        completion_batch_size=max_batch,
-        prefill_batch_size=max_batch,
-        prefill_step_size=prefill_chunk,
-    )
-    # Undoes the wired limit that the generator has just set: users' machines ran out of memory under it.
-    generator.close()
-    return generator
+_Drawn = dict[int, tuple[mx.array, int]]
+"""For each row's uid the flags of the call that drew its token, and the row's place among them."""
 
 
-def first_tokens(generator: BatchGenerator, uids: Iterable[int]) -> dict[int, int]:
-    """The first token of rows whose prompt has just ended, one decode step before `next` hands it out.
+class Generator:
+    """Continuous batching over prompt caches. Used by one thread.
 
-    BatchGenerator starts the following step before it returns a token. For the first token that step is time that
-    the user waits, so it is read where the generator keeps it (pinned to mlx-lm 0.32.2; a test watches it).
+    Logits that are not finite mean that a kernel failed, and the token drawn from them means nothing. Every sampler
+    therefore also says whether its tokens' log-probabilities are finite. These flags are part of the step's own graph,
+    so that reading them waits for nothing that the step has not waited for (a few small operations a step, none a
+    layer).
     """
-    wanted, batch = set(uids), generator._generation_batch
-    return {uid: int(batch._next_tokens[row].item()) for row, uid in enumerate(batch.uids) if uid in wanted}
+
+    def __init__(self, model: LoadedModel, max_batch: int, prefill_chunk: int) -> None:
+        self._batch = BatchGenerator(
+            model.model,
+            stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
+            completion_batch_size=max_batch,
+            prefill_batch_size=max_batch,
+            prefill_step_size=prefill_chunk,
+        )
+        # Undoes the wired limit that the generator has just set: users' machines ran out of memory under it.
+        self._batch.close()
+        self._samplers: dict[SamplingParams, Sampler] = {}
+        self._flags: list[mx.array] = []
+        self._handed: _Drawn = {}
+        self._ahead: _Drawn = {}
+
+    def insert(self, prompt: Sequence[int], cached: int, cache: list[Any], limit: int, sampling: SamplingParams) -> int:
+        """Queue a prompt of which `cache` holds the first `cached` tokens, for `limit` more at most; its uid."""
+        (uid,) = self._batch.insert(
+            [list(prompt[cached:])],
+            max_tokens=[limit],
+            caches=[cache],
+            all_tokens=[list(prompt[:cached])],
+            samplers=[self._sampler(sampling)],
+        )
+        return int(uid)
+
+    def next(self) -> tuple[list[PromptProcessingBatch.Response], list[GenerationBatch.Response]]:
+        """One decode step of the batch and one prefill chunk: the prompts' progress and one token for each row."""
+        self._flags.clear()
+        decoding = list(self._batch._generation_batch.uids)
+        prompts, tokens = self._batch.next()
+        # Samplers have been called for the rows that were decoding, then for those whose prompt has just ended.
+        drawn = [*decoding, *(progress.uid for progress in prompts if progress.end_of_prompt)]
+        places = [(flags, i) for flags in self._flags for i in range(flags.size)]
+        self._handed, self._ahead = self._ahead, dict(zip(drawn, places, strict=True))
+        return prompts, tokens
+
+    def finite(self, uid: int) -> bool:
+        """Whether the token that `next` has just handed out for this row was drawn from finite logits."""
+        return _finite(self._handed, uid)
+
+    def first_tokens(self, uids: Iterable[int]) -> dict[int, int | None]:
+        """The first token of rows whose prompt has just ended, one decode step before `next` hands it out; None where
+        its logits are not finite.
+
+        BatchGenerator starts the following step before it returns a token. For the first token that step is time that
+        the user waits, so it is read where the generator keeps it (pinned to mlx-lm 0.32.2; a test watches it).
+        """
+        wanted, batch = set(uids), self._batch._generation_batch
+        return {
+            uid: int(batch._next_tokens[row].item()) if _finite(self._ahead, uid) else None
+            for row, uid in enumerate(batch.uids)
+            if uid in wanted
+        }
+
+    def remove(self, uid: int) -> tuple[Any, Any]:
+        """Take a row out; returns its cache and the tokens that it holds."""
+        cache, tokens = self._batch.remove([uid], return_prompt_caches=True)[uid]
+        return cache, tokens
+
+    def drop(self, uid: int) -> None:
+        """Take a row out without its cache. A row that has ended by itself is out already."""
+        self._batch.remove([uid])
+
+    def _sampler(self, params: SamplingParams) -> Sampler:
+        """One sampler object for equal parameters, so that a batch which shares them samples in one call."""
+        if params not in self._samplers:
+            if len(self._samplers) >= _MAX_SAMPLERS:
+                self._samplers.clear()
+            self._samplers[params] = self._watched(
+                make_sampler(temp=params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=params.top_k)
+            )
+        return self._samplers[params]
+
+    def _watched(self, sampler: Sampler) -> Sampler:
+        def draw(logprobs: mx.array) -> mx.array:
+            tokens = sampler(logprobs)
+            # Normalised, so one logit that is NaN or +inf makes them all NaN or -inf.
+            finite = mx.isfinite(mx.take_along_axis(logprobs, tokens[:, None], axis=-1)).squeeze(-1)
+            self._flags.append(finite)
+            watched: mx.array = mx.depends([tokens], [finite])[0]
+            return watched
+
+        return draw
+
+
+def _finite(drawn: _Drawn, uid: int) -> bool:
+    flags, place = drawn[uid]
+    return bool(np.array(flags)[place])
