@@ -191,6 +191,10 @@ class RowIndex:
         return np.asarray((at <= queries) & recent & (positions < end)[:, None])
 
 
+AttentionPath = Literal["fused", "packed", "expanded"]
+"""How attention reads pages: in a kernel of its own, by products on packed codes, or expanded first."""
+
+
 class Lanes(Protocol):
     """One layer's storage and attention. Instances are immutable; the pool owns the arrays."""
 
@@ -252,6 +256,10 @@ class Lanes(Protocol):
         says where everything is. `raw_keys`/`raw_values` `[B, n_kv_heads, keep + window_slots, dim]` are the whole raw
         buffers, the step's tokens included.
         """
+        ...
+
+    def path(self, n_tokens: int | None) -> AttentionPath:
+        """How `attend` reads pages for `n_tokens` query tokens, or, for None, how `attend_step` does."""
         ...
 
 

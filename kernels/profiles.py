@@ -75,9 +75,24 @@ def device_value(info: Mapping[str, object], key: str, kind: type[T]) -> T:
 def choose_profile(info: Mapping[str, object]) -> tuple[Profile, str]:
     """The profile for a device as `mx.device_info()` describes it, and why.
 
-    A CPU gets `none`, an unknown chip `portable`. Raises MissingDeviceKey when the info lacks what the choice needs;
-    the caller then takes `portable` with that reason.
+    A CPU gets `none`, an unknown chip `portable`, and so does a device that does not tell what the choice needs.
     """
+    try:
+        return _choose(info)
+    except MissingDeviceKey as error:
+        return PROFILES["portable"], f"{error}: the geometry that suits any"
+
+
+def missing_key(info: Mapping[str, object]) -> str | None:
+    """What a choice for this device needs and the device does not tell, or None."""
+    try:
+        _choose(info)
+    except MissingDeviceKey as error:
+        return str(error)
+    return None
+
+
+def _choose(info: Mapping[str, object]) -> tuple[Profile, str]:
     architecture = device_value(info, "architecture", str)
     if apple := re.fullmatch(r"applegpu_g(\d+)([a-z])", architecture.lower()):
         return _apple(architecture, apple[2], info)

@@ -25,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.lanes import (
+    AttentionPath,
     CodebookKind,
     Codebooks,
     LaneShape,
@@ -155,3 +156,6 @@ class ReferenceLanes:
         sinks: mx.array | None,
     ) -> mx.array:
         return attend_step_masked(self, queries, raw_keys, raw_values, pages, rows, scale, sinks)
+
+    def path(self, n_tokens: int | None) -> AttentionPath:
+        return "expanded"

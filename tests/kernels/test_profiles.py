@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from kernels.profiles import PROFILES, MissingDeviceKey, Profile, choose_profile
+from kernels.profiles import PROFILES, MissingDeviceKey, Profile, choose_profile, device_value, missing_key
 
 GB = 10**9
 GIB = 2**30
@@ -83,6 +83,7 @@ def test_every_chip_gets_its_row_and_is_told_why(info: dict[str, Any], name: str
     assert profile.name == name
     assert said in reason
     assert info["architecture"] in reason
+    assert missing_key(info) is None
 
 
 def test_the_border_between_pro_and_max_is_the_working_set() -> None:
@@ -101,9 +102,13 @@ def test_the_border_between_pro_and_max_is_the_working_set() -> None:
         ({"architecture": "applegpu_g16s", "max_recommended_working_set_size": "much"}, "max_recommended_working_set"),
     ],
 )
-def test_a_missing_key_is_named(info: dict[str, Any], key: str) -> None:
+def test_a_missing_key_is_named_and_the_portable_geometry_taken(info: dict[str, Any], key: str) -> None:
+    profile, reason = choose_profile(info)
+    assert profile.name == "portable"
+    assert key in reason
+    assert key in (missing_key(info) or "")
     with pytest.raises(MissingDeviceKey, match=key):
-        choose_profile(info)
+        device_value(info, "architecture" if key == "architecture" else "max_recommended_working_set_size", int)
 
 
 def test_this_machine_has_a_profile() -> None:
