@@ -6,20 +6,22 @@ supported is refused by shape before anything is launched, and the layer then ta
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import CodebookKind, Codebooks, LaneShape, Mask, PageIndex, Pages, RowIndex
+from kernels.device import resident
+from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, Mask, PageIndex, Pages, RowIndex
 from kernels.launch import Constants, Language, kernel
 from kernels.layout import PAGE, words_for
+from kernels.profiles import PROFILES, Profile, choose_profile
 from kernels.rotation import Rotation
 
 WARPS = 4
 """Simdgroups in a threadgroup of every kernel but merge."""
-MAX_SPLITS = 256
+MAX_SPLITS = max(profile.max_splits for profile in PROFILES.values())
 MAX_QUERIES = 8
 """Query tokens of a row that one step may have."""
 LOG2_E = 1.4426950408889634
@@ -32,12 +34,11 @@ _SHARED_BYTES = 48 << 10
 _NO_TABLE = np.zeros((8, 2), dtype=np.float16)
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """How a step is cut: at most `threadgroups` in all, and at least `pages_per_split` pages for each."""
-
-    threadgroups: int = 396
-    pages_per_split: int = 4
+@cache
+def device_profile() -> Profile:
+    """This device's row of the table; the portable one where no kernel of ours belongs."""
+    profile, _ = choose_profile(mx.device_info())
+    return profile if profile.threadgroups else PROFILES["portable"]
 
 
 def pair_table(levels: np.ndarray) -> np.ndarray:
@@ -56,18 +57,18 @@ class FusedLanes:
 
     name: ClassVar[str]
     language: ClassVar[Language]
-    codebook: ClassVar[CodebookKind] = "lloyd_max"
+    codebook: ClassVar[CodebookKind] = "pair"
 
-    def __init__(self, shape: LaneShape, codebooks: Codebooks, geometry: Geometry | None = None) -> None:
+    def __init__(self, shape: LaneShape, codebooks: Codebooks, profile: Profile | None = None) -> None:
         if reason := self.unsupported(shape):
             raise ValueError(reason)
         self.shape = shape
-        self.geometry = geometry or Geometry()
+        self.profile = profile or device_profile()
         self._rotations = Rotation(shape.key_dim), Rotation(shape.value_dim)
-        self._signs = [rotation._signs for rotation in self._rotations]
+        self._signs = [resident(rotation.signs) for rotation in self._rotations]
         self._paired = [levels.ndim == 2 for levels in (codebooks.keys, codebooks.values)]
         self._tables = [
-            mx.array(_NO_TABLE if bits == 8 else pair_table(levels))
+            resident(mx.array(_NO_TABLE if bits == 8 else pair_table(levels)))
             for bits, levels in ((shape.key_bits, codebooks.keys), (shape.value_bits, codebooks.values))
         ]
         # One table in fast memory serves both where it is the same.
@@ -148,8 +149,8 @@ class FusedLanes:
         pages: Pages,
         index: PageIndex,
         mask: Mask,
-        sinks: mx.array | None,
         scale: float,
+        sinks: mx.array | None,
     ) -> mx.array:
         keys, values = raw_keys, raw_values
         if index.n_pages:
@@ -174,7 +175,7 @@ class FusedLanes:
         n_rows, n_heads, n_queries, _ = queries.shape
         n_kv_heads, value_dim, n_pages = self.shape.n_kv_heads, self.shape.value_dim, rows.index.n_pages
         step = self._step(queries.dtype, n_queries, rows.keep, rows.window_slots, rows.max_size, sinks is not None)
-        n_splits = self._splits(n_pages, n_rows * n_kv_heads * step.groups, step.raw_blocks)
+        n_splits = self.profile.splits(n_pages, n_rows * n_kv_heads * step.groups, step.raw_blocks)
         lead = (n_rows, n_heads, n_queries, step.raw_blocks + n_splits)
         step_inputs = [
             queries,
@@ -213,6 +214,9 @@ class FusedLanes:
             output_dtypes=[queries.dtype],
         )[0]
 
+    def path(self, n_tokens: int | None) -> AttentionPath:
+        return "fused" if n_tokens is None else "expanded"
+
     def _counters(self, n: int) -> mx.array:
         """At least `n` counters at 0, which launches use and leave at 0. Launches of one layer never overlap."""
         if self._zeros is None or self._zeros.size < n:
@@ -227,7 +231,7 @@ class FusedLanes:
 
     def _constant(self, value: float) -> mx.array:
         if value not in self._constants:
-            self._constants[value] = mx.array([value], dtype=mx.float32)
+            self._constants[value] = resident(mx.array([value], dtype=mx.float32))
         return self._constants[value]
 
     def _step(
@@ -292,10 +296,6 @@ class FusedLanes:
         by_tables = (_SHARED_BYTES - 8 * WARPS * _TILE - tables) // (16 * s.key_dim)
         by_raw = (_SHARED_BYTES - fixed) // (16 * s.key_dim + 4 * _TILE * s.key_dim)
         return max(1, min(by_tables, by_raw, 256 // s.value_dim))
-
-    def _splits(self, n_pages: int, n_groups: int, raw_blocks: int) -> int:
-        wanted = raw_blocks + -(-n_pages // self.geometry.pages_per_split)
-        return max(1, min(wanted, self.geometry.threadgroups // n_groups, MAX_SPLITS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from kernels.lanes import (
+    AttentionPath,
     CodebookKind,
     LaneShape,
     Mask,
@@ -67,3 +68,6 @@ class IdentityLanes:
         sinks: mx.array | None,
     ) -> mx.array:
         return attend_step_masked(self, queries, raw_keys, raw_values, pages, rows, scale, sinks)
+
+    def path(self, n_tokens: int | None) -> AttentionPath:
+        return "expanded"

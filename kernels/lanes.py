@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, Protocol
 import mlx.core as mx
 import numpy as np
 
+from kernels.device import resident
 from kernels.layout import PAGE
 from kernels.softmax import attention
 
@@ -69,7 +70,7 @@ class PageIndex:
     def table(self) -> mx.array:
         """Page ids, int32 `[B, P]`. Shorter rows are filled up with a page of their own, which must be masked."""
         rows = [[*table, *[table[0] if table else 0] * (self.n_pages - len(table))] for table in self.tables]
-        return mx.array(rows, dtype=mx.int32)
+        return resident(mx.array(rows, dtype=mx.int32))
 
     @cached_property
     def pageless(self) -> mx.array | None:
@@ -133,7 +134,7 @@ class RowIndex:
     def rows(self) -> mx.array:
         """int32 `[B, 4]`: offset, first, number of pages, 0."""
         counts = zip(self.offsets, self.first, self.tables, strict=True)
-        return mx.array([[offset, first, len(table), 0] for offset, first, table in counts], dtype=mx.int32)
+        return resident(mx.array([[offset, first, len(table), 0] for offset, first, table in counts], dtype=mx.int32))
 
     @cached_property
     def page_mask(self) -> mx.array | None:
@@ -193,6 +194,10 @@ class RowIndex:
         at, queries = positions[:, None], self._queries[..., None]
         recent = (at < self.keep) | (at >= self._oldest[..., None])
         return np.asarray((at <= queries) & recent & (positions < end)[:, None])
+
+
+AttentionPath = Literal["fused", "packed", "expanded"]
+"""How attention reads pages: in a kernel of its own, by products on packed codes, or expanded first."""
 
 
 class Lanes(Protocol):
@@ -256,6 +261,10 @@ class Lanes(Protocol):
         says where everything is. `raw_keys`/`raw_values` `[B, n_kv_heads, keep + window_slots, dim]` are the whole raw
         buffers, the step's tokens included.
         """
+        ...
+
+    def path(self, n_tokens: int | None) -> AttentionPath:
+        """How `attend` reads pages for `n_tokens` query tokens, or, for None, how `attend_step` does."""
         ...
 
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.lanes import (
+    AttentionPath,
     CodebookKind,
     Codebooks,
     LaneShape,
@@ -202,6 +203,9 @@ class PackedLanes:
     ) -> mx.array:
         raw = raw_keys[:, :, : rows.n_raw], raw_values[:, :, : rows.n_raw], rows.raw_mask
         return self._attend_packed(queries, raw, pages, rows.index, rows.page_mask, scale=scale, sinks=sinks)
+
+    def path(self, n_tokens: int | None) -> AttentionPath:
+        return "packed" if n_tokens is None or n_tokens <= _FEW_TOKENS else "expanded"
 
     def _attend_packed(
         self,

@@ -1,86 +1,52 @@
 """The start-up probe: run every candidate backend on this machine against the reference and choose one.
 
-Building a kernel proves nothing, so each candidate encodes, expands and attends over random data in every shape that
-the loaded model needs; a candidate that raises or differs is passed over with its reason. `auto` tries the candidates
-in order; a backend asked for by name that fails is an error.
+Building a kernel proves nothing, so each candidate encodes, expands and attends over random data for every shape and
+dtype that the loaded model needs (`kernels.trials`). The verdict is by layer shape and by part:
+
+- a shape that a candidate refuses, or encodes or expands wrongly, or decodes too slowly, takes the next candidate;
+- a candidate whose attention fails keeps its pages, and attention goes over expanded pages (`kernels.parts`);
+- other shapes and dtypes are not touched by either.
+
+Only `auto` falls back. A backend asked for by name must pass everything.
 """
 
 import logging
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from kernels.lanes import Lanes, LaneShape, PageIndex, attend_expanded
-from kernels.layout import PAGE
-
-T = TypeVar("T")
+from kernels.lanes import Lanes, LaneShape
+from kernels.profiles import PROFILES, MissingDeviceKey, choose_profile, missing_key
+from kernels.trials import SLOWEST, SPEED_TOKENS, Measured, Part, Trial, decode_microseconds
+from kernels.verdict import Backend, Check, Fallback, LayerUse, LayerVerdict, ReasonCode
 
 log = logging.getLogger(__name__)
 
-MAX_RELATIVE_ERROR = 2e-3
-"""Largest |candidate - reference| / max |reference| that a check allows; float32 lanes reach 1e-5, bfloat16 1e-3."""
-
-ReasonCode = Literal["no_device", "not_in_this_version", "unsupported_shape", "exception", "wrong_result"]
-"""Why a backend was passed over, from a fixed set, so that metrics can count it."""
+_COMPILER = re.compile(r"compil|build metal library|nvrtc|load kernel", re.IGNORECASE)
+_LONGEST_REASON = 300
+_EXPECTED = ("no_device",)
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend asked for by name does not work here; the message says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One test of one candidate. `max_error` is relative to the reference's largest value, `microseconds` the median
-    time of one evaluation; both None where the check did not get that far.
-    """
-
-    check: str
-    passed: bool
-    max_error: float | None = None
-    microseconds: float | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Fallback:
-    """A backend that `auto` passed over."""
-
-    source: str
-    target: str
-    code: ReasonCode
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """The probe's answer: what runs, what was asked for, why, and everything that was tried."""
-
-    name: str
-    requested: str
-    reason: str
-    profile: str
-    device: str
-    checks: tuple[Check, ...] = ()
-    fallbacks: tuple[Fallback, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data for `/v1/backend` and `turbocache probe --json`."""
-        return asdict(self)
+    """A backend asked for by name does not work here, or none does; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A backend that could run. `missing` says why it can't be tried at all, with its code; `build` and `oracle` make
-    its lanes and reference lanes on the same codebook.
+    """A backend that could run. `missing` says why it can't be tried at all; `build` and `oracle` make its lanes and
+    reference lanes on the same codebook. `fused`: it has kernels of its own, so it gets a profile and is timed against
+    the fallback. `shared`: its pages have the reference's bytes.
     """
 
     name: str
     build: Callable[[LaneShape], Lanes]
     oracle: Callable[[LaneShape], Lanes]
     missing: tuple[ReasonCode, str] | None = None
+    unsupported: Callable[[LaneShape], str | None] = lambda shape: None
+    fused: bool = False
+    shared: bool = False
 
 
 class _Failed(Exception):
@@ -89,125 +55,171 @@ class _Failed(Exception):
         self.code: ReasonCode = code
 
 
-def device_name() -> str:
-    """The default device as MLX names it."""
-    info = mx.device_info()
-    return str(info.get("device_name") or info.get("architecture") or "unknown device")
-
-
-def probe(requested: str, candidates: Sequence[Candidate], shapes: Sequence[LaneShape]) -> Backend:
-    """Choose a backend for the shapes that the model needs.
+def probe(
+    requested: str, candidates: Sequence[Candidate], uses: Sequence[LayerUse], info: Mapping[str, object] | None = None
+) -> Backend:
+    """Choose a backend for the kinds of layers that the model has, on a device that describes itself by `info`.
 
     `requested` is `auto` or a candidate's name; `auto` never takes the reference. Raises BackendUnavailable when the
-    named one fails or when nothing works, with every reason in the message.
+    named one fails in anything, or when nothing works for some layer, with every reason in the message.
     """
     chosen = [c for c in candidates if (c.name != "reference" if requested == "auto" else c.name == requested)]
     if not chosen:
-        raise BackendUnavailable(
-            f"unknown backend {requested!r}; there are auto, {', '.join(c.name for c in candidates)}"
-        )
-    checks: list[Check] = []
-    passed_over: list[tuple[str, ReasonCode, str]] = []
-    for candidate in chosen:
-        try:
-            checks.extend(_try(candidate, shapes))
-        except _Failed as failure:
-            checks.append(Check(candidate.name, False, reason=str(failure)))
-            passed_over.append((candidate.name, failure.code, str(failure)))
-            log.info("backend %s passed over: %s", candidate.name, failure)
-            continue
+        names = ", ".join(c.name for c in candidates)
+        raise BackendUnavailable(f"unknown backend {requested!r}; there are auto, {names}")
+    run = _Probe(requested, {c.name: c for c in candidates}, chosen)
+    return run.answer([run.judge(use) for use in dict.fromkeys(uses)], mx.device_info() if info is None else info)
+
+
+class _Probe:
+    """One run of the probe: what was tried and what failed so far."""
+
+    def __init__(self, requested: str, known: Mapping[str, Candidate], chosen: Sequence[Candidate]) -> None:
+        self._requested = requested
+        self._known = known
+        self._checks: list[Check] = []
+        self._fallbacks: list[Fallback] = []
+        self._missing = [(c.name, c.missing) for c in chosen if c.missing]
+        self._able = [c for c in chosen if not c.missing]
+        for name, (_, reason) in self._missing:
+            self._checks.append(Check(name, "device", "", False, reason=reason))
+        if not self._able:
+            raise self._unavailable([f"{name}: {reason}" for name, (_, reason) in self._missing])
+
+    def judge(self, use: LayerUse) -> LayerVerdict:
+        """The first candidate that can serve this kind of layer, with as many of its parts as pass."""
+        refused: list[tuple[str, _Failed]] = []
+        for candidate in self._able:
+            try:
+                failed = self._try(candidate, use)
+            except _Failed as failure:
+                refused.append((candidate.name, failure))
+                continue
+            reasons = [f"{name}: {failure}" for name, failure in refused]
+            reasons += [f"{candidate.name} {part}: {failure}" for part, failure in failed.items()]
+            if reasons and self._requested != "auto":
+                raise self._unavailable(reasons)
+            self._fallbacks += [Fallback(name, candidate.name, f.code, str(f)) for name, f in refused]
+            self._fallbacks += [Fallback(candidate.name, "expanded", f.code, str(f)) for f in failed.values()]
+            return LayerVerdict(use, candidate.name, tuple(failed), "; ".join(reasons) or None)
+        reasons = [f"{name}: {reason}" for name, (_, reason) in self._missing]
+        raise self._unavailable([*reasons, *(f"{name}: {failure}" for name, failure in refused)])
+
+    def answer(self, verdicts: Sequence[LayerVerdict], info: Mapping[str, object]) -> Backend:
+        used = {verdict.lanes for verdict in verdicts}
+        backend = next((c for c in self._able if c.name in used), self._able[0])
+        fallbacks = [Fallback(name, backend.name, code, reason) for name, (code, reason) in self._missing]
+        if backend.fused:  # then it is no news that this machine has no other kind of device
+            fallbacks = [fallback for fallback in fallbacks if fallback.code != "no_device"]
+        fallbacks += self._fallbacks
+        profile, profile_reason = PROFILES["none"], "no kernels of our own run"
+        if backend.fused:
+            profile, profile_reason = choose_profile(info)
+            if missing_key(info) is not None:
+                fallbacks.append(Fallback("profile", profile.name, "missing_device_key", profile_reason))
+        for fallback in fallbacks:
+            level = logging.INFO if fallback.code in _EXPECTED else logging.WARNING
+            words = fallback.source, fallback.target, fallback.code, fallback.reason
+            log.log(level, "probe: %s falls back to %s (%s): %s", *words)
+        named = self._requested != "auto"
+        passed_over = dict.fromkeys(f"{fallback.source}: {fallback.reason}" for fallback in fallbacks)
+        reason = "asked for by name" if named else "first choice"
         return Backend(
-            name=candidate.name,
-            requested=requested,
-            reason=_reason(requested, passed_over),
-            profile="none",
-            device=device_name(),
-            checks=tuple(checks),
-            fallbacks=tuple(Fallback(name, candidate.name, code, why) for name, code, why in passed_over),
+            name=backend.name,
+            requested=self._requested,
+            reason="; ".join(passed_over) or f"{reason}; all checks passed",
+            profile=profile.name,
+            device=str(info.get("device_name") or info.get("architecture") or "unknown device"),
+            checks=tuple(self._checks),
+            fallbacks=tuple(fallbacks),
+            layers=tuple(verdicts),
+            profile_reason=profile_reason,
+            code="named" if named else self._code(fallbacks),
         )
-    reasons = "; ".join(f"{name}: {why}" for name, _, why in passed_over)
-    advice = "" if requested == "auto" else " Set TURBOCACHE_BACKEND=auto to let the probe choose."
-    raise BackendUnavailable(f"backend {requested!r} does not work here: {reasons}.{advice}")
 
+    @staticmethod
+    def _code(fallbacks: Sequence[Fallback]) -> str:
+        codes = [fallback.code for fallback in fallbacks]
+        return next((code for code in codes if code not in _EXPECTED), codes[0] if codes else "first_choice")
 
-def _reason(requested: str, passed_over: Sequence[tuple[str, ReasonCode, str]]) -> str:
-    if requested != "auto":
-        return "asked for by name; all checks passed"
-    if not passed_over:
-        return "first choice; all checks passed"
-    return "; ".join(f"{name}: {why}" for name, _, why in passed_over)
-
-
-def _try(candidate: Candidate, shapes: Sequence[LaneShape]) -> list[Check]:
-    if candidate.missing:
-        raise _Failed(*candidate.missing)
-    checks = []
-    for shape in dict.fromkeys(shapes):
+    def _try(self, candidate: Candidate, use: LayerUse) -> dict[Part, _Failed]:
+        """All checks for one kind of layer. Returns the parts whose attention failed; raises _Failed for the rest."""
+        refusal = candidate.unsupported(use.shape)
+        if refusal:
+            raise self._note(candidate, "shape", use, _Failed("unsupported_shape", refusal))
         try:
-            lanes, oracle = candidate.build(shape), candidate.oracle(shape)
+            lanes = candidate.build(use.shape)
+            trial = Trial(lanes, candidate.oracle(use.shape), use.dtype, shared=candidate.shared)
         except ValueError as error:
-            raise _Failed("unsupported_shape", str(error)) from error
-        try:
-            checks.extend(_check(candidate.name, lanes, oracle))
-        except _Failed:
-            raise
+            raise self._note(candidate, "shape", use, _Failed("unsupported_shape", str(error))) from error
         except Exception as error:  # whatever a device throws is this candidate's failure, not the server's
-            raise _Failed("exception", f"{type(error).__name__}: {error}") from error
-    return checks
+            raise self._note(candidate, "shape", use, _translated(error)) from error
+        failed: dict[Part, _Failed] = {}
+        for part, form, run in trial.parts():
+            if part in failed:
+                continue
+            try:
+                self._check(candidate, part, f"{form}, {use}" if form else str(use), run)
+            except _Failed as failure:
+                if part not in ("attend", "attend_step"):
+                    raise
+                failed[part] = failure
+        if candidate.fused and "attend_step" not in failed:
+            self._time(candidate, lanes, use)
+        return failed
+
+    def _check(self, candidate: Candidate, part: Part, detail: str, run: Callable[[], Measured]) -> None:
+        try:
+            measured = run()
+        except Exception as error:
+            failure = _translated(error)
+            self._checks.append(Check(candidate.name, part, detail, False, reason=str(failure)))
+            raise failure from error
+        reason = None
+        if not measured.passed:
+            reason = f"{part} differs from the reference by {measured.error:.2g} (allowed {measured.limit:g}): {detail}"
+        found = Check(candidate.name, part, detail, measured.passed, measured.error, measured.microseconds, reason)
+        self._checks.append(found)
+        if reason:
+            raise _Failed("wrong_result", reason)
+
+    def _time(self, candidate: Candidate, lanes: Lanes, use: LayerUse) -> None:
+        """The decode step against the fallback's. Raises _Failed when it is too slow."""
+        packed = self._known.get("packed")
+        if packed is None or packed.missing or packed.unsupported(use.shape):
+            return
+        try:
+            own = decode_microseconds(lanes, use.dtype)
+        except Exception as error:
+            raise self._note(candidate, "speed", use, _translated(error)) from error
+        theirs = decode_microseconds(packed.build(use.shape), use.dtype)
+        reason = None
+        if own > SLOWEST * theirs:
+            reason = (
+                f"a decode step over {SPEED_TOKENS} tokens takes {own:.0f} us, over {SLOWEST:g} times the "
+                f"{theirs:.0f} us of packed: {use}"
+            )
+        self._checks.append(Check(candidate.name, "speed", str(use), reason is None, None, own, reason))
+        if reason:
+            raise _Failed("too_slow", reason)
+
+    def _note(self, candidate: Candidate, part: Part, use: LayerUse, failure: _Failed) -> _Failed:
+        self._checks.append(Check(candidate.name, part, str(use), False, reason=str(failure)))
+        return failure
+
+    def _unavailable(self, reasons: Sequence[str]) -> BackendUnavailable:
+        what = f"backend {self._requested!r} does not work here: {'; '.join(dict.fromkeys(reasons))}."
+        if self._requested == "auto":
+            return BackendUnavailable(f"{what} Set TURBOCACHE_KV_PRESET to another preset, or off.")
+        return BackendUnavailable(f"{what} Set TURBOCACHE_BACKEND=auto to let the probe choose.")
 
 
-def _check(name: str, lanes: Lanes, oracle: Lanes) -> list[Check]:
-    """Encode, expand and attend over a ragged batch with a masked tail, against the oracle's plain operations."""
-    shape = lanes.shape
-    key = mx.random.key(7)
-    keys = mx.random.normal((4, shape.n_kv_heads, PAGE, shape.key_dim), key=key)
-    values = mx.random.normal((4, shape.n_kv_heads, PAGE, shape.value_dim), key=mx.random.key(8))
-    pages, encode_time = _timed(lambda: lanes.encode(keys, values))
-    expected = oracle.expand(oracle.encode(keys, values), mx.float32)
-    expanded, expand_time = _timed(lambda: lanes.expand(pages, mx.float32))
-    error = max(_error(got, want) for got, want in zip(expanded, expected, strict=True))
-    label = f"{name} {_describe(shape)}"
-    results = [
-        _verdict(f"{label} encode", error, encode_time),
-        _verdict(f"{label} expand", error, expand_time),
-    ]
-
-    index = PageIndex(((0, 2, 1), (3,)))
-    n_raw, scale = PAGE, shape.key_dim**-0.5
-    queries = mx.random.normal((2, shape.n_heads, 1, shape.key_dim), key=mx.random.key(9))
-    raw_keys = mx.random.normal((2, shape.n_kv_heads, n_raw, shape.key_dim), key=mx.random.key(10))
-    raw_values = mx.random.normal((2, shape.n_kv_heads, n_raw, shape.value_dim), key=mx.random.key(11))
-    columns = mx.arange(3 * PAGE + n_raw)
-    visible = mx.stack([columns >= 5, (columns < PAGE) | (columns >= 3 * PAGE)])[:, None, None, :]
-    got, attend_time = _timed(lambda: lanes.attend(queries, raw_keys, raw_values, pages, index, visible, scale, None))
-    want = attend_expanded(lanes.expand, queries, raw_keys, raw_values, pages, index, visible, scale, None)
-    results.append(_verdict(f"{label} attend", _error(got, want), attend_time))
-    return results
-
-
-def _verdict(check: str, error: float, microseconds: float) -> Check:
-    if not error <= MAX_RELATIVE_ERROR:  # NaN fails too
-        raise _Failed(
-            "wrong_result", f"{check} differs from the reference by {error:.2g} (allowed {MAX_RELATIVE_ERROR})"
-        )
-    return Check(check, True, error, microseconds)
-
-
-def _error(got: mx.array, want: mx.array) -> float:
-    return float(mx.abs(got.astype(mx.float32) - want).max() / mx.abs(want).max())
-
-
-def _timed(run: Callable[[], T], repeats: int = 3) -> tuple[T, float]:
-    mx.eval(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        mx.eval(result)
-        times.append(time.perf_counter() - start)
-    return result, sorted(times)[repeats // 2] * 1e6
-
-
-def _describe(shape: LaneShape) -> str:
-    dims = f"{shape.key_dim}" if shape.key_dim == shape.value_dim else f"{shape.key_dim}/{shape.value_dim}"
-    return f"{shape.n_heads}/{shape.n_kv_heads} heads x {dims}, k{shape.key_bits:g}v{shape.value_bits:g}"
+def _translated(error: Exception) -> _Failed:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if len(text) > _LONGEST_REASON:  # compilers print whole sources
+        text = f"{text[:_LONGEST_REASON]}..."
+    if isinstance(error, MissingDeviceKey):
+        return _Failed("missing_device_key", text)
+    if isinstance(error, RuntimeError) and _COMPILER.search(str(error)):
+        return _Failed("does_not_compile", text)
+    return _Failed("exception", text)

@@ -28,6 +28,7 @@ import mlx.core as mx
 
 from kernels.codes import Code, Nearest, down_columns
 from kernels.lanes import (
+    AttentionPath,
     CodebookKind,
     Codebooks,
     LaneShape,
@@ -134,3 +135,6 @@ class ReferenceLanes:
         sinks: mx.array | None,
     ) -> mx.array:
         return attend_step_masked(self, queries, raw_keys, raw_values, pages, rows, scale, sinks)
+
+    def path(self, n_tokens: int | None) -> AttentionPath:
+        return "expanded"

@@ -25,15 +25,15 @@ class Rotation:
         self.block = dim & -dim
         self.n_blocks = dim // self.block
         bits = np.random.Generator(np.random.PCG64(seed)).integers(0, 2, size=dim)
-        self._signs = mx.array((1 - 2 * bits).astype(np.float32))
+        self.signs = mx.array((1 - 2 * bits).astype(np.float32))
 
     def apply(self, x: mx.array) -> mx.array:
         """`[..., dim]` of any float type to its rotation in float32."""
-        return self._mix(x.astype(mx.float32) * self._signs)
+        return self._mix(x.astype(mx.float32) * self.signs)
 
     def inverse(self, y: mx.array) -> mx.array:
         """`[..., dim]` back from the rotated basis, float32."""
-        return self._mix(y.astype(mx.float32)) * self._signs
+        return self._mix(y.astype(mx.float32)) * self.signs
 
     def _mix(self, x: mx.array) -> mx.array:
         if self.n_blocks == 1:

@@ -87,7 +87,7 @@ def _build_engine(settings: Settings, metrics: Metrics) -> RunnableEngine:
 
 def _configure_logging(level: str) -> None:
     """Our loggers at `level`; onto stderr when nobody has set logging up (uvicorn sets up only its own)."""
-    for name in ("server", "turbocache"):
+    for name in ("server", "turbocache", "kernels"):
         logger = logging.getLogger(name)
         logger.setLevel(level.upper())
         if not logger.hasHandlers():

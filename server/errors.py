@@ -168,3 +168,16 @@ class InternalError(ServerError):
     @classmethod
     def of(cls, request_id: str) -> "InternalError":
         return cls(f"The server had an error while processing your request. The request id is {request_id}.")
+
+
+class KernelFault(InternalError):
+    """500: a step failed, or its result is not a number. Nothing that it computed was sent."""
+
+    default_code = "kernel_fault"
+
+    @classmethod
+    def of(cls, request_id: str) -> "KernelFault":
+        return cls(
+            "The computation of this answer failed, so it ends here instead of going on wrong. The server's log has "
+            f"the details. The request id is {request_id}."
+        )

@@ -4,7 +4,7 @@ Who writes what, so that nothing is counted twice:
 
 - the HTTP rooms: `http_requests`, `requests_finished`, `admission_refusals`, `time_to_first_token`, `request_duration`;
 - the engine: everything else (pages, bytes, sessions, queue, tokens, inter-token latency, rotations, evictions,
-  fallbacks, backend).
+  fallbacks, backend, checks of the probe, attention paths, kernel faults).
 
 Units are seconds, bytes and tokens. Labels come from closed sets or from the start-up probe; text from users never
 becomes a label.
@@ -51,6 +51,12 @@ class Metrics:
         self.fallbacks = self._counter(
             "fallbacks", "Times a backend was passed over for another.", ("from", "to", "reason")
         )
+        self.kernel_faults = self._counter("kernel_faults", "Steps that failed or whose result was not a number.")
+        self.attention_path = self._counter(
+            "attention_path",
+            "Layers that attended, by path: fused, packed, expanded (pages are expanded first), native (mlx-lm's own).",
+            ("path",),
+        )
         self.admission_refusals = self._counter(
             "admission_refusals", "Requests refused before they were queued, by error code.", ("reason",)
         )
@@ -69,6 +75,9 @@ class Metrics:
             "backend_info",
             "Always 1; the labels say which backend runs and why.",
             ("requested", "active", "reason", "profile"),
+        )
+        self.probe_check = self._gauge(
+            "probe_check", "Checks of the start-up probe by backend and part: 1 passed, 0 failed.", ("check",)
         )
 
     def render(self) -> bytes:

@@ -1,26 +1,61 @@
 """Backends: their lanes, their candidates for the probe, and the choice for a loaded model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import mlx.core as mx
 
+from kernels.fused import CudaLanes, MetalLanes
 from kernels.lanes import CodebookKind, Codebooks, Lanes, LaneShape
 from kernels.packed import PackedLanes
-from kernels.probe import Backend, BackendUnavailable, Candidate, ReasonCode, probe
+from kernels.parts import PartedLanes
+from kernels.probe import BackendUnavailable, Candidate, probe
 from kernels.reference import ReferenceLanes
+from kernels.verdict import Backend, LayerUse, ReasonCode
 from turbocache.codebook import levels_for
 from turbocache.plan import LayerGeometry, LayerPlan
 from turbocache.presets import Preset
 
-__all__ = ["BACKENDS", "LANES", "Backend", "BackendUnavailable", "choose_backend", "lane_shape", "make_lanes"]
+__all__ = [
+    "BACKENDS",
+    "LANES",
+    "Backend",
+    "BackendUnavailable",
+    "choose_backend",
+    "lane_shape",
+    "lanes_for",
+    "make_lanes",
+]
 
-LANES: dict[str, type[ReferenceLanes] | type[PackedLanes]] = {"packed": PackedLanes, "reference": ReferenceLanes}
-"""Implemented lanes by backend name; the fused ones join them here."""
+
+class LanesClass(Protocol):
+    """A class of lanes: what it reads, what it refuses, and how one is made."""
+
+    @property
+    def codebook(self) -> CodebookKind: ...
+
+    def unsupported(self, shape: LaneShape, /) -> str | None: ...
+
+    def __call__(self, shape: LaneShape, codebooks: Codebooks, /) -> Lanes: ...
+
+
+LANES: dict[str, LanesClass] = {
+    "metal": MetalLanes,
+    "cuda": CudaLanes,
+    "packed": PackedLanes,
+    "reference": ReferenceLanes,
+}
+"""The lanes of each backend."""
 
 BACKENDS = ("metal", "cuda", "packed", "reference")
 """In the order in which `auto` tries them; it never takes the last."""
+
+FUSED = {"metal": "Metal", "cuda": "CUDA"}
+"""Backends with kernels of their own, and the names of the devices that they need."""
+
+DEVICES: dict[str, Callable[[], bool]] = {"metal": mx.metal.is_available, "cuda": mx.cuda.is_available}
 
 
 def lane_shape(geometry: LayerGeometry, preset: Preset) -> LaneShape:
@@ -56,6 +91,15 @@ def fitted(backend: str, shape: LaneShape) -> LaneShape:
     return whole if whole != shape and lanes.unsupported(shape) and not lanes.unsupported(whole) else shape
 
 
+def lanes_for(backend: Backend | str, shape: LaneShape, dtype: mx.Dtype) -> Lanes:
+    """Lanes for a layer of this shape and dtype, as the probe's verdict has them, or whole ones of a named backend."""
+    if isinstance(backend, str):
+        return make_lanes(backend, shape)
+    verdict = backend.verdict(LayerUse(shape, dtype))
+    lanes = make_lanes(verdict.lanes, shape)
+    return PartedLanes(lanes, verdict.expanded) if verdict.expanded else lanes
+
+
 def choose_backend(requested: str, plans: Sequence[LayerPlan], preset: Preset) -> Backend:
     """Probe this machine for the layers that will be compressed.
 
@@ -63,15 +107,16 @@ def choose_backend(requested: str, plans: Sequence[LayerPlan], preset: Preset) -
     Raises BackendUnavailable as `probe` does.
     """
     geometries = [plan.geometry for plan in plans if plan.geometry is not None]
-    shapes = [lane_shape(geometry, preset) for geometry in geometries] if preset.compressed else []
-    backend = probe(requested, [_candidate(name) for name in BACKENDS], shapes)
+    uses = [LayerUse(lane_shape(geometry, preset), geometry.dtype) for geometry in geometries]
+    backend = probe(requested, [_candidate(name) for name in BACKENDS], uses if preset.compressed else ())
     if not preset.compressed:
         reason = "preset off: pages hold keys and values as they are, no codec runs"
-    elif not shapes:
+    elif not uses:
         reason = "no layer of this model can be compressed"
     else:
+        shapes = [use.shape for use in uses]
         return replace(backend, reason="; ".join([backend.reason, *_changed_widths(backend.name, shapes)]))
-    return Backend(backend.name, requested, reason, backend.profile, backend.device)
+    return replace(backend, reason=reason, code="nothing_to_compress", checks=(), fallbacks=())
 
 
 def _changed_widths(backend: str, shapes: Sequence[LaneShape]) -> list[str]:
@@ -86,19 +131,18 @@ def _changed_widths(backend: str, shapes: Sequence[LaneShape]) -> list[str]:
 
 
 def _candidate(name: str) -> Candidate:
-    missing: tuple[ReasonCode, str]
-    if name not in LANES:
-        available = mx.metal.is_available() if name == "metal" else mx.cuda.is_available()
-        label = {"metal": "Metal", "cuda": "CUDA"}[name]
-        if available:
-            missing = "not_in_this_version", f"fused {label} kernels are not part of this version"
-        else:
-            missing = "no_device", f"no {label} device"
+    missing: tuple[ReasonCode, str] | None = None
+    if name in FUSED and not DEVICES[name]():
+        missing = "no_device", f"no {FUSED[name]} device"
+    if missing:
         return Candidate(name, _unreachable, _unreachable, missing)
     return Candidate(
         name,
         build=lambda shape: make_lanes(name, shape),
         oracle=lambda shape: make_lanes("reference", fitted(name, shape), LANES[name].codebook),
+        unsupported=lambda shape: LANES[name].unsupported(fitted(name, shape)),
+        fused=name in FUSED,
+        shared=name != "packed",
     )
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from kernels.lanes import Lanes, RowIndex, gather_expanded
 from kernels.layout import PAGE
+from turbocache.paths import PathCounts
 from turbocache.pool import PagePool
 from turbocache.ring import PageRing, RingConfig
 from turbocache.steps import ChunkStep, DecodeStep, PrefillStep, plan_decode, plan_prefill
@@ -38,7 +39,8 @@ class RotationCount:
 class CacheSpec:
     """What all sessions of a process share: ring sizes, the pool and the layers' storage.
 
-    `live` knows every batch that exists, at rest or running, so that bytes and page owners can be counted.
+    `live` knows every batch that exists, at rest or running, so that bytes and page owners can be counted; `paths`
+    counts which way attention went.
     """
 
     ring: RingConfig
@@ -46,6 +48,10 @@ class CacheSpec:
     layers: tuple[CompressedLayer, ...]
     rotations: RotationCount = field(default_factory=RotationCount)
     live: "weakref.WeakSet[CacheBatch]" = field(default_factory=weakref.WeakSet)
+    paths: PathCounts = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", PathCounts([layer.lanes for layer in self.layers]))
 
     @property
     def raw_token_nbytes(self) -> int:
@@ -214,6 +220,7 @@ class CacheBatch:
             step, rotated = plan_decode(self.rings, self.spec.pool, self._rows)
             self._rows = step.rows
             writes = bool(step.flushes)
+            self.spec.paths.add(None)
         else:
             lengths = [n_tokens] * self.n_rows
             if self._remaining is not None:
@@ -222,6 +229,8 @@ class CacheBatch:
             if self._remaining is not None:
                 self._remaining = [left - n for left, n in zip(self._remaining, lengths, strict=True)]
             writes = any(chunk.new_pages for chunk in step.chunks)
+            for chunk in step.chunks:
+                self.spec.paths.add(chunk.n)
         self.spec.rotations.pages += rotated
         if writes:
             mx.synchronize()

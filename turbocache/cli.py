@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,9 +18,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve.set_defaults(run=_serve)
 
     probe = commands.add_parser("probe", help="test the backends on this machine and say which one is chosen, and why")
-    probe.add_argument("--model", help="a local directory or a Hugging Face id (default: the bundled model)")
-    probe.add_argument("--preset", default="k4v4", help="cache preset to probe for (default %(default)s)")
-    probe.add_argument("--backend", default="auto", help="auto, metal, cuda, packed or reference")
+    default = "default: TURBOCACHE_%s of the environment, else %s"
+    probe.add_argument(
+        "--model",
+        default=os.environ.get("TURBOCACHE_MODEL") or None,
+        help=f"a local directory or a Hugging Face id ({default % ('MODEL', 'the bundled model')})",
+    )
+    probe.add_argument(
+        "--preset",
+        default=os.environ.get("TURBOCACHE_KV_PRESET") or "k4v4",
+        help=f"cache preset to probe for ({default % ('KV_PRESET', 'k4v4')})",
+    )
+    probe.add_argument(
+        "--backend",
+        default=os.environ.get("TURBOCACHE_BACKEND") or "auto",
+        help=f"auto, metal, cuda, packed or reference ({default % ('BACKEND', 'auto')})",
+    )
     probe.add_argument("--json", action="store_true", help="print JSON instead of a table")
     probe.set_defaults(run=_probe)
 
@@ -40,6 +54,7 @@ def _probe(options: argparse.Namespace) -> int:
     from turbocache.backend import BackendUnavailable, choose_backend
     from turbocache.model import ModelError, load_model
     from turbocache.presets import preset
+    from turbocache.report import probe_report
     from turbocache.store import checked_plans
 
     try:
@@ -49,13 +64,9 @@ def _probe(options: argparse.Namespace) -> int:
         print(f"turbocache probe: {error}", file=sys.stderr)
         return 1
     if options.json:
-        print(json.dumps(backend.as_json(), indent=2))
-        return 0
-    print(f"device   {backend.device}\nprofile  {backend.profile}")
-    for check in backend.checks:
-        outcome = f"error {check.max_error:.1e}, {check.microseconds:.0f} us" if check.passed else check.reason
-        print(f"{'ok  ' if check.passed else 'no  '} {check.check}: {outcome}")
-    print(f"backend  {backend.name} (asked for: {backend.requested})\nreason   {backend.reason}")
+        print(json.dumps(backend.summary(), indent=2))
+    else:
+        print(probe_report(backend))
     return 0
 
 

@@ -18,6 +18,7 @@ from turbocache.view import PendingAttention
 _NAME = "scaled_dot_product_attention"
 _original: Callable[..., mx.array] = base.scaled_dot_product_attention
 _observer: Callable[[mx.array, Any], None] | None = None
+_native_calls = 0
 
 
 def attention(
@@ -41,7 +42,14 @@ def attention(
         if options:
             raise TypeError(f"attention over a paged cache has no option {', '.join(options)}")
         return keys.attend(queries, scale, sinks)
+    global _native_calls
+    _native_calls += cache is not None
     return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks, **options)
+
+
+def native_calls() -> int:
+    """How often a layer with mlx-lm's own cache has attended since the start."""
+    return _native_calls
 
 
 def install() -> None:

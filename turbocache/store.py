@@ -11,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from kernels.identity import IdentityLanes
 from kernels.layout import PAGE
 from turbocache import seam
-from turbocache.backend import lane_shape, make_lanes
+from turbocache.backend import Backend, lane_shape, lanes_for
 from turbocache.batch import CacheSpec, CompressedLayer
 from turbocache.plan import LayerGeometry, LayerPlan, all_native, plan_layers
 from turbocache.pool import PagePool
@@ -23,10 +23,10 @@ _SAME_LOGITS = 0.02
 """Largest difference, relative to the largest logit, between two ways of computing the same in half precision."""
 
 
-def compressed_layer(geometry: LayerGeometry, preset: Preset, backend: str) -> CompressedLayer:
-    """Storage of one layer: the backend's lanes, or pages as they are for `off`."""
+def compressed_layer(geometry: LayerGeometry, preset: Preset, backend: Backend | str) -> CompressedLayer:
+    """Storage of one layer: the lanes that the probe chose for it, or pages as they are for `off`."""
     shape = lane_shape(geometry, preset)
-    lanes = make_lanes(backend, shape) if preset.compressed else IdentityLanes(shape, geometry.dtype)
+    lanes = lanes_for(backend, shape, geometry.dtype) if preset.compressed else IdentityLanes(shape, geometry.dtype)
     return CompressedLayer(lanes, geometry.dtype)
 
 
@@ -61,7 +61,7 @@ class CacheStore:
         model: Module,
         plans: Sequence[LayerPlan],
         preset: Preset,
-        backend: str,
+        backend: Backend | str,
         ring: RingConfig,
         n_pages: int,
     ) -> None:

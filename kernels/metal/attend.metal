@@ -209,6 +209,7 @@ if (begin < end) {
   uint values[DV / 8][STREAM_WORDS(8 * VP)];
   for (int b = begin + int(warp); b < end; b += WARPS) {
     load_values<DV, VP>(values, value_words + page * DV * VALUE_WORDS, g, c);
+    hold_loads(warp);
     float key_scale[8], value_log[8], value_inverse[8];
     load_scales(key_scale, key_scales + page * 64, g);
     load_scales(value_log, value_scales + page * 64, g);
@@ -229,6 +230,7 @@ if (begin < end) {
         for (int e = 0; e < 4; e++) s[n][j][e] = 0.0f;
     score_page<DK, NT, LIVE, KP>(s, keys, page_queries, key_levels, lane);
     load_keys<DK, KP>(keys, key_words + page * 64 * KEY_WORDS, g, c);
+    hold_loads(warp);
 
     const bool partly = SPAN > 0 && page_start + 64 * b <= offset + L - 1 - SPAN;
     PRAGMA_UNROLL

@@ -48,15 +48,31 @@ kernel_fn float min_keeping_nan(float x, float y) { return x > y ? y : x; }
 kernel_fn float half_bits(uint bits) { return __half2float(__ushort_as_half((unsigned short)bits)); }
 kernel_fn uint bits_of_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 
-kernel_fn uint load_word(const uint* p) { return __ldg(p); }
+#if defined(__CUDA_ARCH__)
+// Ordered loads: the assembler would put others off until some 300 instructions before their use.
+kernel_fn uint load_word(const uint* p) {
+  uint x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p));
+  return x;
+}
 kernel_fn void load_words4(const uint* p, uint* w) {
-  uint4 x = __ldg(reinterpret_cast<const uint4*>(p));
-  w[0] = x.x, w[1] = x.y, w[2] = x.z, w[3] = x.w;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
 }
 kernel_fn void load_words2(const uint* p, uint* w) {
-  uint2 x = __ldg(reinterpret_cast<const uint2*>(p));
-  w[0] = x.x, w[1] = x.y;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
 }
+// The assembler puts loads off to some 300 instructions before their use, too late under load; not beyond a barrier.
+kernel_fn void hold_loads(uint warp) { asm volatile("bar.sync %0, 32;" : : "r"(warp + 1u) : "memory"); }
+#else
+kernel_fn uint load_word(const uint* p) { return *p; }
+kernel_fn void load_words4(const uint* p, uint* w) {
+  for (int i = 0; i < 4; i++) w[i] = p[i];
+}
+kernel_fn void load_words2(const uint* p, uint* w) {
+  for (int i = 0; i < 2; i++) w[i] = p[i];
+}
+kernel_fn void hold_loads(uint) {}
+#endif
 
 // Four elements in one load.
 kernel_fn void load4(const float* p, float* x) {

@@ -24,6 +24,8 @@ kernel_fn void load_words2(const device uint* p, thread uint* w) {
   w[0] = x.x, w[1] = x.y;
 }
 
+kernel_fn void hold_loads(uint) {}
+
 // Four elements in one load.
 template <typename T>
 kernel_fn void load4(const device T* p, thread float* x) {

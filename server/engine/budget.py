@@ -3,7 +3,9 @@
 import threading
 from collections.abc import Callable
 
+from server.engine.sessions import SessionRegistry
 from server.errors import OutOfMemory
+from turbocache.store import CacheStore
 
 _MIB = 2**20
 
@@ -60,3 +62,20 @@ class Budget:
         """The request has ended; its promise is void. Unknown ids are ignored."""
         with self._lock:
             self._promised.pop(request_id, None)
+
+
+def make_room(budget: Budget, registry: SessionRegistry, store: CacheStore) -> int:
+    """Evict idle sessions, if need be, until what is promised and what rests fit the budget together; returns how many.
+
+    Runs on the engine's thread.
+    """
+    idle = [(session, store.held_nbytes(session.cache or ())) for session in registry.idle()]
+    excess = budget.promised + sum(held for _, held in idle) - budget.total
+    evicted = 0
+    for session, held in idle:
+        if excess <= 0:
+            break
+        registry.forget(session)
+        evicted += 1
+        excess -= held
+    return evicted

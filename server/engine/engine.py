@@ -5,28 +5,28 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
-from mlx_lm.generate import BatchGenerator, GenerationBatch
-from mlx_lm.sample_utils import Sampler, make_sampler
+from mlx_lm.generate import GenerationBatch
 
-from server.engine.budget import Budget
+from server.engine.budget import Budget, make_room
+from server.engine.faults import FaultLog
 from server.engine.gauges import Gauges
-from server.engine.generator import first_tokens, new_generator
+from server.engine.generator import Generator
 from server.engine.host import Host, announce, load_host
+from server.engine.prompt import PromptMaker
 from server.engine.run import ANSWER_STEP, Run
 from server.engine.sessions import SessionRegistry
 from server.engine.text import TextAssembler
+from server.engine.waiting import Entry, WaitingRoom
 from server.errors import (
     ContextLengthExceeded,
     EngineDead,
     InternalError,
-    InvalidRequest,
-    QueueFull,
+    KernelFault,
+    OutOfMemory,
+    ServerError,
     StartupError,
 )
 from server.metrics import Metrics
@@ -39,10 +39,10 @@ from server.protocol import (
     Health,
     ModelInfo,
     PrefillProgress,
-    SamplingParams,
 )
 from server.settings import Settings
 from turbocache.memory import keep_freed_memory
+from turbocache.pool import PoolExhausted
 from turbocache.store import evaluate
 
 log = logging.getLogger(__name__)
@@ -51,35 +51,28 @@ _IDLE_SECONDS = 0.5
 _STOP_SECONDS = 30.0
 
 
-_Accepted = tuple[GenerationRequest, Deliver, int, int]
-"""A request, its event sink, the most answer tokens it may have, and how many of them memory is promised for."""
-
-
 class MlxEngine:
     """`server.protocol.Engine` on mlx-lm's BatchGenerator. One thread owns the model, the caches and the sessions."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._commands: queue.SimpleQueue[tuple[GenerationRequest, Deliver, int, int] | str | None] = (
-            queue.SimpleQueue()
-        )
+        self._commands: queue.SimpleQueue[Entry | str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._ready = threading.Event()
         self._startup_error: BaseException | None = None
-        self._tokenizer_lock = threading.Lock()
-        self._admission = threading.Lock()
-        self._n_waiting = 0
+        self._waiting = WaitingRoom(settings.queue_limit)
         self._stopping = False
         self._death: str | None = None
         self._beat = time.monotonic()
         # Owned by the engine's thread from here on.
         self._host: Host
+        self._prompts: PromptMaker
         self._budget: Budget
         self._registry: SessionRegistry
         self._gauges: Gauges
-        self._generator: BatchGenerator
-        self._waiting: deque[_Accepted] = deque()
+        self._faults: FaultLog
+        self._generator: Generator
         self._runs: dict[int, Run] = {}
 
     # Called from the event loop.
@@ -107,16 +100,7 @@ class MlxEngine:
 
     def tokenize(self, messages: list[dict[str, Any]]) -> list[int]:
         """Messages through the model's chat template. Raises InvalidRequest when the template refuses them."""
-        tokenizer = self._host.model.tokenizer
-        if not tokenizer.has_chat_template:
-            raise InvalidRequest(f"The model {self._host.model.id} has no chat template.", param="messages")
-        try:
-            with self._tokenizer_lock:
-                return list(tokenizer.apply_chat_template([_plain(m) for m in messages], add_generation_prompt=True))
-        except TemplateError as error:
-            raise InvalidRequest(
-                f"The model's chat template refuses these messages: {error}", param="messages"
-            ) from error
+        return self._prompts.tokens(messages)
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Accept a request, or raise and accept nothing; see `server.protocol.Engine`."""
@@ -124,14 +108,15 @@ class MlxEngine:
         if not health.alive:
             raise EngineDead(health.detail)
         limit = self._answer_limit(request)
-        with self._admission:
-            if self._n_waiting >= self._settings.queue_limit:
-                raise QueueFull()
-            # Without max_tokens the promise starts small and grows as the answer does.
-            allowed = limit if request.max_tokens is not None else min(limit, ANSWER_STEP)
+        # Without max_tokens the promise starts small and grows as the answer does.
+        allowed = limit if request.max_tokens is not None else min(limit, ANSWER_STEP)
+        self._waiting.enter()
+        try:
             self._budget.promise(request.request_id, len(request.prompt) + allowed)
-            self._n_waiting += 1
-        self._commands.put((request, deliver, limit, allowed))
+        except OutOfMemory:
+            self._waiting.leave()
+            raise
+        self._commands.put(Entry(request, deliver, limit, allowed))
 
     def cancel(self, request_id: str) -> None:
         self._commands.put(request_id)
@@ -142,6 +127,8 @@ class MlxEngine:
         silent = time.monotonic() - self._beat
         if silent > self._settings.stall_seconds:
             return Health(False, f"the engine thread has not answered for {silent:.0f} s; restart the server")
+        if self._faults.verdict is not None:
+            return Health(False, self._faults.verdict)
         return Health(True, "ok")
 
     def backend(self) -> dict[str, Any]:
@@ -170,10 +157,12 @@ class MlxEngine:
             while not self._stopping:
                 self._beat = time.monotonic()
                 self._listen()
+                if self._faults.verdict is not None:
+                    self._refuse(self._faults.verdict)
                 self._admit()
                 if self._runs:
                     self._step()
-                self._gauges.refresh_now_and_then(self._n_waiting, self._runs.values())
+                self._gauges.refresh_now_and_then(len(self._waiting), self._runs.values())
             self._end_all(EngineDead("The server is shutting down."))
         except BaseException as error:
             self._death = f"the engine thread died of {type(error).__name__}; see the log and restart the server"
@@ -182,22 +171,24 @@ class MlxEngine:
 
     def _load(self) -> None:
         self._host = load_host(self._settings)
+        self._prompts = PromptMaker(self._host.model)
         store = self._host.store
         self._budget = Budget(self._host.budget, lambda n: store.session_nbytes(n, self._host.chunk))
         self._registry = SessionRegistry(store.new_cache)
         self._gauges = Gauges(self._metrics, self._host, self._registry)
+        self._faults = FaultLog(self._metrics, self._host.backend.name)
         self._generator = self._new_generator()
         # What the start has loaded lives as long as the process: collections need not look at it between tokens.
         gc.collect()
         gc.freeze()
         announce(self._host)
 
-    def _new_generator(self) -> BatchGenerator:
-        return new_generator(self._host.model, self._settings.max_batch, self._settings.prefill_chunk)
+    def _new_generator(self) -> Generator:
+        return Generator(self._host.model, self._settings.max_batch, self._settings.prefill_chunk)
 
     def _listen(self) -> None:
         """Take all commands; wait for one when there is nothing else to do."""
-        block = not self._runs and not self._waiting
+        block = not self._runs and self._waiting.empty
         while True:
             try:
                 command = self._commands.get(block=block, timeout=_IDLE_SECONDS if block else None)
@@ -207,70 +198,70 @@ class MlxEngine:
             if isinstance(command, str):
                 self._cancel(command)
             elif command is not None:
-                self._waiting.append(command)
+                self._waiting.add(command)
 
     def _admit(self) -> None:
         """Start waiting requests, oldest first, while the batch has room. A turn whose session runs is passed over."""
-        for entry in list(self._waiting):
+        for entry in self._waiting:
             if len(self._runs) >= self._settings.max_batch:
                 return
-            if self._start(*entry):
+            if self._start(entry):
                 self._waiting.remove(entry)
-                self._waited()
 
-    def _start(self, request: GenerationRequest, deliver: Deliver, limit: int, allowed: int) -> bool:
+    def _start(self, entry: Entry) -> bool:
+        request = entry.request
         claim = self._registry.claim(request.session, request.prompt)
         if claim is None:
             return False
         self._make_room()
-        tokenizer = self._host.model.tokenizer
-        (uid,) = self._generator.insert(
-            [list(request.prompt[claim.cached :])],
-            max_tokens=[limit],
-            caches=[claim.cache],
-            all_tokens=[list(request.prompt[: claim.cached])],
-            samplers=[_sampler(request.sampling)],
-        )
-        text = TextAssembler(tokenizer, request.prompt, request.stop)
-        self._runs[uid] = Run(request, deliver, claim.session, claim.cached, text, limit, allowed)
+        uid = self._generator.insert(request.prompt, claim.cached, claim.cache, entry.limit, request.sampling)
+        text = TextAssembler(self._host.model.tokenizer, request.prompt, request.stop)
+        self._runs[uid] = Run(request, entry.deliver, claim.session, claim.cached, text, entry.limit, entry.allowed)
         self._metrics.prompt_tokens.labels(source="cached").inc(claim.cached)
         return True
 
     def _make_room(self) -> None:
-        """Evict idle sessions, if need be, until what is promised and what rests fit the budget together."""
-        store = self._host.store
-        idle = [(session, store.held_nbytes(session.cache or ())) for session in self._registry.idle()]
-        excess = self._budget.promised + sum(held for _, held in idle) - self._budget.total
-        for session, held in idle:
-            if excess <= 0:
-                return
-            self._registry.forget(session)
-            self._metrics.evictions.labels(reason="memory").inc()
-            excess -= held
+        evicted = make_room(self._budget, self._registry, self._host.store)
+        self._metrics.evictions.labels(reason="memory").inc(evicted)
 
     def _step(self) -> None:
         try:
             prompts, tokens = self._generator.next()
         except Exception as error:
             log.error("a step failed; the requests in it are answered with an error", exc_info=error)
-            self._drop_batch(error)
+            if not isinstance(error, PoolExhausted):
+                self._faults.note(type(error).__name__)
+            self._drop_batch(InternalError if isinstance(error, PoolExhausted) else KernelFault, error)
             return
+        bad = []
         for response in tokens:
-            if run := self._runs.get(response.uid):
+            if (run := self._runs.get(response.uid)) is None:
+                continue
+            if self._generator.finite(response.uid):
                 self._take(run, response)
+            else:
+                bad.append(response.uid)
         for progress in prompts:
             if run := self._runs.get(progress.uid):
                 run.deliver(PrefillProgress(*progress.progress))
-        self._begin_answers(progress.uid for progress in prompts if progress.end_of_prompt)
+        bad += self._begin_answers(progress.uid for progress in prompts if progress.end_of_prompt)
+        if bad:
+            self._fail_rows(bad)
 
-    def _begin_answers(self, uids: Iterable[int]) -> None:
-        """Prompts are through: count them, and send the first token's text without waiting for the second."""
-        for uid, token in first_tokens(self._generator, uids).items():
+    def _begin_answers(self, uids: Iterable[int]) -> list[int]:
+        """Prompts are through: count them, and send the first token's text without waiting for the second. Returns
+        the rows that have no first token because their logits are not finite.
+        """
+        bad = []
+        for uid, token in self._generator.first_tokens(uids).items():
             run = self._runs[uid]
             self._metrics.prompt_tokens.labels(source="prefilled").inc(len(run.request.prompt) - run.cached)
-            if token not in self._host.model.tokenizer.eos_token_ids:
+            if token is None:
+                bad.append(uid)
+            elif token not in self._host.model.tokenizer.eos_token_ids:
                 run.send(run.text.add(token))
                 run.sent_ahead = True
+        return bad
 
     def _take(self, run: Run, response: GenerationBatch.Response) -> None:
         """One token of one run."""
@@ -299,7 +290,7 @@ class MlxEngine:
     def _finish(self, uid: int, run: Run, reason: FinishReason, cache: Any, tokens: Any) -> None:
         run.send(run.text.finish())
         if cache is None:
-            cache, tokens = self._generator.remove([uid], return_prompt_caches=True)[uid]
+            cache, tokens = self._generator.remove(uid)
         self._rest(uid, run, cache, tokens)
         run.deliver(Finished(reason, run.usage))
 
@@ -310,57 +301,56 @@ class MlxEngine:
         self._registry.put_back(run.session, cache, tokens)
         self._budget.release(run.request.request_id)
         # Before the client hears of the end, so that what it asks next sees this turn.
-        self._gauges.refresh(self._n_waiting, self._runs.values())
+        self._gauges.refresh(len(self._waiting), self._runs.values())
 
     def _cancel(self, request_id: str) -> None:
         """Stop working for a client that is gone. What its session has cached so far stays."""
         for entry in self._waiting:
-            if entry[0].request_id == request_id:
+            if entry.request.request_id == request_id:
                 self._waiting.remove(entry)
-                self._waited()
                 self._budget.release(request_id)
                 return
         for uid, run in self._runs.items():
             if run.request.request_id == request_id:
-                cache, tokens = self._generator.remove([uid], return_prompt_caches=True)[uid]
-                self._rest(uid, run, cache, tokens)
+                self._rest(uid, run, *self._generator.remove(uid))
                 return
 
-    def _drop_batch(self, error: Exception) -> None:
+    def _fail_rows(self, uids: list[int]) -> None:
+        """Rows whose logits are not finite: end them before their next token, and forget what they have cached."""
+        self._faults.note(f"{len(uids)} of {len(self._runs)} rows with logits that are not finite")
+        for uid in uids:
+            self._generator.drop(uid)
+            run = self._runs.pop(uid)
+            self._give_up(run, KernelFault.of(run.request.request_id))
+
+    def _drop_batch(self, kind: type[InternalError], error: Exception) -> None:
         """A step failed midway: its rows can't be trusted. Fail the runs, forget their sessions' caches, start anew."""
         self._generator = self._new_generator()
         self._host.store.close_all_but(session.cache for session in self._registry if session.cache is not None)
-        for run in self._runs.values():
-            self._registry.put_back(run.session, None, [])
-            self._budget.release(run.request.request_id)
-            failure = InternalError.of(run.request.request_id)
+        runs, self._runs = self._runs, {}
+        for run in runs.values():
+            failure = kind.of(run.request.request_id)
             failure.__cause__ = error
-            run.deliver(Failed(failure))
-        self._runs.clear()
+            self._give_up(run, failure)
+
+    def _refuse(self, verdict: str) -> None:
+        """Too many faults. What rests is kept, though nobody will be answered before a restart."""
+        if self._runs:
+            self._generator = self._new_generator()
+        self._end_all(EngineDead(f"The server has stopped answering: {verdict}."))
+
+    def _give_up(self, run: Run, error: ServerError) -> None:
+        """End a run that is out of the batch; its session is forgotten and its promise void."""
+        self._registry.put_back(run.session, None, [])
+        self._budget.release(run.request.request_id)
+        run.deliver(Failed(error))
 
     def _end_all(self, error: EngineDead) -> None:
-        for run in self._runs.values():
-            run.deliver(Failed(error))
-        for _, deliver, _, _ in self._waiting:
-            deliver(Failed(error))
-        self._runs.clear()
-        self._waiting.clear()
-
-    def _waited(self) -> None:
-        with self._admission:
-            self._n_waiting -= 1
-
-
-@lru_cache(maxsize=64)
-def _sampler(params: SamplingParams) -> Sampler:
-    """One sampler object for equal parameters, so that a batch which shares them samples in one call."""
-    return make_sampler(temp=params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=params.top_k)
-
-
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates know it: text parts joined, `developer` under its older name `system`."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    role = "system" if message["role"] == "developer" else message["role"]
-    return {**message, "role": role, "content": content}
+        """Nothing is computed any more: end what runs and what waits."""
+        runs, self._runs = self._runs, {}
+        for run in runs.values():
+            self._give_up(run, error)
+        for entry in self._waiting:
+            self._waiting.remove(entry)
+            self._budget.release(entry.request.request_id)
+            entry.deliver(Failed(error))

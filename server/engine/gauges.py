@@ -8,6 +8,8 @@ from server.engine.host import Host
 from server.engine.run import Run
 from server.engine.sessions import Session, SessionRegistry
 from server.metrics import Metrics
+from turbocache.paths import PATHS
+from turbocache.seam import native_calls
 from turbocache.store import native_nbytes, ring_of
 
 _EVERY_SECONDS = 0.25
@@ -25,11 +27,16 @@ class Gauges:
         self._host = host
         self._registry = registry
         self._rotated_pages = 0
+        self._paths = self._attention_paths()
         self._taken = 0.0
         backend = host.backend
         metrics.backend_info.labels(
-            requested=backend.requested, active=backend.name, reason=backend.reason, profile=backend.profile
+            requested=backend.requested, active=backend.name, reason=backend.code, profile=backend.profile
         ).set(1)
+        for path in PATHS:
+            metrics.attention_path.labels(path=path)
+        for label, passed in backend.passed().items():
+            metrics.probe_check.labels(check=label).set(passed)
         for fallback in backend.fallbacks:
             metrics.fallbacks.labels(**{"from": fallback.source, "to": fallback.target, "reason": fallback.code}).inc()
         self.refresh(0, ())
@@ -62,7 +69,15 @@ class Gauges:
         self._rotated_pages = spec.rotations.pages
         m.rotations.inc(rotated)
         m.rotated_tokens.inc(rotated * spec.rotations.tokens_per_page)
+        paths = self._attention_paths()
+        for path, count in paths.items():
+            m.attention_path.labels(path=path).inc(count - self._paths.get(path, 0))
+        self._paths = paths
         self.session_rows = [self._row(session, running.get(session.id)) for session in sessions]
+
+    def _attention_paths(self) -> dict[str, int]:
+        counted: dict[str, int] = dict(self._host.store.spec.paths.totals.items())
+        return counted | {"native": native_calls()}
 
     def _row(self, session: Session, run: Run | None) -> dict[str, Any]:
         """One session as GET /v1/sessions shows it. A running session's cache is in the batch, so its bytes are not

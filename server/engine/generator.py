@@ -1,121 +1,126 @@
-"""mlx-lm's BatchGenerator as the engine uses it, with a short way to the first token of a warm turn."""
+"""mlx-lm's BatchGenerator as the engine uses it, with an eye on what each row's tokens were drawn from."""
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx.nn.layers.base import Module
+import numpy as np
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
+from mlx_lm.sample_utils import Sampler, make_sampler
 
+from server.engine.short_prompts import ShortPromptGenerator
+from server.protocol import SamplingParams
 from turbocache.model import LoadedModel
 
-_SHORT = 64
-"""Prompts of at most this many new tokens go through the model in one piece."""
-_SHORT_TOGETHER = 256
-"""Most tokens, padding included, of the short prompts that go together: each of them gets logits."""
+_MAX_SAMPLERS = 64
+"""Parameters come from users, so their samplers are not kept for ever."""
+
+_Drawn = dict[int, tuple[mx.array, int]]
+"""For each row's uid the flags of the call that drew its token, and the row's place among them."""
 
 
-class Generator(BatchGenerator):
-    """BatchGenerator whose short prompts need one forward pass to their first token.
+class Generator:
+    """Continuous batching over prompt caches. Used by one thread.
 
-    The original feeds all tokens but the last to the model, then makes a decode step of the other rows, then feeds the
-    last token: three passes over the weights. Relies on what the generator keeps to itself (pinned to mlx-lm 0.32.2;
-    tests watch it).
+    Logits that are not finite mean that a kernel failed, and the token drawn from them means nothing. Every sampler
+    therefore also says whether its tokens' log-probabilities are finite. These flags are part of the step's own graph,
+    so that reading them waits for nothing that the step has not waited for (a few small operations a step, none a
+    layer).
     """
 
-    def _next(self) -> Any:
-        if opened := self._open_short():
-            return opened, []
-        return super()._next()  # type: ignore[no-untyped-call]
+    def __init__(self, model: LoadedModel, max_batch: int, prefill_chunk: int) -> None:
+        batch: BatchGenerator = ShortPromptGenerator(
+            model.model,
+            stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
+            completion_batch_size=max_batch,
+            prefill_batch_size=max_batch,
+            prefill_step_size=prefill_chunk,
+        )
+        # Undoes the wired limit that the generator has just set: users' machines ran out of memory under it.
+        BatchGenerator.close(batch)
+        self._batch = batch
+        self._samplers: dict[SamplingParams, Sampler] = {}
+        self._flags: list[mx.array] = []
+        self._handed: _Drawn = {}
+        self._ahead: _Drawn = {}
 
-    def _open_short(self) -> list[PromptProcessingBatch.Response]:
-        """Take short prompts that wait, as far as there is room, through the model and into the decoding batch."""
-        room = self.completion_batch_size - len(self._generation_batch) - len(self._prompt_batch)
-        chosen: list[tuple[Any, list[int]]] = []
-        others, longest = [], 0
-        for sequence in self._unprocessed_sequences:
-            prompt = [token for segment in sequence[1] for token in segment]
-            longest_then = max(longest, len(prompt))
-            fits = len(chosen) < room and longest_then * (len(chosen) + 1) <= _SHORT_TOGETHER
-            if fits and len(prompt) <= _SHORT:
-                chosen.append((sequence, prompt))
-                longest = longest_then
-            else:
-                others.append(sequence)
-        if not chosen:
-            return []
-        self._unprocessed_sequences = deque([*(sequence for sequence, _ in chosen), *others])
-        batch = self._make_batch(len(chosen))
-        del self._currently_processing[-len(chosen) :]
-        self._generation_batch.extend(_opened(batch, [prompt for _, prompt in chosen]))
-        return [
-            PromptProcessingBatch.Response(sequence[0], (len(prompt), len(prompt)), True, True)
-            for sequence, prompt in chosen
-        ]
+    def insert(self, prompt: Sequence[int], cached: int, cache: list[Any], limit: int, sampling: SamplingParams) -> int:
+        """Queue a prompt of which `cache` holds the first `cached` tokens, for `limit` more at most; its uid."""
+        (uid,) = self._batch.insert(
+            [list(prompt[cached:])],
+            max_tokens=[limit],
+            caches=[cache],
+            all_tokens=[list(prompt[:cached])],
+            samplers=[self._sampler(sampling)],
+        )
+        return int(uid)
+
+    def next(self) -> tuple[list[PromptProcessingBatch.Response], list[GenerationBatch.Response]]:
+        """One decode step of the batch and one prefill chunk: the prompts' progress and one token for each row."""
+        self._flags.clear()
+        decoding = list(self._batch._generation_batch.uids)
+        prompts, tokens = self._batch.next()
+        # Samplers have been called for the rows that were decoding (no call has been made for them where short prompts
+        # went through instead), then for those whose prompt has just ended.
+        ended = [progress.uid for progress in prompts if progress.end_of_prompt]
+        drawn = [*(decoding if tokens else ()), *ended]
+        places = [(flags, i) for flags in self._flags for i in range(flags.size)]
+        fresh = dict(zip(drawn, places, strict=True))
+        if tokens or not decoding:
+            self._handed, self._ahead = self._ahead, fresh
+        else:
+            self._ahead |= fresh
+        return prompts, tokens
+
+    def finite(self, uid: int) -> bool:
+        """Whether the token that `next` has just handed out for this row was drawn from finite logits."""
+        return _finite(self._handed, uid)
+
+    def first_tokens(self, uids: Iterable[int]) -> dict[int, int | None]:
+        """The first token of rows whose prompt has just ended, one decode step before `next` hands it out; None where
+        its logits are not finite.
+
+        BatchGenerator starts the following step before it returns a token. For the first token that step is time that
+        the user waits, so it is read where the generator keeps it (pinned to mlx-lm 0.32.2; a test watches it).
+        """
+        wanted, batch = set(uids), self._batch._generation_batch
+        return {
+            uid: int(batch._next_tokens[row].item()) if _finite(self._ahead, uid) else None
+            for row, uid in enumerate(batch.uids)
+            if uid in wanted
+        }
+
+    def remove(self, uid: int) -> tuple[Any, Any]:
+        """Take a row out; returns its cache and the tokens that it holds."""
+        cache, tokens = self._batch.remove([uid], return_prompt_caches=True)[uid]
+        return cache, tokens
+
+    def drop(self, uid: int) -> None:
+        """Take a row out without its cache. A row that has ended by itself is out already."""
+        self._batch.remove([uid])
+
+    def _sampler(self, params: SamplingParams) -> Sampler:
+        """One sampler object for equal parameters, so that a batch which shares them samples in one call."""
+        if params not in self._samplers:
+            if len(self._samplers) >= _MAX_SAMPLERS:
+                self._samplers.clear()
+            self._samplers[params] = self._watched(
+                make_sampler(temp=params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=params.top_k)
+            )
+        return self._samplers[params]
+
+    def _watched(self, sampler: Sampler) -> Sampler:
+        def draw(logprobs: mx.array) -> mx.array:
+            tokens = sampler(logprobs)
+            # Normalised, so one logit that is NaN or +inf makes them all NaN or -inf.
+            finite = mx.isfinite(mx.take_along_axis(logprobs, tokens[:, None], axis=-1)).squeeze(-1)
+            self._flags.append(finite)
+            watched: mx.array = mx.depends([tokens], [finite])[0]
+            return watched
+
+        return draw
 
 
-class _Known(Module):
-    """A forward pass that has been made."""
-
-    def __init__(self, logits: mx.array) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._logits = logits
-
-    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
-        return self._logits
-
-
-def _opened(batch: PromptProcessingBatch, prompts: list[list[int]]) -> GenerationBatch:
-    """All tokens of the rows' prompts through the model in one pass; their first tokens are sampled."""
-    lengths = [len(prompt) for prompt in prompts]
-    padding = [max(lengths) - n for n in lengths]
-    tokens = mx.array([prompt + [0] * n for prompt, n in zip(prompts, padding, strict=True)])
-    if any(padding):
-        for cache in batch.prompt_cache:
-            cache.prepare(lengths=lengths, right_padding=padding)
-    logits = batch.model(tokens, cache=batch.prompt_cache)
-    last = logits[mx.arange(len(lengths)), mx.array(lengths) - 1][:, None]
-    if any(padding):
-        for cache in batch.prompt_cache:
-            cache.finalize()
-    for known, prompt in zip(batch.tokens, prompts, strict=True):
-        known += prompt[:-1]
-    opened = GenerationBatch(
-        _Known(last),
-        batch.uids,
-        mx.array([prompt[-1] for prompt in prompts]),
-        batch.prompt_cache,
-        batch.tokens,
-        batch.samplers,
-        batch.fallback_sampler,
-        batch.logits_processors,
-        batch.stop_sequences,
-        batch.max_tokens,
-    )
-    mx.async_eval([cache.state for cache in batch.prompt_cache])
-    return opened
-
-
-def new_generator(model: LoadedModel, max_batch: int, prefill_chunk: int) -> BatchGenerator:
-    """An empty generator that stops at the model's own end tokens."""
-    generator = Generator(
-        model.model,
-        stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
-        completion_batch_size=max_batch,
-        prefill_batch_size=max_batch,
-        prefill_step_size=prefill_chunk,
-    )
-    # Undoes the wired limit that the generator has just set: users' machines ran out of memory under it.
-    generator.close()  # type: ignore[no-untyped-call]
-    return generator
-
-
-def first_tokens(generator: BatchGenerator, uids: Iterable[int]) -> dict[int, int]:
-    """The first token of rows whose prompt has just ended, one decode step before `next` hands it out.
-
-    BatchGenerator starts the following step before it returns a token. For the first token that step is time that
-    the user waits, so it is read where the generator keeps it.
-    """
-    wanted, batch = set(uids), generator._generation_batch
-    return {uid: int(batch._next_tokens[row].item()) for row, uid in enumerate(batch.uids) if uid in wanted}
+def _finite(drawn: _Drawn, uid: int) -> bool:
+    flags, place = drawn[uid]
+    return bool(np.array(flags)[place])

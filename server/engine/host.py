@@ -72,12 +72,12 @@ def load_host(settings: Settings) -> Host:
     except ValueError as error:
         raise StartupError(f"TURBOCACHE_MAX_SIZE, TURBOCACHE_KEEP, TURBOCACHE_WINDOW: {error}.") from error
     budget = _budget(settings)
-    layout = CacheStore(model.model, plans, chosen, backend.name, ring, n_pages=1)
+    layout = CacheStore(model.model, plans, chosen, backend, ring, n_pages=1)
     n_pages = max(1, budget // max(1, layout.spec.pool.page_nbytes))
     host = Host(
         model=model,
         backend=backend,
-        store=CacheStore(model.model, plans, chosen, backend.name, ring, n_pages),
+        store=CacheStore(model.model, plans, chosen, backend, ring, n_pages),
         budget=budget,
         chunk=settings.prefill_chunk,
     )

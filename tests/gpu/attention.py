@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from kernels.lanes import LaneShape, RowIndex
 from kernels.layout import PAGE
+from kernels.profiles import Profile
 from tests.gpu.lanes import fused
 
 CHAIN = 32
@@ -65,12 +66,11 @@ def chain_microseconds(step: Callable[[mx.array], mx.array], queries: mx.array, 
     return statistics.median(times)
 
 
-def step_of(case: Case, geometry: Any = None) -> tuple[Callable[[mx.array], mx.array], int]:
+def step_of(case: Case, profile: Profile | None = None) -> tuple[Callable[[mx.array], mx.array], int]:
     """One call of the fused attention, and the bytes that it has to read."""
     shape = LaneShape(case.n_heads, case.n_kv_heads, case.dim, case.dim, case.key_bits, case.value_bits)
     lanes = fused(shape)
-    if geometry is not None:
-        lanes.geometry = geometry
+    lanes.profile = profile or lanes.profile
     n_pages = (case.n_tokens - KEEP - WINDOW) // PAGE
     total = n_pages * case.n_rows
     pages = [

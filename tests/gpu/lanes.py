@@ -9,7 +9,7 @@ from turbocache.codebook import levels_for
 
 
 def codebooks(shape: LaneShape) -> Codebooks:
-    return Codebooks(levels_for("lloyd_max", shape.key_bits), levels_for("lloyd_max", shape.value_bits))
+    return Codebooks(levels_for("pair", shape.key_bits), levels_for("pair", shape.value_bits))
 
 
 def fused(shape: LaneShape) -> FusedLanes:

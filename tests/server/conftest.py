@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from openai import OpenAI
 
-from server.app import create_app
+from server.app import EngineFactory, create_app
 from server.settings import Settings
 from tests.server.scripted_engine import ScriptedEngine, eventually
 
@@ -47,6 +47,7 @@ class Served:
 
 Serve = Callable[..., Served]
 
+START_SECONDS = 60.0
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "default", "messages": [{"role": "user", "content": "hi there"}]}
 STREAM = {**BODY, "stream": True}
@@ -80,15 +81,15 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def running(engine: ScriptedEngine, settings: Settings) -> Iterator[int]:
-    """The port of a uvicorn server that runs the app with this engine."""
-    app = create_app(lambda *_: engine, settings)
+def running(factory: EngineFactory, settings: Settings) -> Iterator[int]:
+    """The port of a uvicorn server that runs the app with the engine that `factory` makes."""
+    app = create_app(factory, settings)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="uvicorn")
     thread.start()
     try:
-        assert eventually(lambda: server.started or not thread.is_alive())
+        assert eventually(lambda: server.started or not thread.is_alive(), START_SECONDS)
         assert server.started, "the server did not start"
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
@@ -103,7 +104,7 @@ def serve() -> Iterator[Serve]:
     with ExitStack() as stack:
 
         def start(engine: ScriptedEngine, **values: Any) -> Served:
-            port = stack.enter_context(running(engine, make_settings(**values)))
+            port = stack.enter_context(running(lambda *_: engine, make_settings(**values)))
             http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10.0, verify=False)
             return Served(engine, port, stack.enter_context(http), stack)
 

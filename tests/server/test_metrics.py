@@ -25,6 +25,9 @@ NAMES = {
     "inter_token_latency_seconds",
     "request_duration_seconds",
     "backend_info",
+    "probe_check",
+    "kernel_faults",
+    "attention_path",
     "http_requests",
 }
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -27,9 +27,13 @@ class Server:
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    clients: list[openai.OpenAI] = field(default_factory=list)
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        """A client of its own, closed with the server: one that is merely dropped leaves an open socket behind."""
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        self.clients.append(client)
+        return client
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a family's samples with these labels."""
@@ -67,6 +71,8 @@ def running(folder: Path, **settings: str) -> Iterator[Server]:
         _wait_until_ready(server)
         yield server
     finally:
+        for client in server.clients:
+            client.close()
         process.terminate()
         try:
             process.wait(30)

@@ -1,59 +1,14 @@
 """The engine by itself, on the bundled model: faults, order of turns, and what stays afterwards."""
 
-import queue
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from server.engine.engine import MlxEngine
-from server.errors import EngineDead, InternalError
-from server.metrics import Metrics
-from server.protocol import Event, Failed, Finished, GenerationRequest, SamplingParams, TextDelta
-from server.settings import MemoryBudget, Settings
-
-SETTINGS = Settings(kv_memory=MemoryBudget(bytes=64 << 20), stall_seconds=1.0, prefill_chunk=128)
-GREEDY = SamplingParams(temperature=0)
-
-
-@pytest.fixture
-def engine() -> Iterator[MlxEngine]:
-    running = MlxEngine(SETTINGS, Metrics())
-    running.start()
-    yield running
-    running.stop()
-
-
-class Answer:
-    """Collects one request's events."""
-
-    def __init__(self, engine: MlxEngine, text: str, name: str, **options: Any) -> None:
-        self.events: queue.Queue[Event] = queue.Queue()
-        prompt = engine.tokenize([{"role": "user", "content": text}])
-        options = {"max_tokens": 8, "sampling": GREEDY} | options
-        self.request = GenerationRequest(f"request-{name}", prompt, session=name, **options)
-        engine.submit(self.request, self.events.put)
-
-    def end(self) -> Finished | Failed:
-        """The terminal event; nothing may follow it."""
-        while True:
-            event = self.events.get(timeout=60)
-            if isinstance(event, Finished | Failed):
-                return event
-
-    def text(self) -> str:
-        text = ""
-        while not isinstance(event := self.events.get(timeout=60), Finished):
-            assert not isinstance(event, Failed), event
-            text += event.text if isinstance(event, TextDelta) else ""
-        return text
-
-
-def owned_by_nobody(engine: MlxEngine) -> bool:
-    spec = engine._host.store.spec
-    spec.check_integrity()
-    return spec.pool.n_used == sum(len(ring.pages) for batch in spec.live for ring in batch.rings)
+from server.errors import EngineDead, KernelFault
+from server.protocol import Failed, Finished
+from tests.server.engine.answers import Answer, owned_by_nobody
 
 
 def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
@@ -67,7 +22,7 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
 
     monkeypatch.setattr(broken, "next", fault)
     ends = [Answer(engine, "Hello!", name).end() for name in ("a", "b")]
-    assert [type(end.error) for end in ends if isinstance(end, Failed)] == [InternalError]
+    assert [type(end.error) for end in ends if isinstance(end, Failed)] == [KernelFault]
     assert isinstance(ends[1], Finished)  # the generator was made anew
     assert engine.health().alive
     assert isinstance(Answer(engine, "Hello!", "before").end(), Finished)

@@ -9,7 +9,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
-from server.engine.generator import Generator, first_tokens
+from server.engine.short_prompts import ShortPromptGenerator
 from turbocache.plan import plan_layers
 from turbocache.presets import preset
 from turbocache.ring import RingConfig
@@ -50,7 +50,7 @@ def test_the_same_answers_as_mlx_lms_generator(tiny_llama: Module, kind: str) ->
     def new_cache() -> list[Any]:
         return store.new_cache() if kind == "paged" else make_prompt_cache(tiny_llama)
 
-    ours, theirs = Generator(tiny_llama, **OPTIONS), BatchGenerator(tiny_llama, **OPTIONS)  # type: ignore[arg-type]
+    ours, theirs = ShortPromptGenerator(tiny_llama, **OPTIONS), BatchGenerator(tiny_llama, **OPTIONS)  # type: ignore[arg-type]
     caches = {id(ours): [new_cache() for _ in range(6)], id(theirs): [new_cache() for _ in range(6)]}
     for turn in ([1, 230, 15, 64, 65, 3], [20, 20, 20, 20, 20, 20], [1, 2, 64, 300, 9, 64]):
         prompts = [RNG.integers(0, 97, size=n).tolist() for n in turn]
@@ -89,13 +89,14 @@ def test_a_warm_turn_has_its_first_token_after_one_pass(tiny_llama: Module) -> N
     turn = RNG.integers(0, 97, size=15).tolist()
     logits = tiny_llama(mx.array([turn]), cache=fork(cache))
     model = _Counting(tiny_llama)
-    generator = Generator(model, **OPTIONS)  # type: ignore[arg-type]
+    generator = ShortPromptGenerator(model, **OPTIONS)  # type: ignore[arg-type]
     (other,) = generator.insert([turn], max_tokens=[5], caches=[fork(cache)])
     generator.next()
     model.shapes.clear()
     (uid,) = generator.insert([turn], max_tokens=[2], caches=[cache])
     generator.next()
-    assert first_tokens(generator, [uid]) == {uid: int(mx.argmax(logits[0, -1]))}
+    opened = generator._generation_batch
+    assert int(opened._next_tokens[opened.uids.index(uid)].item()) == int(mx.argmax(logits[0, -1]))
     assert model.shapes == [(1, 15)]
     _, responses = generator.next()
     assert [response.uid for response in responses] == [other, uid]

@@ -1,0 +1,64 @@
+"""The requests that are accepted and not yet in the batch."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from server.errors import QueueFull
+from server.protocol import Deliver, GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A request, its event sink, the most answer tokens it may have, and how many of them memory is promised for."""
+
+    request: GenerationRequest
+    deliver: Deliver
+    limit: int
+    allowed: int
+
+
+class WaitingRoom:
+    """Counts requests from their acceptance on, and keeps them in order once the engine's thread has taken them over.
+
+    `enter` may be called from any thread; the rest belongs to the engine's.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._n = 0
+        self._entries: list[Entry] = []
+
+    def __len__(self) -> int:
+        """Requests that wait, those on their way to the engine's thread included."""
+        return self._n
+
+    def __iter__(self) -> Iterator[Entry]:
+        """The entries at this moment, oldest first."""
+        return iter(list(self._entries))
+
+    @property
+    def empty(self) -> bool:
+        return not self._entries
+
+    def enter(self) -> None:
+        """Count one more. Raises QueueFull, and then counts none."""
+        with self._lock:
+            if self._n >= self._limit:
+                raise QueueFull()
+            self._n += 1
+
+    def leave(self) -> None:
+        """Count one less: it was refused after all."""
+        with self._lock:
+            self._n -= 1
+
+    def add(self, entry: Entry) -> None:
+        """Keep a request that has entered."""
+        self._entries.append(entry)
+
+    def remove(self, entry: Entry) -> None:
+        """It runs, or has ended."""
+        self._entries.remove(entry)
+        self.leave()

@@ -1,0 +1,123 @@
+"""Lanes that fail on demand, in the place of fused kernels that are not to be had on every machine."""
+
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import mlx.core as mx
+
+from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, RowIndex, attend_expanded
+from kernels.probe import Candidate
+from kernels.profiles import MissingDeviceKey
+from kernels.reference import ReferenceLanes
+from kernels.trials import SPEED_TOKENS
+from turbocache.backend import make_lanes
+from turbocache.codebook import levels_for
+
+COMPILER = "[metal::Device] Unable to build metal library from source\nprogram_source:12:3: error: use of " + "x" * 5000
+MANY = SPEED_TOKENS // 64
+
+
+class FakeFused(ReferenceLanes):
+    """What a fused backend looks like from outside: correct, and quick where it is timed."""
+
+    name: ClassVar[str] = "cuda"
+    codebook: ClassVar[CodebookKind] = "lloyd_max"
+
+    def attend_step(
+        self, queries: Any, keys: Any, values: Any, pages: Any, rows: RowIndex, scale: float, sinks: Any
+    ) -> mx.array:
+        if rows.index.n_pages >= MANY:
+            return mx.zeros((*queries.shape[:-1], self.shape.value_dim), dtype=queries.dtype)
+        raw = keys[:, :, : rows.n_raw], values[:, :, : rows.n_raw]
+        return attend_expanded(super().expand, queries, *raw, pages, rows.index, rows.mask, scale, sinks)
+
+    def path(self, n_tokens: int | None) -> AttentionPath:
+        return "fused" if n_tokens is None else "expanded"
+
+
+Fault = Callable[[Callable[..., Any], tuple[Any, ...]], Any]
+"""Given a method and its arguments: what it does instead."""
+
+
+def compile_error(method: Any, arguments: Any) -> Any:
+    raise RuntimeError(COMPILER)
+
+
+def exception(method: Any, arguments: Any) -> Any:
+    raise RuntimeError("launch failed")
+
+
+def wrong(method: Any, arguments: Any) -> Any:
+    """Two per cent off."""
+    result = method(*arguments)
+    if isinstance(result, mx.array):
+        return result * 1.02
+    return tuple(x if x.dtype == mx.uint32 else x * mx.array(1.02, dtype=x.dtype) for x in result)
+
+
+def nan(method: Any, arguments: Any) -> Any:
+    return method(*arguments) * mx.nan
+
+
+def slow(method: Any, arguments: Any) -> Any:
+    time.sleep(0.05)
+    return method(*arguments)
+
+
+def in_dtype(dtype: mx.Dtype, fault: Fault) -> Fault:
+    """The fault only where the first argument (or, for `expand`, the second) is of this dtype."""
+
+    def choose(method: Any, arguments: Any) -> Any:
+        found = arguments[1] if isinstance(arguments[0], tuple) else arguments[0].dtype
+        return fault(method, arguments) if found == dtype else method(*arguments)
+
+    return choose
+
+
+def where_timed(fault: Fault) -> Fault:
+    """The fault only in a decode step as long as those that are timed."""
+
+    def choose(method: Any, arguments: Any) -> Any:
+        return fault(method, arguments) if arguments[4].index.n_pages >= MANY else method(*arguments)
+
+    return choose
+
+
+def faulty(part: str, fault: Fault) -> type[FakeFused]:
+    """`FakeFused` with a fault in one method."""
+
+    def method(self: Any, *arguments: Any) -> Any:
+        return fault(lambda *args: getattr(FakeFused, part)(self, *args), arguments)
+
+    return type("Faulty", (FakeFused,), {part: method})
+
+
+class KeyIsMissing(FakeFused):
+    """Wants to know something that the device does not tell."""
+
+    def __init__(self, shape: LaneShape, codebooks: Codebooks) -> None:
+        raise MissingDeviceKey("the device's info has no 'architecture'")
+
+
+def refusing(refused: LaneShape) -> type[FakeFused]:
+    """`FakeFused` that does not support one shape."""
+
+    def unsupported(cls: Any, shape: LaneShape) -> str | None:
+        return f"no kernel for head dim {shape.key_dim}" if shape == refused else None
+
+    return type("Refusing", (FakeFused,), {"unsupported": classmethod(unsupported)})
+
+
+def candidate(name: str, lanes: Any, **options: Any) -> Candidate:
+    """A fused candidate with these lanes, whose pages have the reference's bytes unless told otherwise."""
+
+    def build(shape: LaneShape) -> Any:
+        levels = (levels_for(lanes.codebook, bits) for bits in (shape.key_bits, shape.value_bits))
+        return lanes(shape, Codebooks(*levels))
+
+    def oracle(shape: LaneShape) -> Any:
+        return make_lanes("reference", shape, lanes.codebook)
+
+    options = {"fused": True, "shared": True} | options
+    return Candidate(name, build, oracle, unsupported=lanes.unsupported, **options)

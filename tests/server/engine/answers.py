@@ -1,0 +1,40 @@
+"""Requests put to a real engine, and what must hold of it afterwards."""
+
+import queue
+from typing import Any
+
+from server.engine.engine import MlxEngine
+from server.protocol import Event, Failed, Finished, GenerationRequest, SamplingParams, TextDelta
+
+GREEDY = SamplingParams(temperature=0)
+
+
+class Answer:
+    """Collects one request's events."""
+
+    def __init__(self, engine: MlxEngine, text: str, name: str, **options: Any) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+        prompt = engine.tokenize([{"role": "user", "content": text}])
+        options = {"max_tokens": 8, "sampling": GREEDY} | options
+        self.request = GenerationRequest(f"request-{name}", prompt, session=name, **options)
+        engine.submit(self.request, self.events.put)
+
+    def end(self) -> Finished | Failed:
+        """The terminal event; nothing may follow it."""
+        while True:
+            event = self.events.get(timeout=60)
+            if isinstance(event, Finished | Failed):
+                return event
+
+    def text(self) -> str:
+        text = ""
+        while not isinstance(event := self.events.get(timeout=60), Finished):
+            assert not isinstance(event, Failed), event
+            text += event.text if isinstance(event, TextDelta) else ""
+        return text
+
+
+def owned_by_nobody(engine: MlxEngine) -> bool:
+    spec = engine._host.store.spec
+    spec.check_integrity()
+    return spec.pool.n_used == sum(len(ring.pages) for batch in spec.live for ring in batch.rings)
