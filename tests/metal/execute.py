@@ -1,6 +1,5 @@
 """Executes a captured kernel on the CPU and says what is wrong with it."""
 
-import os
 import struct
 import subprocess
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from tests.metal.arrays import NUMPY, input_buffer
 from tests.metal.capture import Array, Kernel
 from tests.metal.report import readable
 from tests.metal.rewrite import buffer_order, executable
-from tests.metal.toolchain import Mode, build, environment
+from tests.metal.toolchain import Mode, build, execute
 
 Order = Literal["forward", "reverse", "random"]
 _ORDERS: dict[Order, int] = {"forward": 0, "reverse": 1, "random": 2}
@@ -92,9 +91,7 @@ def _launch(
         raise errors.CompileError(f"{kernel.name}: {error}") from error
     dispatch = _dispatch(kernel, inputs, order, seed, fill)
     try:
-        done = subprocess.run(
-            [str(program)], input=dispatch, capture_output=True, timeout=timeout, env=environment(), cwd=os.sep
-        )
+        done = execute(program, dispatch, timeout)
     except subprocess.TimeoutExpired as error:
         raise errors.HarnessError(f"{kernel.name}: not done after {timeout:g} s") from error
     said = done.stderr.decode(errors="replace")

@@ -143,10 +143,11 @@ def _entry(kernel: Kernel) -> str:
             else:
                 raise CompileError(f"{kernel.name}: the harness does not know {name}")
     arguments = "".join(f", {word}" for word in words)
+    buffers = f"__make_integer_seq<harness_indices, size_t, {n_buffers}>()"
     return (
         '\n#line 1 "entry"\nextern "C" void harness_entry(void* const* buffers) {\n'
         "  const harness::Ids& ids = harness::ids();\n  (void)ids;\n"
-        f"  harness_call(&{instance(kernel)}, buffers, std::make_index_sequence<{n_buffers}>(){arguments});\n}}\n"
+        f"  harness_call(&{instance(kernel)}, buffers, {buffers}{arguments});\n}}\n"
     )
 
 

@@ -1,8 +1,7 @@
-"""The compiler and its cache: which clang and sanitizers there are, and executables by the hash of their text."""
+"""Programs by the hash of their text, and the sanitizers that they can be built with."""
 
 import functools
 import hashlib
-import importlib.util
 import os
 import platform
 import shutil
@@ -10,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tests.metal.compilers import Compiler, compiler, output
 from tests.metal.errors import CompileError
 
 Mode = Literal["plain", "asan", "tsan"]
@@ -34,9 +33,10 @@ _LINK: dict[Mode, list[str]] = {
     "asan": ["-fsanitize=address,undefined"],
     "tsan": ["-fsanitize=thread"],
 }
-_COMMON = ["-std=c++17", "-O1", "-gline-tables-only", "-gdwarf-4", "-fno-exceptions", "-fno-rtti", "-pthread"]
+_COMMON = ["-std=c++17", "-O1", "-gline-tables-only", "-gdwarf-4", "-fno-exceptions", "-fno-rtti"]
 KERNEL_FLAGS = [
     "-Wno-unknown-attributes",
+    "-Wno-unused-command-line-argument",
     "-Wno-duplicate-decl-specifier",
     "-fconvergent-functions",
     "-fno-math-errno",
@@ -46,32 +46,6 @@ KERNEL_FLAGS = [
 _LANGUAGE = {"metal": ["-Xclang", "-cl-single-precision-constant"], "cuda": []}
 
 
-@dataclass(frozen=True)
-class Compiler:
-    """A clang of version 19 or later and how it is called."""
-
-    command: tuple[str, ...]
-    version: str
-    zig: bool
-
-
-@functools.cache
-def compiler() -> Compiler | None:
-    """clang++-19 or a later one on PATH, else the clang inside PyPI's ziglang; None if there is neither."""
-    for name in ("clang++-19", "clang++-20", "clang++-21", "clang++-22", "clang++"):
-        found = shutil.which(name)
-        version = _output([found, "--version"]).splitlines()[0] if found else ""
-        number = version.partition("version ")[2].partition(".")[0]
-        if found and number.isdecimal() and int(number) >= 19 and "Apple" not in version:
-            return Compiler((found,), version, zig=False)
-    if importlib.util.find_spec("ziglang") is not None:
-        command = (sys.executable, "-m", "ziglang", "c++")
-        version = _output([*command, "--version"])
-        if version:
-            return Compiler(command, version.splitlines()[0], zig=True)
-    return None
-
-
 @functools.cache
 def why_not(mode: Mode) -> str:
     """Why this machine cannot run in `mode`; empty if it can."""
@@ -79,9 +53,11 @@ def why_not(mode: Mode) -> str:
         return "the harness runs on Linux, x86-64 or aarch64"
     if compiler() is None:
         return "no clang >= 19: install clang-19, or ziglang into the environment"
+    if mode != "plain" and not _clang().has_sanitizers:
+        return f"{_clang().version} has no sanitizers: install clang-19 and libclang-rt-19-dev"
     probe = 'extern "C" void harness_entry(void* const*) {}\n'
     try:
-        done = subprocess.run([str(build(probe, mode))], input=b"", capture_output=True, timeout=60, env=environment())
+        done = execute(build(probe, mode), b"", 60)
     except CompileError as error:
         return f"{mode} does not link (Debian: libclang-rt-19-dev): {str(error).splitlines()[-1]}"
     # The dispatch is missing, which the program says once it runs.
@@ -103,6 +79,7 @@ def cache_folder() -> Path:
     return folder
 
 
+@functools.cache
 def environment() -> dict[str, str]:
     """How the sanitizers are to behave."""
     symbolizer = next((s for s in map(shutil.which, ("llvm-symbolizer-19", "llvm-symbolizer", "addr2line")) if s), None)
@@ -126,8 +103,23 @@ def build(text: str, mode: Mode, includes: tuple[str, ...] = (), language: str =
     if not program.exists():
         source = program.with_suffix(".cpp")
         source.write_text(text)
-        _compile([*flags, f"-I{SHIM}", *_LINK[mode], str(source), str(runtime), "-lm"], program)
+        made = _compile([*flags, f"-I{SHIM}", "-c", str(source)], program.with_suffix(".o"))
+        # clang wants libm; a library finds it in its host.
+        _run([*_clang().link, *_LINK[mode], str(made), str(runtime), *([] if _clang().host else ["-lm"])], program)
+        made.unlink()
     return program
+
+
+def execute(program: Path, dispatch: bytes, timeout: float) -> subprocess.CompletedProcess[bytes]:
+    """Runs a program on a dispatch. Raises subprocess.TimeoutExpired."""
+    return subprocess.run(
+        [*_clang().host, str(program)],
+        input=dispatch,
+        capture_output=True,
+        timeout=timeout,
+        env=environment(),
+        cwd=os.sep,
+    )
 
 
 def syntax_errors(text: str, flags: Sequence[str]) -> str:
@@ -137,7 +129,7 @@ def syntax_errors(text: str, flags: Sequence[str]) -> str:
     if not verdict.exists():
         source = cache_folder() / f"{stem}.cpp"
         source.write_text(text)
-        command = [*_clang().command, "-std=c++17", "-fsyntax-only", f"-I{SHIM}", *KERNEL_FLAGS, *_LANGUAGE["metal"]]
+        command = [*_clang().compile, "-std=c++17", "-fsyntax-only", f"-I{SHIM}", *KERNEL_FLAGS, *_LANGUAGE["metal"]]
         done = subprocess.run([*command, *flags, str(source)], capture_output=True, text=True, timeout=120)
         _write(verdict, done.stderr if done.returncode else "")
     return verdict.read_text()
@@ -145,7 +137,7 @@ def syntax_errors(text: str, flags: Sequence[str]) -> str:
 
 def preprocess(text: str, flags: Sequence[str]) -> str:
     """The text with its own macros expanded and line marks left in."""
-    command = [*_clang().command, "-std=c++17", "-E", "-nostdinc", "-nostdinc++", f"-I{SHIM / 'empty'}", *flags]
+    command = [*_clang().compile, "-std=c++17", "-E", "-nostdinc", "-nostdinc++", f"-I{SHIM / 'empty'}", *flags]
     done = subprocess.run([*command, "-xc++", "-"], input=text, capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise CompileError(done.stderr)
@@ -157,7 +149,7 @@ def line_of(program: Path, offset: str) -> str:
     tool = shutil.which("addr2line")
     if tool is None:
         return ""
-    lines = _output([tool, "-s", "-i", "-e", str(program), offset]).split()
+    lines = output([tool, "-s", "-i", "-e", str(program), offset]).split()
     return " < ".join(line.rpartition("/")[2] for line in lines if not line.startswith("?"))
 
 
@@ -184,15 +176,18 @@ def _target() -> list[str]:
     return [f"-m{flag}" for flag in ("f16c", "fma", "avx2") if flag in cpu]
 
 
-def _compile(arguments: Sequence[str], made: Path) -> None:
+def _compile(arguments: Sequence[str], made: Path) -> Path:
+    return _run([*_clang().compile, *arguments], made)
+
+
+def _run(command: Sequence[str], made: Path) -> Path:
     # Under a name of its own first: another process may be at the same.
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         fresh = Path(folder) / made.name
-        command = [*_clang().command, *arguments, "-o", str(fresh)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise CompileError(done.stderr)
-        fresh.replace(made)
+        return fresh.replace(made)
 
 
 def _write(path: Path, text: str) -> None:
@@ -210,8 +205,3 @@ def _shim_hash() -> str:
 def _hash(*parts: str) -> str:
     version = found.version if (found := compiler()) else ""
     return hashlib.sha256("\0".join((version, *parts)).encode()).hexdigest()[:24]
-
-
-def _output(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return done.stdout if done.returncode == 0 else ""

@@ -45,7 +45,7 @@ inline unsigned char* exact(size_t nbytes) {
   if (posix_memalign(&got, 16, nbytes)) exit(1);
   return static_cast<unsigned char*>(got);
 #elif defined(HARNESS_TSAN)
-  return map(whole_pages(nbytes + 1));  // fresh memory every time: no thread's earlier access is remembered for it
+  return map(whole_pages(nbytes + 1));
 #else
   const size_t page = whole_pages(1), body = whole_pages(nbytes + 1);
   unsigned char* base = map(body + 2 * page);

@@ -7,7 +7,7 @@
 #include "memory.h"
 
 extern "C" void harness_entry(void* const* buffers);  // the kernel, called once in every thread
-extern "C" const char __executable_start;              // the linker's
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start;  // the linker's: where the file is in memory
 
 extern "C" {
 #ifdef HARNESS_ASAN
@@ -46,7 +46,7 @@ struct Fiber {
 struct Meeting {
   unsigned first, members, arrived, generation;
   Slots slots[2];
-  char* sync[2];  // ThreadSanitizer's names of the two last meetings
+  char sync[2][16];  // ThreadSanitizer's names of the two last meetings
 };
 
 struct Dispatch {
@@ -89,15 +89,19 @@ void in_order(unsigned n, unsigned* out) {
   }
 }
 
-void push_ready(unsigned thread) {
-  fibers[thread].state = State::ready;
-  ready[(ready_head + ready_size++) % (2 * kMaxThreads)] = thread;
-}
-
+// Threads that have met go on before all others, so that a simdgroup that does not have to wait runs far ahead; in
+// random order only half of the time.
 void wake(unsigned first, unsigned n) {
   static unsigned order[kMaxThreads];
   in_order(n, order);
-  for (unsigned i = 0; i < n; i++) push_ready(first + order[i]);
+  const bool ahead = dispatch.order != 2 || random_below(2) == 0;
+  for (unsigned i = 0; i < n; i++) {
+    const unsigned thread = first + order[ahead ? n - 1 - i : i];
+    fibers[thread].state = State::ready;
+    if (ahead) ready_head = (ready_head + 2 * kMaxThreads - 1) % (2 * kMaxThreads);
+    ready[(ready_head + (ahead ? 0 : ready_size)) % (2 * kMaxThreads)] = thread;
+    ready_size++;
+  }
 }
 
 void switch_to(void** from, Fiber* next) {
@@ -142,13 +146,16 @@ void thread_main() {
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
   harness_entry(arguments);
+#ifdef HARNESS_TSAN
+  __tsan_release(&everyone);  // one threadgroup after another: they share stacks and threadgroup memory
+#endif
   me->state = State::done;
   give_way(me);
   __builtin_trap();
 }
 
 // A place in the code as debuggers count it.
-unsigned long offset_of(const void* place) { return (unsigned long)(static_cast<const char*>(place) - &__executable_start) - 1; }
+unsigned long offset_of(const void* place) { return (unsigned long)(static_cast<const char*>(place) - &__ehdr_start) - 1; }
 
 // Where the threads of the threadgroup are, equal ones in one line.
 [[noreturn]] void report(const char* problem) {
@@ -231,14 +238,6 @@ void run_threadgroup(const unsigned* group, const uint32_t* groups) {
     n *= size[d];
   }
   for (auto& s : shared_arrays) s.live = false;
-#ifdef HARNESS_TSAN
-  // New names for every threadgroup: a barrier orders nothing between two of them.
-  static char* names = reinterpret_cast<char*>(map(size_t(1) << 30));
-  for (unsigned s = 0; s <= kMaxThreads / kLanes; s++) {
-    Meeting& m = s ? simds[s - 1] : everyone;
-    for (auto& name : m.sync) name = names, names += 16;
-  }
-#endif
   everyone.first = everyone.arrived = 0, everyone.members = n;
   for (unsigned s = 0; s * kLanes < n; s++) {
     simds[s].first = s * kLanes, simds[s].arrived = 0;
@@ -262,6 +261,9 @@ void run_threadgroup(const unsigned* group, const uint32_t* groups) {
     __tsan_destroy_fiber(fibers[i].tsan);
 #endif
   }
+#ifdef HARNESS_TSAN
+  __tsan_acquire(&everyone);
+#endif
 }
 
 // Which buffer lies nearest to an address that must not be touched.
@@ -367,8 +369,6 @@ void* harness_shared(unsigned tag, size_t size, size_t align) {
 #ifdef HARNESS_ASAN
   free(s.data);
   s.data = exact(size);
-#elif defined(HARNESS_TSAN)
-  s.data = exact(size);
 #else
   if (!s.data) s.data = exact(size);
 #endif
@@ -388,7 +388,8 @@ void __asan_on_error() { explain(static_cast<const unsigned char*>(__asan_get_re
 #endif
 }
 
-int main() {
+// A name of its own as well: where this is a library, its host calls it.
+extern "C" int harness_main() {
   set_up();
   uint32_t groups[3], total = 1;
   for (int d = 0; d < 3; d++) {
@@ -411,3 +412,5 @@ int main() {
   }
   return 0;
 }
+
+int main() { return harness_main(); }

@@ -17,11 +17,11 @@ HARNESS_EACH_INTEGER(HARNESS_ORDERED)
 
 #define HARNESS_INTEGER(T)                                                                                          \
   inline constexpr T abs(T x) { return x < 0 ? T(-x) : x; }                                                         \
-  inline constexpr T popcount(T x) { return T(__builtin_popcountll(uint64_t(std::make_unsigned_t<T>(x)))); }        \
+  inline constexpr T popcount(T x) { return T(__builtin_popcountll(uint64_t(traits::make_unsigned_t<T>(x)))); }        \
   inline constexpr T clz(T x) {                                                                                     \
-    return T(x == 0 ? 8 * sizeof(T) : __builtin_clzll(uint64_t(std::make_unsigned_t<T>(x))) - 64 + 8 * sizeof(T));  \
+    return T(x == 0 ? 8 * sizeof(T) : __builtin_clzll(uint64_t(traits::make_unsigned_t<T>(x))) - 64 + 8 * sizeof(T));  \
   }                                                                                                                 \
-  inline constexpr T ctz(T x) { return T(x == 0 ? 8 * sizeof(T) : __builtin_ctzll(uint64_t(std::make_unsigned_t<T>(x)))); } \
+  inline constexpr T ctz(T x) { return T(x == 0 ? 8 * sizeof(T) : __builtin_ctzll(uint64_t(traits::make_unsigned_t<T>(x)))); } \
   inline constexpr T extract_bits(T x, uint offset, uint bits) {                                                    \
     if (bits == 0) return 0;                                                                                        \
     if constexpr (T(-1) > T(0)) {                                                                                   \
@@ -35,7 +35,7 @@ HARNESS_EACH_INTEGER(HARNESS_ORDERED)
     return T((uint64_t(base) & ~mask) | ((uint64_t(x) << offset) & mask));                                          \
   }                                                                                                                 \
   inline constexpr T rotate(T x, T by) {                                                                            \
-    using U = std::make_unsigned_t<T>;                                                                              \
+    using U = traits::make_unsigned_t<T>;                                                                              \
     const unsigned n = 8 * sizeof(T), k = unsigned(by) % n;                                                         \
     return k == 0 ? x : T(U(uint64_t(U(x)) << k) | U(U(x) >> (n - k)));                                             \
   }

@@ -3,7 +3,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include <type_traits>
+#include "../traits.h"
 
 using uchar = unsigned char;
 using ushort = unsigned short;
@@ -16,7 +16,7 @@ using half = _Float16;
 struct bfloat {
   uint16_t bits;
   bfloat() = default;
-  template <class T, class = std::enable_if_t<std::is_arithmetic_v<T> || std::is_same_v<T, half>>>
+  template <class T, class = traits::enable_if_t<traits::is_arithmetic_v<T> || traits::is_same_v<T, half>>>
   constexpr explicit bfloat(T) : bits(0) {}
   constexpr operator float() const { return 0; }
   bfloat& operator+=(bfloat) { return *this; }
@@ -115,22 +115,22 @@ struct array {
   constexpr const T& operator[](size_t i) const { return elements[i]; }
 };
 
-using std::bool_constant;
-using std::conditional_t;
-using std::enable_if_t;
-using std::false_type;
-using std::integral_constant;
-using std::is_convertible_v;
-using std::is_integral_v;
-using std::is_same;
-using std::is_same_v;
-using std::is_signed_v;
-using std::is_unsigned_v;
-using std::make_signed_t;
-using std::make_unsigned_t;
-using std::true_type;
+using traits::bool_constant;
+using traits::conditional_t;
+using traits::enable_if_t;
+using traits::false_type;
+using traits::integral_constant;
+using traits::is_convertible_v;
+using traits::is_integral_v;
+using traits::is_same;
+using traits::is_same_v;
+using traits::is_signed_v;
+using traits::is_unsigned_v;
+using traits::make_signed_t;
+using traits::make_unsigned_t;
+using traits::true_type;
 template <class T>
-inline constexpr bool is_floating_point_v = std::is_floating_point_v<T> || is_same_v<T, half> || is_same_v<T, bfloat>;
+inline constexpr bool is_floating_point_v = traits::is_floating_point_v<T> || is_same_v<T, half> || is_same_v<T, bfloat>;
 
 }  // namespace metal
 
