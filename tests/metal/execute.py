@@ -20,6 +20,7 @@ _ORDERS: dict[Order, int] = {"forward": 0, "reverse": 1, "random": 2}
 _MAX_SHARED = {"metal": 32768, "cuda": 49152}
 _PRELUDE = {"metal": "prelude.h", "cuda": "cuda/prelude.h"}
 _MAGIC = 0x4D54
+_INPUT, _OUTPUT, _WRITABLE = 0, 1, 2
 _EXITS: dict[int, type[errors.HarnessError]] = {
     70: errors.DivergedError,
     71: errors.MemoryFaultError,
@@ -37,6 +38,7 @@ def run(
     order: Order = "forward",
     seed: int = 0,
     fill: int = 0xFF,
+    writable: Sequence[str] = (),
     allow_unwritten: bool = False,
     timeout: float = 60.0,
 ) -> list[npt.NDArray[Any]]:
@@ -44,13 +46,14 @@ def run(
 
     `inputs` are numpy or MLX arrays of the shapes and types the kernel was captured with. Outputs and threadgroup
     memory hold `fill` in every byte before (0xFF: NaN, -1). Threads run in `order` from one meeting to the next, and so
-    do threadgroups. "asan" also checks shifts, indices and alignment. "tsan" finds races within a threadgroup; those
-    between threadgroups are for `run_orders`. Raises a HarnessError, or ValueError for inputs of another shape or type.
+    do threadgroups. Writing to an input is an error unless `writable` names it. "asan" also checks shifts, indices and
+    alignment. "tsan" finds races within a threadgroup; those between threadgroups are for `run_orders`. Raises a
+    HarnessError, or ValueError for inputs of another shape or type.
     """
-    outputs = _launch(kernel, inputs, mode, order, seed, fill, timeout)
+    outputs = _launch(kernel, inputs, mode, order, seed, fill, writable, timeout)
     if not allow_unwritten and fill == 0xFF and any(_filled(o, fill).any() for o in outputs):
         # Only what keeps another fill too was not written: -1 may well be an answer.
-        again = _launch(kernel, inputs, mode, order, seed, 0x5A, timeout)
+        again = _launch(kernel, inputs, mode, order, seed, 0x5A, writable, timeout)
         for described, first, second in zip(kernel.outputs, outputs, again, strict=True):
             unwritten = _filled(first, fill) & _filled(second, 0x5A)
             if unwritten.any():
@@ -59,16 +62,21 @@ def run(
 
 
 def run_orders(
-    kernel: Kernel, inputs: Sequence[Any], *, seeds: Sequence[int] = (1,), timeout: float = 60.0
+    kernel: Kernel,
+    inputs: Sequence[Any],
+    *,
+    seeds: Sequence[int] = (1,),
+    writable: Sequence[str] = (),
+    timeout: float = 60.0,
 ) -> list[npt.NDArray[Any]]:
     """The kernel's outputs, after they came out bit for bit the same forward, in reverse and in random orders.
 
     The orders also differ in what uninitialised memory holds. Finds missing barriers, without ThreadSanitizer too.
     """
-    outputs = run(kernel, inputs, timeout=timeout)
+    outputs = run(kernel, inputs, writable=writable, timeout=timeout)
     tries: list[tuple[Order, int]] = [("reverse", 0), *(("random", seed) for seed in seeds)]
     for order, seed in tries:
-        other = _launch(kernel, inputs, "plain", order, seed, 0x5A, timeout)
+        other = _launch(kernel, inputs, "plain", order, seed, 0x5A, writable, timeout)
         for described, first, second in zip(kernel.outputs, outputs, other, strict=True):
             differ = _bits(first) != _bits(second)
             if differ.any():
@@ -81,7 +89,14 @@ def run_orders(
 
 
 def _launch(
-    kernel: Kernel, inputs: Sequence[Any], mode: Mode, order: Order, seed: int, fill: int, timeout: float
+    kernel: Kernel,
+    inputs: Sequence[Any],
+    mode: Mode,
+    order: Order,
+    seed: int,
+    fill: int,
+    writable: Sequence[str],
+    timeout: float,
 ) -> list[npt.NDArray[Any]]:
     if int(np.prod(kernel.threadgroup)) > 1024:
         raise errors.CompileError(f"{kernel.name}: threadgroup {kernel.threadgroup} has more than 1024 threads")
@@ -89,7 +104,7 @@ def _launch(
         program = build(executable(kernel).text, mode, (_PRELUDE[kernel.language],), kernel.language)
     except errors.CompileError as error:
         raise errors.CompileError(f"{kernel.name}: {error}") from error
-    dispatch = _dispatch(kernel, inputs, order, seed, fill)
+    dispatch = _dispatch(kernel, inputs, order, seed, fill, writable)
     try:
         done = execute(program, dispatch, timeout)
     except subprocess.TimeoutExpired as error:
@@ -103,7 +118,9 @@ def _launch(
     return _outputs(kernel, done.stdout)
 
 
-def _dispatch(kernel: Kernel, inputs: Sequence[Any], order: Order, seed: int, fill: int) -> bytes:
+def _dispatch(
+    kernel: Kernel, inputs: Sequence[Any], order: Order, seed: int, fill: int, writable: Sequence[str]
+) -> bytes:
     """The dispatch as runtime.cpp reads it: struct Dispatch, then struct Buffer for each, then the inputs' bytes."""
     if len(inputs) != len(kernel.inputs):
         raise ValueError(f"{kernel.name}: {len(kernel.inputs)} inputs expected, got {len(inputs)}")
@@ -125,7 +142,8 @@ def _dispatch(kernel: Kernel, inputs: Sequence[Any], order: Order, seed: int, fi
             nbytes = len(data)
             bodies.append(data)
         label = name if kind in ("input", "output") else f"{name}_{kind}"
-        heads.append(struct.pack("<IIQ64s", kind == "output", size, nbytes, label.encode()[:63]))
+        role = _OUTPUT if kind == "output" else _WRITABLE if kind == "input" and name in writable else _INPUT
+        heads.append(struct.pack("<IIQ64s", role, size, nbytes, label.encode()[:63]))
     head = struct.pack(
         "<6I3I3II",
         *(_MAGIC, _ORDERS[order], seed, fill, kernel.language == "cuda", _MAX_SHARED[kernel.language]),

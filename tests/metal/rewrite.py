@@ -68,7 +68,12 @@ def executable(kernel: Kernel) -> Text:
 
 def strict(kernel: Kernel) -> str:
     """The kernel with address spaces as types: threadgroup arrays are statics there, casts may not change the space."""
-    text, _ = _shared_arrays(expanded(kernel), "static threadgroup {type} {name}{bounds}")
+    text, _ = _shared_arrays(
+        expanded(kernel),
+        "static threadgroup {type} {name}{bounds}; "
+        "constexpr unsigned long harness_bytes_{next} = harness_bytes_{tag} + sizeof({type}{bounds}); "
+        'static_assert(harness_bytes_{next} <= 32768, "more than 32768 bytes of threadgroup memory")',
+    )
     text = _CAST.sub(lambda m: f"harness_cast<{m[1]}>()->*", text)
     return f"{_VEC.sub(_make_vec, text)}\ntemplate void harness_instantiate<&{instance(kernel)}>();\n"
 
@@ -108,7 +113,9 @@ def _shared_arrays(text: str, form: str) -> tuple[str, tuple[str, ...]]:
                 while text[end].isspace():
                     end += 1
             bounds = text[start:end].strip()
-            statements.append(form.format(type=match[1], name=name[1], bounds=bounds, tag=len(names)))
+            statements.append(
+                form.format(type=match[1], name=name[1], bounds=bounds, tag=len(names), next=len(names) + 1)
+            )
             names.append(name[1])
             if text[end] != ",":
                 break

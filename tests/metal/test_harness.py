@@ -284,6 +284,9 @@ def test_too_much_threadgroup_memory_is_refused(kernel: Kernel) -> None:
     need("plain")
     with pytest.raises(CompileError, match="more than 32768"):
         run(kernel.patched("float sums[3];", "float sums[8193];"), make_inputs())
+    check(kernel.patched("float sums[3];", "float sums[8000], more[192];"))
+    with pytest.raises(CompileError, match="more than 32768"):
+        check(kernel.patched("float sums[3];", "float sums[8000], more[193];"))
 
 
 def test_a_kernel_that_never_ends_is_stopped(kernel: Kernel) -> None:

@@ -10,8 +10,10 @@
 
 namespace harness {
 
+enum : uint32_t { kInput, kOutput, kWritable };
+
 struct Buffer {
-  uint32_t is_output, element_size;
+  uint32_t role, element_size;
   uint64_t nbytes;
   char name[64];
   unsigned char* data;

@@ -48,7 +48,14 @@ using namespace metal;
 #define device __attribute__((address_space(1)))
 #define constant const __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
+#else
+#define device
+#define constant const
+#define threadgroup
+#endif
+#define thread
 
+#ifdef HARNESS_STRICT
 // (device T*)x without Metal's rule broken: a C cast of C++ would change the address space as well.
 template <class To>
 struct harness_deref {
@@ -61,14 +68,8 @@ struct harness_cast {
   template <class From>
   To operator->*(From from) const { return reinterpret_cast<To>(from); }
 };
-#else
-#define device
-#define constant const
-#define threadgroup
-#endif
-#define thread
 
-#ifdef HARNESS_STRICT
+constexpr unsigned long harness_bytes_0 = 0;
 template <auto kernel>
 void harness_instantiate() {
   (void)kernel;

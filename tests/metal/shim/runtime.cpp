@@ -272,7 +272,7 @@ void explain(const unsigned char* where) {
     const Buffer& b = buffers[i];
     const long off = where - b.data, slack = long(whole_pages(1));
     if (off < -slack || off >= long(b.nbytes) + slack) continue;
-    fprintf(stderr, "harness: %s '%s' of %lu elements touched at element %ld%s\n", b.is_output ? "output" : "input", b.name,
+    fprintf(stderr, "harness: %s '%s' of %lu elements touched at element %ld%s\n", b.role == kOutput ? "output" : "input", b.name,
             (unsigned long)(b.nbytes / b.element_size), (off < 0 ? off - long(b.element_size) + 1 : off) / long(b.element_size),
             off >= 0 && off < long(b.nbytes) ? " (an input may only be read)" : "");
   }
@@ -311,11 +311,11 @@ void set_up() {
     Buffer& b = buffers[i];
     b.data = exact(b.nbytes);
     arguments[i] = b.data;
-    if (b.is_output) {
+    if (b.role == kOutput) {
       fill(b.data, b.nbytes, uint8_t(dispatch.fill));
     } else {
       read_all(b.data, b.nbytes);
-      read_only(b.data, b.nbytes);
+      if (b.role == kInput) read_only(b.data, b.nbytes);
     }
   }
   char* stacks = reinterpret_cast<char*>(map(kMaxThreads * (kStack + 4096)));
@@ -403,7 +403,7 @@ extern "C" int harness_main() {
     run_threadgroup(group, groups);
   }
   for (unsigned i = 0; i < dispatch.n_buffers; i++) {
-    for (size_t at = 0; buffers[i].is_output && at < buffers[i].nbytes;) {
+    for (size_t at = 0; buffers[i].role == kOutput && at < buffers[i].nbytes;) {
       // Not write(): ThreadSanitizer would see it read what threads have written.
       const long put = syscall(SYS_write, 1, buffers[i].data + at, buffers[i].nbytes - at);
       if (put <= 0) return 1;

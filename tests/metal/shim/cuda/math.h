@@ -95,6 +95,15 @@ template <class T>
 __forceinline__ T __ldcg(const T* p) { return *p; }
 template <class T>
 __forceinline__ void __stcs(T* p, T x) { *p = x; }
+// One thread at a time runs, so plain operations are atomic; threadgroups follow one another, so fences do nothing.
+template <class T>
+inline T atomicAdd(T* p, T x) {
+  const T before = __atomic_load_n(p, __ATOMIC_RELAXED);
+  __atomic_store_n(p, before + x, __ATOMIC_RELAXED);
+  return before;
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
 inline void __trap() { __builtin_trap(); }
 
 inline float __half2float(__half x) { return float(x); }
