@@ -19,7 +19,7 @@ constexpr float LOWEST = -1e30f, HIDDEN = -2e30f; // HIDDEN is far below any max
 
 constexpr int RAW_BLOCKS = (KEEP + 63) / 64 + SLOTS / 64;
 constexpr int TABLES = TABLE_WORDS(KP) + (KP == VP && !VALUE_TABLE ? 0 : TABLE_WORDS(VP));
-constexpr int OUT_FLOATS = OUT_AT_ONCE(DV, WARPS) * 8 * OUT_STRIDE(DV);
+constexpr int AT_ONCE = OUT_AT_ONCE(DK, DV, WARPS), OUT_FLOATS = AT_ONCE * 8 * OUT_STRIDE(DV);
 constexpr int MERGE_FLOATS = MAX_PARTS + DV;
 constexpr int RAW_FLOATS = ROWS * DK + larger(WARPS * 16 * 8, OUT_FLOATS), TABLE_FLOATS = TABLES * int(sizeof(table_word)) / 4;
 
@@ -156,9 +156,9 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
     }
     barrier_group(); // the weights, which the output overwrites, are done with
     TG(float) tile_out = q + ROWS * DK;
-    for (int turn = 0; turn < WARPS; turn += OUT_AT_ONCE(DV, WARPS)) {
+    for (int turn = 0; turn < WARPS; turn += AT_ONCE) {
       const int place = int(warp) - turn;
-      if (place >= 0 && place < OUT_AT_ONCE(DV, WARPS)) {
+      if (place >= 0 && place < AT_ONCE) {
         PRAGMA_UNROLL
         for (int r = 0; r < LIVE; r++) {
           const float factor = exp2_fast(top[r] - highest_of<WARPS>(stats, r));
@@ -173,7 +173,7 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
       }
       barrier_group();
     }
-    write_part<DV, WARPS>(
+    write_part<DV, WARPS, AT_ONCE>(
         tile_out, stats, parts + size_t(first_query + 8 * n) * n_parts * DV, part_stats + size_t(first_query + 8 * n) * n_parts * 2,
         block, n_parts, min(8, n_rows - 8 * n), lane + 32 * warp);
     barrier_group();
@@ -285,13 +285,13 @@ for (int n = 0; n < NT; n++) {
   barrier_group();
   const float factor0 = exp2_fast(top[n][0] - highest_of<WARPS>(stats, 2 * c));
   const float factor1 = exp2_fast(top[n][1] - highest_of<WARPS>(stats, 2 * c + 1));
-  for (int turn = 0; turn < WARPS; turn += OUT_AT_ONCE(DV, WARPS)) {
+  for (int turn = 0; turn < WARPS; turn += AT_ONCE) {
     const int place = int(warp) - turn;
-    if (place >= 0 && place < OUT_AT_ONCE(DV, WARPS))
+    if (place >= 0 && place < AT_ONCE)
       o.put(tile_out + place * 8 * OUT_STRIDE(DV), n, factor0, factor1, turn > 0, lane);
     barrier_group();
   }
-  write_part<DV, WARPS>(
+  write_part<DV, WARPS, AT_ONCE>(
       tile_out, stats, parts + size_t(first_query + 8 * n) * n_parts * DV, part_stats + size_t(first_query + 8 * n) * n_parts * 2,
       RAW_BLOCKS + split, n_parts, min(8, n_rows - 8 * n), lane + 32 * warp);
   barrier_group();

@@ -120,9 +120,9 @@ kernel_fn float highest_of(TG(const float) stats, int r) {
   return highest;
 }
 
-// The sum of the parts in `out` [OUT_AT_ONCE, 8, OUT_STRIDE] to memory, and for each query the highest logit and the sum of
+// The sum of the parts in `out` [AT_ONCE, 8, OUT_STRIDE] to memory, and for each query the highest logit and the sum of
 // weights relative to it, from what the simdgroups left in `stats`: highest [WARPS, 8], sums [WARPS, 8].
-template <int DV, int WARPS>
+template <int DV, int WARPS, int AT_ONCE>
 kernel_fn void write_part(
     TG(const float) out, TG(const float) stats, device float* parts, device float* part_stats, int part, int n_parts,
     int n_rows, uint thread_index) {
@@ -132,7 +132,7 @@ kernel_fn void write_part(
     if (r < n_rows) {
       float sum = 0.0f;
       PRAGMA_UNROLL
-      for (int w = 0; w < OUT_AT_ONCE(DV, WARPS); w++) sum += out[(w * 8 + r) * OUT_STRIDE(DV) + d];
+      for (int w = 0; w < AT_ONCE; w++) sum += out[(w * 8 + r) * OUT_STRIDE(DV) + d];
       parts[size_t(r * n_parts + part) * DV + d] = sum;
     }
   }
@@ -156,6 +156,7 @@ kernel_fn void merge_row(
   constexpr int chunks = (DV + 127) / 128; // a lane has 4 dims of each 128
   TG(float) row = scratch;
   TG(float) factors = scratch + DV;
+  barrier_simd(); // the row before is done with them
   float highest = sink;
   for (int s = int(lane); s < n_parts; s += 32) highest = max(highest, load_fresh(part_stats + 2 * s));
   for (int mask = 1; mask < 32; mask <<= 1) highest = max(highest, shuffle_xor(highest, mask));

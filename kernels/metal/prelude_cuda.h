@@ -16,6 +16,7 @@
 #define threadgroup_position_in_grid blockIdx
 #define threadgroups_per_grid gridDim
 
+#define OUT_AT_ONCE(DK, DV, WARPS) ((DV) <= 128 ? (WARPS) : (WARPS) > 2 ? 2 : (WARPS))
 #define PRAGMA_UNROLL_8 _Pragma("unroll 8")
 
 typedef unsigned int uint;

@@ -5,6 +5,10 @@
 #define PRAGMA_UNROLL _Pragma("clang loop unroll(full)")
 #define PRAGMA_UNROLL_8 _Pragma("clang loop unroll_count(8)")
 
+// A tile's queries are there twice, and all has to fit into 32 KB.
+#define OUT_FITS(N, DK, DV) (32 * (N) * OUT_STRIDE(DV) + 64 * (DK) <= 32000)
+#define OUT_AT_ONCE(DK, DV, WARPS) ((DV) <= 128 && OUT_FITS(WARPS, DK, DV) ? (WARPS) : OUT_FITS(2, DK, DV) ? 2 : 1)
+
 kernel_fn void barrier_group() { threadgroup_barrier(mem_flags::mem_threadgroup); }
 kernel_fn void barrier_simd() { simdgroup_barrier(mem_flags::mem_threadgroup); }
 kernel_fn float shuffle_xor(float x, ushort mask) { return simd_shuffle_xor(x, mask); }

@@ -7,9 +7,8 @@
 #define STREAM_WORDS(BITS) (((BITS) + 31) / 32)
 
 // Where a simdgroup leaves its part of a tile's output: rows of OUT_STRIDE, so that the lanes of a fragment hit different
-// banks, for as many simdgroups at once as fast memory has room for.
+// banks, for as many simdgroups at once (the preludes' OUT_AT_ONCE) as fast memory has room for.
 #define OUT_STRIDE(DV) ((DV) + 4)
-#define OUT_AT_ONCE(DV, WARPS) ((DV) <= 128 ? (WARPS) : (WARPS) > 2 ? 2 : (WARPS))
 
 constexpr int larger(int x, int y) { return x > y ? x : y; }
 

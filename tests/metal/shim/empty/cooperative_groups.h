@@ -1,0 +1,1 @@
+// The harness brings all of it.
