@@ -291,11 +291,9 @@ class FusedLanes:
             return 1  # its output takes a register for each of 8 queries and 8 dims
         s = self.shape
         tables = sum(128 << int(2 * bits) for bits in {s.key_bits, s.value_bits} if bits != 8) * (1 + self._two_tables)
-        at_once = WARPS if s.value_dim <= 128 else 2
-        fixed = 8 * WARPS * _TILE + 4 * at_once * _TILE * (s.value_dim + 4)
-        by_tables = (_SHARED_BYTES - 8 * WARPS * _TILE - tables) // (16 * s.key_dim)
-        by_raw = (_SHARED_BYTES - fixed) // (16 * s.key_dim + 4 * _TILE * s.key_dim)
-        return max(1, min(by_tables, by_raw, 256 // s.value_dim))
+        output = 4 * (WARPS if s.value_dim <= 128 else 2) * _TILE * (s.value_dim + 4)
+        by_memory = (_SHARED_BYTES - 8 * WARPS * _TILE - max(tables, output)) // (6 * _TILE * s.key_dim)
+        return max(1, min(by_memory, 256 // s.value_dim))
 
 
 @dataclass(frozen=True, slots=True)

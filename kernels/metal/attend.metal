@@ -21,12 +21,14 @@ constexpr int RAW_BLOCKS = (KEEP + 63) / 64 + SLOTS / 64;
 constexpr int TABLES = TABLE_WORDS(KP) + (KP == VP && !VALUE_TABLE ? 0 : TABLE_WORDS(VP));
 constexpr int AT_ONCE = OUT_AT_ONCE(DK, DV, WARPS), OUT_FLOATS = AT_ONCE * 8 * OUT_STRIDE(DV);
 constexpr int MERGE_FLOATS = MAX_PARTS + DV;
-constexpr int RAW_FLOATS = ROWS * DK + larger(WARPS * 16 * 8, OUT_FLOATS), TABLE_FLOATS = TABLES * int(sizeof(table_word)) / 4;
+constexpr int RAW_FLOATS = larger(WARPS * 16 * 8, OUT_FLOATS), TABLE_FLOATS = TABLES * int(sizeof(table_word)) / 4;
 
 threadgroup float stats[2 * WARPS * 8];
+threadgroup float4 raw_query_storage[ROWS * DK / 4];
 threadgroup float4 query_storage[(QUERY_WORDS(NT, DK) + 3) / 4];
-// One after the other: queries and weights of raw tokens, or the tables of pages; then the output of a tile.
+// One after the other: the weights of raw tokens or their output, the tables of pages, the output of a tile.
 threadgroup float4 scratch_storage[(larger(larger(RAW_FLOATS, TABLE_FLOATS), WARPS * MERGE_FLOATS) + 3) / 4];
+TG(float) q = (TG(float))raw_query_storage;
 TG(query_word) page_queries = (TG(query_word))query_storage;
 TG(float) scratch = (TG(float))scratch_storage;
 TG(table_word) key_levels = (TG(table_word))scratch;
@@ -45,7 +47,7 @@ const int page_start = KEEP + 64 * rows[4 * row + 1], window_start = page_start 
 
 const int n_parts = n_splits + RAW_BLOCKS;
 
-// --- this split's first page is on its way while queries and tables are made ready ---
+// --- this split's first page, the tables and the signs are on their way while the queries are made ready ---
 
 const int per_split = (n_pages + n_splits - 1) / n_splits;
 const int begin = split * per_split, end = min(n_pages, begin + per_split);
@@ -56,9 +58,18 @@ if (begin + int(warp) < end) {
   load_keys<DK, KP>(keys, key_words + page * 64 * KEY_WORDS, g, c);
 }
 
+const bool has_raw = n_splits - 1 - split < RAW_BLOCKS;
+float sign[(DK + 31) / 32];
+PRAGMA_UNROLL
+for (int i = 0; i < (DK + 31) / 32; i++)
+  sign[i] = begin < end && int(lane) + 32 * i < DK ? signs[int(lane) + 32 * i] : 0.0f;
+if (begin < end && !has_raw) {
+  fill_table<KP, 32 * WARPS>(key_levels, key_table, lane + 32 * warp);
+  if (KP != VP || VALUE_TABLE) fill_table<VP, 32 * WARPS>(value_levels, value_table, lane + 32 * warp);
+}
+
 // --- queries, in units of log2 e ---
 
-TG(float) q = scratch;
 PRAGMA_UNROLL
 for (int i = 0; i < ROWS * DK; i += 128 * WARPS) {
   const int at = i + 4 * int(lane + 32 * warp);
@@ -81,7 +92,7 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
   const int slot = in_sink ? start : KEEP + (start - KEEP) % SLOTS;
   const size_t base = size_t(row * KV_HEADS + head) * (KEEP + SLOTS) + slot + 16 * warp;
   const int mine = clamp_int(count - 16 * int(warp), 0, 16); // tokens of this simdgroup
-  TG(float) w = q + ROWS * DK + warp * 16 * 8;
+  TG(float) w = scratch + warp * 16 * 8;
   for (int n = 0; n < NT; n++) {
     float dot[2][LIVE];
     PRAGMA_UNROLL
@@ -155,7 +166,7 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
       if (int(lane) == r) stats[warp * 8 + r] = top[r], stats[(WARPS + warp) * 8 + r] = total[r];
     }
     barrier_group(); // the weights, which the output overwrites, are done with
-    TG(float) tile_out = q + ROWS * DK;
+    TG(float) tile_out = scratch;
     for (int turn = 0; turn < WARPS; turn += AT_ONCE) {
       const int place = int(warp) - turn;
       if (place >= 0 && place < AT_ONCE) {
@@ -193,7 +204,7 @@ if (begin < end) {
     if (r < n_rows) {
       PRAGMA_UNROLL
       for (int i = 0; i < (DK + 31) / 32; i++)
-        if (int(lane) + 32 * i < DK) q[r * DK + int(lane) + 32 * i] *= signs[int(lane) + 32 * i];
+        if (int(lane) + 32 * i < DK) q[r * DK + int(lane) + 32 * i] *= sign[i];
       barrier_simd();
       mix<DK>(q + r * DK, lane);
     }
@@ -201,9 +212,10 @@ if (begin < end) {
     for (int i = 0; i < (DK + 31) / 32; i++)
       if (int(lane) + 32 * i < DK) put_query<DK>(page_queries, r, int(lane) + 32 * i, q[r * DK + int(lane) + 32 * i]);
   }
-  barrier_group();
-  fill_table<KP, 32 * WARPS>(key_levels, key_table, lane + 32 * warp);
-  if (KP != VP || VALUE_TABLE) fill_table<VP, 32 * WARPS>(value_levels, value_table, lane + 32 * warp);
+  if (has_raw) {
+    fill_table<KP, 32 * WARPS>(key_levels, key_table, lane + 32 * warp);
+    if (KP != VP || VALUE_TABLE) fill_table<VP, 32 * WARPS>(value_levels, value_table, lane + 32 * warp);
+  }
   barrier_group();
 
   uint values[DV / 8][STREAM_WORDS(8 * VP)];

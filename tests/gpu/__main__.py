@@ -7,12 +7,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from tests.gpu import attention, correctness
+from tests.gpu import attention, correctness, end_to_end
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
-    parser.add_argument("--only", default="correctness,attention", help="parts to run")
+    parser.add_argument("--only", default="correctness,attention,end_to_end", help="parts to run")
     parser.add_argument("--every", type=int, default=1, help="check each N-th case only")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -33,6 +33,11 @@ def main() -> int:
         result["attention"] = [attention.run(case, bandwidth) for case in attention.CASES]
         for row in result["attention"]:
             print({k: (round(v, 2) if isinstance(v, float) else v) for k, v in row.items()})
+    if "end_to_end" in parts:
+        result["end_to_end"] = []
+        for row in end_to_end.run():
+            result["end_to_end"].append(row)
+            print({k: (round(v, 3) if isinstance(v, float) else v) for k, v in row.items()}, flush=True)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1, default=str))
     print(f"{failed} failed")

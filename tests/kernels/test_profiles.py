@@ -124,8 +124,9 @@ def test_splits_fill_the_device_and_stay_within_bounds(profile: Profile) -> None
         for n_pages in (0, 1, 7, 64, 512, 2048, 20_000):
             n = profile.splits(n_pages, n_groups)
             assert before <= n <= profile.max_splits
-            assert n == 1 or n_pages // n >= profile.min_pages
-            assert n == 1 or (n - 1) * n_groups < profile.threadgroups
+            assert n == 1 or (n - 1) * profile.min_pages < n_pages
+            assert n == 1 or n * n_groups <= profile.threadgroups
+            assert n <= profile.splits(n_pages, n_groups, n_raw=4) <= n + 4
             before = n
     assert profile.splits(20_000, 1) == min(profile.max_splits, profile.threadgroups)
     assert profile.splits(20_000, 100_000) == 1
