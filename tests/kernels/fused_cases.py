@@ -49,7 +49,7 @@ class Setting:
     @property
     def shape(self) -> LaneShape:
         heads = self.n_kv_heads * self.n_repeats
-        return LaneShape(heads, self.n_kv_heads, self.key_dim, self.value_dim, self.key_bits, self.value_bits)  # type: ignore[arg-type]
+        return LaneShape(heads, self.n_kv_heads, self.key_dim, self.value_dim, self.key_bits, self.value_bits)
 
     @property
     def scale(self) -> float:
@@ -72,13 +72,9 @@ SETTINGS = (
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
-@cache
 def codebook(bits: float) -> Array:
-    """Levels of N(0, 1), `[2**bits]`; for half bits some pairs of them, `[2**pair_bits, 2]`, all different."""
-    if bits == int(bits):
-        return levels_for("lloyd_max", int(bits))
-    pairs = np.random.default_rng(int(2 * bits)).normal(size=(1 << int(2 * bits), 2))
-    return pairs.astype(np.float16).astype(np.float32)
+    """Levels of N(0, 1), `[2**bits]`; for half bits of pairs of coordinates, `[2**pair_bits, 2]`."""
+    return levels_for("lloyd_max", bits)
 
 
 @cache

@@ -1,5 +1,6 @@
 """Programs by the hash of their text, and the sanitizers that they can be built with."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,6 +19,7 @@ from tests.metal.errors import CompileError
 
 Mode = Literal["plain", "asan", "tsan"]
 
+_KEPT_SECONDS = 7 * 86400
 SHIM = Path(__file__).parent / "shim"
 
 # Bits shifted out, indices past an array's end and misaligned vectors have no defined result on a GPU either.
@@ -76,6 +79,10 @@ def cache_folder() -> Path:
     named = os.environ.get("TURBOCACHE_HARNESS_CACHE")
     folder = Path(named) if named else Path(tempfile.gettempdir()) / f"turbocache-harness-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):  # gone, or a folder of a build in progress
+            if time.time() - file.stat().st_mtime > _KEPT_SECONDS:
+                file.unlink()
     return folder
 
 
