@@ -159,6 +159,10 @@ class FusedLanes:
                 page_values = mx.where(index.pageless, mx.array(0, dtype=page_values.dtype), page_values)
             keys = mx.concatenate([page_keys, raw_keys], axis=2)
             values = mx.concatenate([page_values, raw_values], axis=2)
+        if isinstance(mask, mx.array) and self.language == "cuda":
+            # MLX spreads a mask of bools over all heads there, in the queries' dtype: 4 GB for 2,048 queries and 32,768
+            # keys of 32 heads. One that is added is read as it is.
+            mask = mx.where(mask, 0.0, -mx.inf).astype(queries.dtype)
         sinks = sinks if sinks is None else sinks.astype(queries.dtype)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
