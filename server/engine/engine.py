@@ -18,6 +18,7 @@ from server.engine.budget import Budget
 from server.engine.gauges import Gauges
 from server.engine.generator import first_tokens, new_generator
 from server.engine.host import Host, announce, load_host
+from server.engine.prompts import PromptEncoder
 from server.engine.run import ANSWER_STEP, Run
 from server.engine.sessions import SessionRegistry
 from server.engine.text import TextAssembler
@@ -67,7 +68,6 @@ class MlxEngine:
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._ready = threading.Event()
         self._startup_error: BaseException | None = None
-        self._tokenizer_lock = threading.Lock()
         self._admission = threading.Lock()
         self._n_waiting = 0
         self._stopping = False
@@ -75,6 +75,7 @@ class MlxEngine:
         self._beat = time.monotonic()
         # Owned by the engine's thread from here on.
         self._host: Host
+        self._prompts: PromptEncoder
         self._budget: Budget
         self._registry: SessionRegistry
         self._gauges: Gauges
@@ -107,12 +108,10 @@ class MlxEngine:
 
     def tokenize(self, messages: list[dict[str, Any]]) -> list[int]:
         """Messages through the model's chat template. Raises InvalidRequest when the template refuses them."""
-        tokenizer = self._host.model.tokenizer
-        if not tokenizer.has_chat_template:
+        if not self._host.model.tokenizer.has_chat_template:
             raise InvalidRequest(f"The model {self._host.model.id} has no chat template.", param="messages")
         try:
-            with self._tokenizer_lock:
-                return list(tokenizer.apply_chat_template([_plain(m) for m in messages], add_generation_prompt=True))
+            return self._prompts.encode([_plain(m) for m in messages])
         except TemplateError as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
@@ -182,6 +181,7 @@ class MlxEngine:
 
     def _load(self) -> None:
         self._host = load_host(self._settings)
+        self._prompts = PromptEncoder(self._host.model.tokenizer)
         store = self._host.store
         self._budget = Budget(self._host.budget, lambda n: store.session_nbytes(n, self._host.chunk))
         self._registry = SessionRegistry(store.new_cache)
