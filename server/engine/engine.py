@@ -113,7 +113,7 @@ class MlxEngine:
         if not self._host.model.tokenizer.has_chat_template:
             raise InvalidRequest(f"The model {self._host.model.id} has no chat template.", param="messages")
         try:
-            return self._prompts.encode([_plain(m) for m in messages])
+            return self._prompts.encode(messages)
         except TemplateError as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
@@ -358,12 +358,3 @@ class MlxEngine:
 def _sampler(params: SamplingParams) -> Sampler:
     """One sampler object for equal parameters, so that a batch which shares them samples in one call."""
     return make_sampler(temp=params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=params.top_k)
-
-
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates know it: text parts joined, `developer` under its older name `system`."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    role = "system" if message["role"] == "developer" else message["role"]
-    return {**message, "role": role, "content": content}

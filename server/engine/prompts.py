@@ -46,6 +46,7 @@ class PromptEncoder:
 
     def encode(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of the conversation and of the answer's opening. Raises what the template raises."""
+        messages = [_plain(message) for message in messages]
         with self._lock:
             return self._plainly(messages) if self._cut is None else self._encode(messages)
 
@@ -97,3 +98,12 @@ def _cut_before(tokenizer: TokenizerWrapper) -> "re.Pattern[str] | None":
 def _runs_into(other: str, token: str) -> bool:
     """Whether an occurrence of `other` can begin before one of `token` and overlap it."""
     return any(token.startswith(other[i:]) or other[i:].startswith(token) for i in range(1, len(other)))
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as chat templates know it: text parts joined, `developer` under its older name `system`."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {**message, "role": role, "content": content}
