@@ -74,6 +74,11 @@ def exp_below(x: mx.array, top: mx.array) -> mx.array:
     return raised.view(mx.float32)
 
 
+def _total(x: mx.array) -> mx.array:
+    """Sum over the last axis, which stays. On the CPU as a product with ones: a quarter of the time."""
+    return x @ mx.ones((x.shape[-1], 1)) if on_cpu() else x.sum(axis=-1, keepdims=True)
+
+
 Masked = tuple[mx.array, mx.array | None]
 """Scores `[B, n_kv_heads, n_repeats, L, keys]` and a bool mask that broadcasts against them, or None."""
 
@@ -96,7 +101,7 @@ def weigh(parts: Sequence[Masked], sinks: mx.array | None) -> tuple[list[mx.arra
         tops.append(sinks)
     top = reduce(mx.maximum, tops)
     raised = [exp_below(part, top) for part in scores]
-    totals = [part.sum(axis=-1, keepdims=True) for part in raised]
+    totals = [_total(part) for part in raised]
     if sinks is not None:
         totals.append(exp_below(sinks, top))
     return raised, reduce(mx.add, totals)

@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 0.5
 _STOP_SECONDS = 30.0
+_YIELD_SECONDS = 1e-3
+"""After a first token the event loop gets the interpreter to itself, to send it before the next step is built."""
 
 
 class MlxEngine:
@@ -261,6 +263,7 @@ class MlxEngine:
             elif token not in self._host.model.tokenizer.eos_token_ids:
                 run.send(run.text.add(token))
                 run.sent_ahead = True
+                time.sleep(_YIELD_SECONDS)
         return bad
 
     def _take(self, run: Run, response: GenerationBatch.Response) -> None:

@@ -7,6 +7,8 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 
+from turbocache.head import LastLogits
+
 _SHORT = 64
 """Prompts of at most this many new tokens go through the model in one piece."""
 _SHORT_TOGETHER = 256
@@ -20,6 +22,10 @@ class ShortPromptGenerator(BatchGenerator):
     last token: three passes over the weights. Relies on what the generator keeps to itself (pinned to mlx-lm 0.32.2;
     tests watch it).
     """
+
+    def __init__(self, model: Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        self._last_logits = LastLogits(model)
 
     def _next(self) -> Any:
         if opened := self._open_short():
@@ -45,7 +51,7 @@ class ShortPromptGenerator(BatchGenerator):
         self._unprocessed_sequences = deque([*(sequence for sequence, _ in chosen), *others])
         batch = self._make_batch(len(chosen))
         del self._currently_processing[-len(chosen) :]
-        self._generation_batch.extend(_opened(batch, [prompt for _, prompt in chosen]))
+        self._generation_batch.extend(_opened(batch, [prompt for _, prompt in chosen], self._last_logits))
         return [
             PromptProcessingBatch.Response(sequence[0], (len(prompt), len(prompt)), True, True)
             for sequence, prompt in chosen
@@ -63,7 +69,7 @@ class _Known(Module):
         return self._logits
 
 
-def _opened(batch: PromptProcessingBatch, prompts: list[list[int]]) -> GenerationBatch:
+def _opened(batch: PromptProcessingBatch, prompts: list[list[int]], last_logits: LastLogits) -> GenerationBatch:
     """All tokens of the rows' prompts through the model in one pass; their first tokens are sampled."""
     lengths = [len(prompt) for prompt in prompts]
     padding = [max(lengths) - n for n in lengths]
@@ -71,15 +77,14 @@ def _opened(batch: PromptProcessingBatch, prompts: list[list[int]]) -> Generatio
     if any(padding):
         for cache in batch.prompt_cache:
             cache.prepare(lengths=lengths, right_padding=padding)
-    logits = batch.model(tokens, cache=batch.prompt_cache)
-    last = logits[mx.arange(len(lengths)), mx.array(lengths) - 1][:, None]
+    logits = last_logits(tokens, batch.prompt_cache, mx.array(lengths) - 1)
     if any(padding):
         for cache in batch.prompt_cache:
             cache.finalize()
     for known, prompt in zip(batch.tokens, prompts, strict=True):
         known += prompt[:-1]
     opened = GenerationBatch(
-        _Known(last),
+        _Known(logits[:, None]),
         batch.uids,
         mx.array([prompt[-1] for prompt in prompts]),
         batch.prompt_cache,

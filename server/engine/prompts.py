@@ -1,0 +1,109 @@
+"""Messages to token ids, with what earlier turns have been tokenised for already."""
+
+import re
+import threading
+from array import array
+from collections import OrderedDict
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_MOST_CHARACTERS = 1 << 22
+"""Text whose ids are remembered: about 4 MiB of ids."""
+
+_SAMPLES: tuple[list[dict[str, Any]], ...] = (
+    [{"role": "user", "content": "Hello! 12 + 3.5 =\n\n  15,5\t(Größe, 名前, 🙂)  "}],
+    [
+        {"role": "user", "content": " one two "},
+        {"role": "assistant", "content": "Three."},
+        {"role": "user", "content": "\nfour"},
+    ],
+)
+
+
+class PromptEncoder:
+    """The model's chat template and tokenizer. Safe to call from any thread, one at a time.
+
+    A tokenizer cuts text at its special tokens before it does anything else, so the rendered prompt is cut before each
+    of them and the pieces' ids are remembered, longest unused first out. A piece begins with its special token: only
+    the first one begins where the text does, which some tokenizers treat differently. `remembers` tells whether the
+    tokenizer works like that: its tokens must be free of options that look at their neighbours, and sample
+    conversations must get the same ids either way.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._pieces: OrderedDict[str, array[int]] = OrderedDict()
+        self._n_characters = 0
+        self._cut = _cut_before(tokenizer) if tokenizer.has_chat_template else None
+        if self._cut is not None and any(self._encode(sample) != self._plainly(sample) for sample in _SAMPLES):
+            self._cut = None
+
+    @property
+    def remembers(self) -> bool:
+        return self._cut is not None
+
+    def encode(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Token ids of the conversation and of the answer's opening. Raises what the template raises."""
+        messages = [_plain(message) for message in messages]
+        with self._lock:
+            return self._plainly(messages) if self._cut is None else self._encode(messages)
+
+    def _plainly(self, messages: list[dict[str, Any]]) -> list[int]:
+        return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+    def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
+        assert self._cut is not None
+        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids: list[int] = []
+        for piece in self._cut.split(text):
+            if piece:
+                ids.extend(self._ids(piece))
+        return ids
+
+    def _ids(self, piece: str) -> "array[int]":
+        if piece in self._pieces:
+            self._pieces.move_to_end(piece)
+            return self._pieces[piece]
+        ids = array("i", self._tokenizer.encode(piece, add_special_tokens=False))
+        self._pieces[piece] = ids
+        self._n_characters += len(piece)
+        while self._n_characters > _MOST_CHARACTERS:
+            oldest, _ = self._pieces.popitem(last=False)
+            self._n_characters -= len(oldest)
+        return ids
+
+
+def _cut_before(tokenizer: TokenizerWrapper) -> "re.Pattern[str] | None":
+    """Matches the empty places before the tokens at which the template's text can be cut; None when there are none."""
+    try:
+        text = "".join(
+            tokenizer.apply_chat_template(sample, add_generation_prompt=True, tokenize=False) for sample in _SAMPLES
+        )
+        added = list(tokenizer.added_tokens_decoder.values())
+    except Exception:  # templates and tokenizers are foreign code; the plain way will tell what is wrong
+        return None
+    others = [token.content for token in added]
+    simple = [
+        token.content
+        for token in added
+        if token.content in text
+        and not (token.lstrip or token.rstrip or token.normalized or token.single_word)
+        and not any(_runs_into(other, token.content) for other in others)
+    ]
+    return re.compile("|".join(f"(?={re.escape(token)})" for token in simple)) if simple else None
+
+
+def _runs_into(other: str, token: str) -> bool:
+    """Whether an occurrence of `other` can begin before one of `token` and overlap it."""
+    return any(token.startswith(other[i:]) or other[i:].startswith(token) for i in range(1, len(other)))
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as chat templates know it: text parts joined, `developer` under its older name `system`."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {**message, "role": role, "content": content}
