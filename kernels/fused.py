@@ -231,7 +231,9 @@ class FusedLanes:
     @cached_property
     def _no_pages(self) -> tuple[mx.array, Pages]:
         """A table and a page that nobody reads: an empty array has another type in Metal."""
-        return mx.zeros((1, 1), dtype=mx.int32), tuple(mx.zeros((1, *s), dtype=d) for s, d in self.page_arrays())
+        table, pages = mx.zeros((1, 1), dtype=mx.int32), [mx.zeros((1, *s), dtype=d) for s, d in self.page_arrays()]
+        mx.eval(table, pages)
+        return table, tuple(pages)
 
     def _constant(self, value: float) -> mx.array:
         if value not in self._constants:

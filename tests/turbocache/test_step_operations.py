@@ -1,0 +1,53 @@
+"""What a decode step adds to a layer, in MLX operations: on Apple machines the host's time for them rules at short contexts."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernels.fused import MetalLanes
+from kernels.lanes import Codebooks, LaneShape
+from kernels.layout import PAGE
+from turbocache.batch import CacheBatch, CacheSpec, CompressedLayer
+from turbocache.codebook import levels_for
+from turbocache.pool import PagePool
+from turbocache.ring import RingConfig
+
+SHAPE = LaneShape(8, 2, 64, 64, 4, 4)
+
+
+def make_batch(n_rows: int, n_pages: int) -> CacheBatch:
+    """Rows in the middle of a page, as if they had taken their tokens in."""
+    lanes = MetalLanes(SHAPE, Codebooks(levels_for("pair", 4), levels_for("pair", 4)))
+    pool = PagePool([lanes], 64)
+    batch = CacheBatch(CacheSpec(RingConfig(64, 128), pool, (CompressedLayer(lanes, mx.float16),)), n_rows)
+    for row, ring in enumerate(batch.rings):
+        ring.append_pages(pool.take(n_pages))
+        ring.offset = ring.window_start + 128 + 3 + row
+    return batch
+
+
+@pytest.mark.parametrize(("n_rows", "n_pages"), [(1, 0), (1, 5), (4, 5)])
+def test_cache_and_attention_are_four_operations(n_rows: int, n_pages: int) -> None:
+    batch = make_batch(n_rows, n_pages)
+    step = batch.begin_step(1)
+    made: list[str] = []
+
+    def note(record: dict[str, Any]) -> None:
+        if record["type"] == "primitive":
+            made.append(record["name"])
+
+    def layer(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        batch.decode(0, step, keys, values)
+        return batch.attend_decode(0, step, queries, 0.125, None)
+
+    rng = np.random.default_rng(0)
+    queries = mx.array(rng.normal(size=(n_rows, 8, 1, 64))).astype(mx.float16)
+    keys, values = (mx.array(rng.normal(size=(n_rows, 2, 1, 64))).astype(mx.float16) for _ in range(2))
+    # What a step shares with all layers is there before them.
+    mx.eval(step.rows.rows, step.rows.table if n_pages else [], step.slots_for(keys), batch.raw)
+    mx.export_function(note, layer, queries, keys, values)
+    assert sorted(made) == ["CustomKernel", "CustomKernel", "ScatterAxis", "ScatterAxis"], made
+    assert len(batch.rings[0].pages) == n_pages
+    assert batch.rings[0].window_start == 64 + PAGE * n_pages
