@@ -1,4 +1,4 @@
-"""What a decode step adds to a layer, in MLX operations: on Apple machines the host's time for them rules at short contexts."""
+"""What a decode step adds to a layer, in MLX operations: their cost on the host rules at short contexts."""
 
 from typing import Any
 
