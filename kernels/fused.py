@@ -64,8 +64,7 @@ class FusedLanes:
             raise ValueError(reason)
         self.shape = shape
         self.profile = profile or device_profile()
-        self._rotations = Rotation(shape.key_dim), Rotation(shape.value_dim)
-        self._signs = [resident(rotation.signs) for rotation in self._rotations]
+        self._signs = [resident(Rotation(dim).signs) for dim in (shape.key_dim, shape.value_dim)]
         self._paired = [levels.ndim == 2 for levels in (codebooks.keys, codebooks.values)]
         self._tables = [
             resident(mx.array(_NO_TABLE if bits == 8 else pair_table(levels)))
@@ -90,7 +89,7 @@ class FusedLanes:
         """Why these kernels can't take the shape, or None."""
         for what, bits in (("keys", shape.key_bits), ("values", shape.value_bits)):
             if bits not in _BITS:
-                return f"the fused kernels have no {bits}-bit codes (for {what}); there are {_BITS}"
+                return f"the fused kernels have no codes of {bits:g} bits (for {what}); there are {_BITS}"
         for what, dim in (("key", shape.key_dim), ("value", shape.value_dim)):
             if dim % 16 or not 16 <= dim <= 256:
                 return f"the fused kernels take {what} dims that are multiples of 16 up to 256, not {dim}"
@@ -176,6 +175,9 @@ class FusedLanes:
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
+        if queries.dtype != raw_keys.dtype:
+            same = queries.astype(raw_keys.dtype)
+            return self.attend_step(same, raw_keys, raw_values, pages, rows, scale, sinks).astype(queries.dtype)
         n_rows, n_heads, n_queries, _ = queries.shape
         n_kv_heads, value_dim, n_pages = self.shape.n_kv_heads, self.shape.value_dim, rows.index.n_pages
         step = self._step(queries.dtype, n_queries, rows.keep, rows.window_slots, rows.max_size, sinks is not None)
@@ -251,6 +253,8 @@ class FusedLanes:
     def _make_step(
         self, dtype: mx.Dtype, n_queries: int, keep: int, slots: int, max_size: int | None, has_sinks: bool
     ) -> "_Step":
+        if n_queries > MAX_QUERIES:
+            raise ValueError(f"a step has 1 to {MAX_QUERIES} query tokens a row, not {n_queries}")
         s = self.shape
         needed = -(-s.n_repeats * n_queries // _TILE)
         tiles = min(needed, self._most_tiles)

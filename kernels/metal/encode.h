@@ -5,7 +5,7 @@ template <int PB>
 kernel_fn uint nearest_scalar(float x, const device half* table, thread float& level) {
   if (PB == 16) {
     const float at = clamp(x / BYTE_STEP + 127.5f, 0.0f, 255.0f);
-    const uint code = at == at ? uint(rint(at)) : 0u;
+    const uint code = at == at ? uint(ceil(at - 0.5f)) : 0u; // ties go to the lower code here too
     level = (float(code) - 127.5f) * BYTE_STEP;
     return code;
   }
