@@ -13,9 +13,19 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.device import resident
-from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, Mask, PageIndex, Pages, RowIndex
+from kernels.lanes import (
+    AttentionPath,
+    CodebookKind,
+    Codebooks,
+    LaneShape,
+    Mask,
+    PageIndex,
+    Pages,
+    RowIndex,
+    coded_page_arrays,
+)
 from kernels.launch import Constants, Language, kernel
-from kernels.layout import PAGE, words_for
+from kernels.layout import PAGE
 from kernels.profiles import PROFILES, Profile, choose_profile
 from kernels.rotation import Rotation
 
@@ -98,13 +108,7 @@ class FusedLanes:
         return None
 
     def page_arrays(self) -> Sequence[tuple[tuple[int, ...], mx.Dtype]]:
-        s = self.shape
-        return [
-            ((s.n_kv_heads, PAGE, words_for(s.key_dim, s.key_bits)), mx.uint32),
-            ((s.n_kv_heads, s.value_dim, words_for(PAGE, s.value_bits)), mx.uint32),
-            ((s.n_kv_heads, PAGE), mx.float16),
-            ((s.n_kv_heads, PAGE), mx.float16),
-        ]
+        return coded_page_arrays(self.shape)
 
     def encode(self, keys: mx.array, values: mx.array) -> Pages:
         n_pages, arrays = keys.shape[0], self.page_arrays()

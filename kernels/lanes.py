@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.device import resident
-from kernels.layout import PAGE
+from kernels.layout import PAGE, words_for
 from kernels.softmax import attention
 
 Pages = tuple[mx.array, ...]
@@ -198,6 +198,17 @@ class RowIndex:
 
 AttentionPath = Literal["fused", "packed", "expanded"]
 """How attention reads pages: in a kernel of its own, by products on packed codes, or expanded first."""
+
+
+def coded_page_arrays(shape: LaneShape) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+    """`Lanes.page_arrays` of layout 2 (kernels/layout.py): key codes, value codes, key scales, value scales."""
+    heads = shape.n_kv_heads
+    return [
+        ((heads, PAGE, words_for(shape.key_dim, shape.key_bits)), mx.uint32),
+        ((heads, shape.value_dim, words_for(PAGE, shape.value_bits)), mx.uint32),
+        ((heads, PAGE), mx.float16),
+        ((heads, PAGE), mx.float16),
+    ]
 
 
 class Lanes(Protocol):

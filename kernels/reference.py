@@ -38,8 +38,9 @@ from kernels.lanes import (
     RowIndex,
     attend_expanded,
     attend_step_masked,
+    coded_page_arrays,
 )
-from kernels.layout import PAGE, words_for
+from kernels.layout import PAGE
 from kernels.rotation import Rotation
 
 _FLOAT16_MAX = 65504.0
@@ -86,13 +87,7 @@ class ReferenceLanes:
         return None
 
     def page_arrays(self) -> Sequence[tuple[tuple[int, ...], mx.Dtype]]:
-        s = self.shape
-        return [
-            ((s.n_kv_heads, PAGE, words_for(s.key_dim, s.key_bits)), mx.uint32),
-            ((s.n_kv_heads, s.value_dim, words_for(PAGE, s.value_bits)), mx.uint32),
-            ((s.n_kv_heads, PAGE), mx.float16),
-            ((s.n_kv_heads, PAGE), mx.float16),
-        ]
+        return coded_page_arrays(self.shape)
 
     def encode(self, keys: mx.array, values: mx.array) -> Pages:
         keys, values = self._key_rotation.apply(keys), self._value_rotation.apply(values)
