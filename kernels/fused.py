@@ -6,8 +6,8 @@ supported is refused by shape before anything is launched, and the layer then ta
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, ClassVar
+from functools import cache, cached_property, partial
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -41,7 +41,6 @@ _TILE = 8
 _THREADS = 32 * WARPS
 _SHARED_BYTES = 48 << 10
 """Of one CUDA threadgroup, without asking for more."""
-_NO_TABLE = np.zeros((8, 2), dtype=np.float16)
 
 
 @cache
@@ -74,17 +73,12 @@ class FusedLanes:
             raise ValueError(reason)
         self.shape = shape
         self.profile = profile or device_profile()
-        self._signs = [resident(Rotation(dim).signs) for dim in (shape.key_dim, shape.value_dim)]
         self._paired = [levels.ndim == 2 for levels in (codebooks.keys, codebooks.values)]
-        self._tables = [
-            resident(mx.array(_NO_TABLE if bits == 8 else pair_table(levels)))
-            for bits, levels in ((shape.key_bits, codebooks.keys), (shape.value_bits, codebooks.values))
-        ]
+        self._codebooks = codebooks
         # One table in fast memory serves both where it is the same.
         self._two_tables = shape.key_bits == shape.value_bits and not np.array_equal(codebooks.keys, codebooks.values)
         self._constants: dict[float, mx.array] = {}
         self._steps: dict[Any, _Step] = {}
-        self._zeros: mx.array | None = None
         self._codes: Constants = (
             ("DK", shape.key_dim),
             ("DV", shape.value_dim),
@@ -120,7 +114,7 @@ class FusedLanes:
         )
         return tuple(
             kernel("encode", self.language, constants)(
-                inputs=[keys, values, *self._signs, *self._tables],
+                inputs=[keys, values, self._constants_for(0.0)],
                 grid=(_THREADS, self.shape.n_kv_heads, 2 * n_pages),
                 threadgroup=(_THREADS, 1, 1),
                 output_shapes=[(n_pages, *shape) for shape, _ in arrays],
@@ -136,7 +130,7 @@ class FusedLanes:
         n_rows, n_pages = table.shape
         s = self.shape
         keys, values = kernel("expand", self.language, (("T", dtype), *self._codes))(
-            inputs=[*pages, table, *self._signs, *self._tables],
+            inputs=[*pages, table, self._constants_for(0.0)],
             grid=(_THREADS * 4 * n_pages, s.n_kv_heads, 2 * n_rows),
             threadgroup=(_THREADS, 1, 1),
             output_shapes=[(n_rows, s.n_kv_heads, n_pages * PAGE, dim) for dim in (s.key_dim, s.value_dim)],
@@ -182,57 +176,58 @@ class FusedLanes:
         if queries.dtype != raw_keys.dtype:
             same = queries.astype(raw_keys.dtype)
             return self.attend_step(same, raw_keys, raw_values, pages, rows, scale, sinks).astype(queries.dtype)
-        n_rows, n_heads, n_queries, _ = queries.shape
-        n_kv_heads, value_dim, n_pages = self.shape.n_kv_heads, self.shape.value_dim, rows.index.n_pages
-        step = self._step(queries.dtype, n_queries, rows.keep, rows.window_slots, rows.max_size, sinks is not None)
-        n_splits = self.profile.splits(n_pages, n_rows * n_kv_heads * step.groups, step.raw_blocks)
-        lead = (n_rows, n_heads, n_queries, step.raw_blocks + n_splits)
-        step_inputs = [
-            queries,
-            raw_keys,
-            raw_values,
-            rows.table if n_pages else self._no_pages[0],
-            rows.rows,
-            *(pages if n_pages else self._no_pages[1]),
-            self._signs[0],
-            *self._tables,
-            self._constant(scale * LOG2_E),
-        ]
-        merge_inputs = [self._constant(0.0) if sinks is None else sinks, self._signs[1]]
-        out_shape = (n_rows, n_heads, n_queries, value_dim)
-        grid = (_THREADS * n_splits, n_kv_heads * step.groups, n_rows)
-        if step.merge is None:
-            return step.attend(
-                inputs=[*step_inputs, *merge_inputs, self._counters(n_rows * n_kv_heads * step.groups)],
-                grid=grid,
-                threadgroup=(_THREADS, 1, 1),
-                output_shapes=[out_shape, (*lead, value_dim), (*lead, 2)],
-                output_dtypes=[queries.dtype, mx.float32, mx.float32],
-            )[0]
-        parts = step.attend(
-            inputs=step_inputs,
-            grid=grid,
-            threadgroup=(_THREADS, 1, 1),
-            output_shapes=[(*lead, value_dim), (*lead, 2)],
-            output_dtypes=[mx.float32, mx.float32],
+        launch = rows.launches.get((self, scale, sinks is None))
+        if launch is None:
+            launch = self._launch(queries.dtype, rows, scale, sinks is not None)
+            rows.launches[self, scale, sinks is None] = launch
+        inputs = [queries, raw_keys, raw_values, *launch.index, *(launch.no_pages or pages), *launch.constants]
+        if launch.merge is None:
+            if sinks is not None:
+                inputs.append(sinks)
+            return launch.attend(inputs=inputs)[0]
+        parts = launch.attend(inputs=inputs)
+        return launch.merge(inputs=[*parts, *launch.constants, *(() if sinks is None else (sinks,))])[0]
+
+    def _launch(self, dtype: mx.Dtype, rows: RowIndex, scale: float, has_sinks: bool) -> "_Launch":
+        """The kernels of a step with its sizes and the inputs that all layers share."""
+        s, n_pages, n_rows = self.shape, rows.index.n_pages, len(rows.offsets)
+        step = self._step(dtype, rows.n_queries, rows.keep, rows.window_slots, rows.max_size, has_sinks)
+        n_groups = n_rows * s.n_kv_heads * step.groups
+        n_splits = self.profile.splits(n_pages, n_groups, step.raw_blocks)
+        lead = (n_rows, s.n_heads, rows.n_queries)
+        parts_shape, out_shape = (*lead, step.raw_blocks + n_splits, s.value_dim + 4), (*lead, s.value_dim)
+        merged, threadgroup = step.merge is None, (_THREADS, 1, 1)
+        attend = partial(
+            step.attend,
+            grid=(_THREADS * n_splits, s.n_kv_heads * step.groups, n_rows),
+            threadgroup=threadgroup,
+            output_shapes=[out_shape, parts_shape] if merged else [parts_shape],
+            output_dtypes=[dtype, mx.float32] if merged else [mx.float32],
         )
-        return step.merge(
-            inputs=[*parts, *merge_inputs],
-            grid=(_THREADS, -(-n_rows * n_heads * n_queries // WARPS), 1),
-            threadgroup=(_THREADS, 1, 1),
+        constants = (self._constants_for(scale),)
+        index = rows.table if n_pages else self._no_pages[0], rows.rows
+        no_pages = None if n_pages else self._no_pages[1]
+        if step.merge is None:
+            return _Launch(attend, None, index, no_pages, (*constants, self._counters(rows, n_groups)))
+        merge = partial(
+            step.merge,
+            grid=(_THREADS, -(-n_rows * s.n_heads * rows.n_queries // WARPS), 1),
+            threadgroup=threadgroup,
             output_shapes=[out_shape],
-            output_dtypes=[queries.dtype],
-        )[0]
+            output_dtypes=[dtype],
+        )
+        return _Launch(attend, merge, index, no_pages, constants)
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         return "fused" if n_tokens is None else "expanded"
 
-    def _counters(self, n: int) -> mx.array:
-        """At least `n` counters at 0, which launches use and leave at 0. Launches of one layer never overlap."""
-        if self._zeros is None or self._zeros.size < n:
-            self._zeros = mx.zeros((max(n, 256),), dtype=mx.int32)
-            mx.eval(self._zeros)
-        return self._zeros
+    def _counters(self, rows: RowIndex, n: int) -> mx.array:
+        """`n` counters at 0, which launches use and leave at 0. Those of one batch never overlap; others may."""
+        key = "counters", n
+        if key not in rows.kept:
+            rows.kept[key] = mx.zeros((n,), dtype=mx.int32)
+            mx.eval(rows.kept[key])
+        return rows.kept[key]
 
     @cached_property
     def _no_pages(self) -> tuple[mx.array, Pages]:
@@ -241,10 +236,19 @@ class FusedLanes:
         mx.eval(table, pages)
         return table, tuple(pages)
 
-    def _constant(self, value: float) -> mx.array:
-        if value not in self._constants:
-            self._constants[value] = resident(mx.array([value], dtype=mx.float32))
-        return self._constants[value]
+    def _constants_for(self, scale: float) -> mx.array:
+        """What kernels of a layer with this attention scale read and never changes: uint32 words, laid out by shapes.h."""
+        if scale not in self._constants:
+            s, books = self.shape, self._codebooks
+            signs = [np.array(Rotation(dim).signs) for dim in (s.key_dim, s.value_dim)]
+            tables = [
+                pair_table(levels).view(np.uint32).ravel()
+                for bits, levels in ((s.key_bits, books.keys), (s.value_bits, books.values))
+                if bits != 8
+            ]
+            floats = np.concatenate([[scale * LOG2_E, 0, 0, 0], *signs]).astype(np.float32)
+            self._constants[scale] = resident(mx.array(np.concatenate([floats.view(np.uint32), *tables])))
+        return self._constants[scale]
 
     def _step(
         self, dtype: mx.Dtype, n_queries: int, keep: int, slots: int, max_size: int | None, has_sinks: bool
@@ -269,7 +273,7 @@ class FusedLanes:
             ("NT", tiles),
             ("REPEATS", s.n_repeats),
             ("L", n_queries),
-            ("VALUE_TABLE", self._two_tables),
+            ("TWO_TABLES", self._two_tables),
             ("KEEP", keep),
             ("SLOTS", slots),
             ("SPAN", 0 if max_size is None else max_size - keep),
@@ -277,12 +281,14 @@ class FusedLanes:
         groups = -(-needed // tiles)
         # Three threadgroups fit a multiprocessor where a thread's part of output and page is small enough.
         bounds = (_THREADS, 3 if tiles == 1 and max(s.key_dim, s.value_dim) <= 128 else 1)
-        merging: Constants = (("HAS_SINKS", has_sinks), ("MAX_PARTS", MAX_SPLITS + raw_blocks))
+        merging: Constants = (("MAX_PARTS", MAX_SPLITS + raw_blocks),)
+        sinks = "_sinks" if has_sinks else ""
         if self.language == "cuda":
-            whole = kernel("attend_merged", self.language, (*attend, *merging, ("GROUPS", groups)), bounds)
+            whole = kernel(f"attend_merged{sinks}", self.language, (*attend, *merging, ("GROUPS", groups)), bounds)
             return _Step(whole, None, groups, raw_blocks)
         merge: Constants = (
             ("T", dtype),
+            ("DK", s.key_dim),
             ("DV", s.value_dim),
             ("L", n_queries),
             ("N_HEADS", s.n_heads),
@@ -292,7 +298,7 @@ class FusedLanes:
         )
         return _Step(
             kernel("attend", self.language, (*attend, *merging), bounds),
-            kernel("merge", self.language, merge),
+            kernel(f"merge{sinks}", self.language, merge),
             groups,
             raw_blocks,
         )
@@ -320,6 +326,16 @@ class _Step:
     merge: Callable[..., list[mx.array]] | None
     groups: int
     raw_blocks: int
+
+
+class _Launch(NamedTuple):
+    """A step's kernels with everything but a layer's own arrays; `no_pages` stands in for pages where there are none."""
+
+    attend: Callable[..., list[mx.array]]
+    merge: Callable[..., list[mx.array]] | None
+    index: tuple[mx.array, ...]
+    no_pages: Pages | None
+    constants: tuple[mx.array, ...]
 
 
 class MetalLanes(FusedLanes):

@@ -8,7 +8,7 @@ KV heads, `PAGE` tokens a page.
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -118,8 +118,21 @@ class RowIndex:
     previous: InitVar["RowIndex | None"] = None
 
     def __post_init__(self, previous: "RowIndex | None") -> None:
-        if previous is not None and previous.tables == self.tables:
+        if previous is None:
+            return
+        self.__dict__["kept"] = previous.kept
+        if previous.tables == self.tables:
             self.__dict__["index"] = previous.index
+
+    @cached_property
+    def kept(self) -> dict[Any, mx.array]:
+        """What lanes keep from step to step of the same rows; a kernel may write to it, as steps follow each other."""
+        return {}
+
+    @cached_property
+    def launches(self) -> dict[Any, Any]:
+        """What lanes have worked out for this step, for all layers of their kind."""
+        return {}
 
     @cached_property
     def index(self) -> PageIndex:

@@ -29,19 +29,19 @@ class Signature:
 
 
 _PAGES = ("key_words", "value_words", "key_scales", "value_scales")
-_SIGNS = ("key_signs", "value_signs")
-_TABLES = ("key_table", "value_table")
+_STEP = ("queries", "raw_keys", "raw_values", "table", "rows", *_PAGES, "constants")
 
-_STEP = ("queries", "raw_keys", "raw_values", "table", "rows", *_PAGES, "signs", *_TABLES, "params")
-_PARTS = ("parts", "part_stats")
-
+# Every array that a launch names costs the host time, so what does not change is one array (metal/shapes.h), and attention
+# sinks are only there for models that have them.
 KERNELS = {
-    "encode": Signature("encode", ("keys", "values", *_SIGNS, *_TABLES), _PAGES),
-    "expand": Signature("expand", (*_PAGES, "table", *_SIGNS, *_TABLES), ("keys", "values")),
-    "attend": Signature("attend", _STEP, _PARTS),
-    "merge": Signature("merge", (*_PARTS, "sinks", "value_signs"), ("out",)),
+    "encode": Signature("encode", ("keys", "values", "constants"), _PAGES),
+    "expand": Signature("expand", (*_PAGES, "table", "constants"), ("keys", "values")),
+    "attend": Signature("attend", _STEP, ("parts",)),
+    "merge": Signature("merge", ("parts", "constants"), ("out",)),
+    "merge_sinks": Signature("merge", ("parts", "constants", "sinks"), ("out",)),
     # attend and merge in one launch; needs threadgroups that see each other's memory, which Metal does not promise.
-    "attend_merged": Signature("attend", (*_STEP, "sinks", "value_signs", "counters"), ("out", *_PARTS)),
+    "attend_merged": Signature("attend", (*_STEP, "counters"), ("out", "parts")),
+    "attend_merged_sinks": Signature("attend", (*_STEP, "counters", "sinks"), ("out", "parts")),
 }
 
 Constant = int | bool | mx.Dtype
@@ -59,11 +59,13 @@ def body(name: str, language: Language, constants: Constants) -> str:
     They are part of the text, not MLX's template arguments, which it would take apart at every launch.
     """
     lines = [_constant(key, value, language) for key, value in constants]
-    if name == "attend_merged":
+    if "merged" in name:
         lines.append("#define MERGED\n")
+    if "sinks" in name:
+        lines.append("#define SINKS\n")
     if language == "cuda":
         lines.insert(0, f"#undef {_symbol(name)}\n")
-    return "".join(lines) + _terse(_SOURCES / f"{KERNELS[name].source}.metal")
+    return "".join(lines) + _text(_SOURCES / f"{KERNELS[name].source}.metal", language)
 
 
 def header(name: str, language: Language, bounds: tuple[int, int] | None = None) -> str:
@@ -73,7 +75,7 @@ def header(name: str, language: Language, bounds: tuple[int, int] | None = None)
     own = _SOURCES / f"{KERNELS[name].source}.h"
     shared = [_SOURCES / file for file in ("shapes.h", f"prelude_{language}.h", "common.h")]
     parts = [*shared, *([own] if own.exists() else [])]
-    text = "".join(_terse(part) for part in parts)
+    text = "".join(_text(part, language) for part in parts)
     if bounds is None or language != "cuda":
         return text
     # MLX writes the signature, so the attribute goes in with the function's name; the body undoes the macro.
@@ -111,7 +113,13 @@ def _constant(key: str, value: Constant, language: Language) -> str:
     return f"constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {str(value).lower()};\n"
 
 
-def _terse(path: Path) -> str:
-    """A source without comments and indentation: MLX copies and hashes a kernel's whole text at every launch."""
-    lines = (re.sub(r"//.*", "", line).strip() for line in path.read_text().splitlines())
-    return "".join(f"{line}\n" for line in lines if line)
+def _text(path: Path, language: Language) -> str:
+    """A source as it goes into a kernel's text, which MLX copies and hashes at every launch: for CUDA its name, behind the
+    shapes of inputs that it reads (MLX passes those whose names it finds); for Metal, which includes no files of ours,
+    itself without comments and indentation.
+    """
+    lines = [re.sub(r"//.*", "", line).strip() for line in path.read_text().splitlines()]
+    if language == "metal":
+        return "".join(f"{line}\n" for line in lines if line)
+    shapes = sorted(set(re.findall(r"\b\w+_shape\b", "\n".join(lines))))
+    return f'// {" ".join(shapes)}\n#include "{path}"\n' if shapes else f'#include "{path}"\n'

@@ -2,8 +2,8 @@
 // merge.metal. Grid: x = splits, y = KV head times group of queries, z = row.
 //
 // The raw tokens (in the model's basis) are RAW_BLOCKS blocks of 64, one for each of the last splits; the pages (in the
-// rotated basis) are shared out equally. Parts are the raw blocks, then the splits' pages. A simdgroup takes a page by
-// itself, so nothing waits in the main loop. Queries come in NT tiles of 8 rows, row r = repeat * L + token.
+// rotated basis) are shared out so that these splits have less of them. Parts are the raw blocks, then the splits' pages. A
+// simdgroup takes a page by itself, so nothing waits in the main loop. Queries come in NT tiles of 8 rows, row r = repeat * L + token.
 //
 // In a page, lane (g, c) = (lane / 4, lane % 4) holds
 //   keys     quarter c of the dims of tokens t(j, h) = 16 (g / 2) + 4 j + 2 h + g % 2, j < 4, h < 2
@@ -18,7 +18,7 @@ constexpr int KEY_WORDS = (DK * KP / 2 + 31) / 32, VALUE_WORDS = VP;
 constexpr float LOWEST = -1e30f, HIDDEN = -2e30f; // HIDDEN is far below any maximum, so that it weighs 0
 
 constexpr int RAW_BLOCKS = (KEEP + 63) / 64 + SLOTS / 64;
-constexpr int TABLES = TABLE_WORDS(KP) + (KP == VP && !VALUE_TABLE ? 0 : TABLE_WORDS(VP));
+constexpr int TABLES = TABLE_WORDS(KP) + (KP == VP && !TWO_TABLES ? 0 : TABLE_WORDS(VP));
 constexpr int AT_ONCE = OUT_AT_ONCE(DK, DV, WARPS), OUT_FLOATS = AT_ONCE * 8 * OUT_STRIDE(DV);
 constexpr int MERGE_FLOATS = MAX_PARTS + DV;
 constexpr int RAW_FLOATS = larger(WARPS * 16 * 8, OUT_FLOATS), TABLE_FLOATS = TABLES * int(sizeof(table_word)) / 4;
@@ -32,7 +32,7 @@ TG(float) q = (TG(float))raw_query_storage;
 TG(query_word) page_queries = (TG(query_word))query_storage;
 TG(float) scratch = (TG(float))scratch_storage;
 TG(table_word) key_levels = (TG(table_word))scratch;
-TG(table_word) value_levels = KP == VP && !VALUE_TABLE ? key_levels : key_levels + TABLE_WORDS(KP);
+TG(table_word) value_levels = KP == VP && !TWO_TABLES ? key_levels : key_levels + TABLE_WORDS(KP);
 
 const uint lane = thread_index_in_simdgroup, warp = simdgroup_index_in_threadgroup;
 const int g = int(lane) >> 2, c = int(lane) & 3;
@@ -49,8 +49,8 @@ const int n_parts = n_splits + RAW_BLOCKS;
 
 // --- this split's first page, the tables and the signs are on their way while the queries are made ready ---
 
-const int per_split = (n_pages + n_splits - 1) / n_splits;
-const int begin = split * per_split, end = min(n_pages, begin + per_split);
+const Share share = share_of<RAW_BLOCKS>(n_pages, n_splits, split);
+const int begin = share.begin, end = share.end;
 uint keys[8][STREAM_WORDS(DK / 8 * KP)];
 size_t page = 0;
 if (begin + int(warp) < end) {
@@ -62,10 +62,10 @@ const bool has_raw = n_splits - 1 - split < RAW_BLOCKS;
 float sign[(DK + 31) / 32];
 PRAGMA_UNROLL
 for (int i = 0; i < (DK + 31) / 32; i++)
-  sign[i] = begin < end && int(lane) + 32 * i < DK ? signs[int(lane) + 32 * i] : 0.0f;
+  sign[i] = begin < end && int(lane) + 32 * i < DK ? KEY_SIGNS[int(lane) + 32 * i] : 0.0f;
 if (begin < end && !has_raw) {
-  fill_table<KP, 32 * WARPS>(key_levels, key_table, lane + 32 * warp);
-  if (KP != VP || VALUE_TABLE) fill_table<VP, 32 * WARPS>(value_levels, value_table, lane + 32 * warp);
+  fill_table<KP, 32 * WARPS>(key_levels, KEY_TABLE, lane + 32 * warp);
+  if (KP != VP || TWO_TABLES) fill_table<VP, 32 * WARPS>(value_levels, VALUE_TABLE, lane + 32 * warp);
 }
 
 // --- queries, in units of log2 e ---
@@ -77,7 +77,7 @@ for (int i = 0; i < ROWS * DK; i += 128 * WARPS) {
   if (at < n_rows * DK) load4(queries + size_t(first_query) * DK + at, x);
   if (at < ROWS * DK) {
     PRAGMA_UNROLL
-    for (int e = 0; e < 4; e++) q[at + e] = x[e] * params[0];
+    for (int e = 0; e < 4; e++) q[at + e] = x[e] * QUERY_SCALE;
   }
 }
 barrier_group();
@@ -185,13 +185,13 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
       barrier_group();
     }
     write_part<DV, WARPS, AT_ONCE>(
-        tile_out, stats, parts + size_t(first_query + 8 * n) * n_parts * DV, part_stats + size_t(first_query + 8 * n) * n_parts * 2,
-        block, n_parts, min(8, n_rows - 8 * n), lane + 32 * warp);
+        tile_out, stats, parts + size_t(first_query + 8 * n) * n_parts * PART_STRIDE(DV), block, n_parts,
+        min(8, n_rows - 8 * n), lane + 32 * warp);
     barrier_group();
   }
 }
 
-// --- pages: an equal share for each split ---
+// --- pages ---
 
 Output<DV, NT, LIVE> o;
 o.clear();
@@ -213,8 +213,8 @@ if (begin < end) {
       if (int(lane) + 32 * i < DK) put_query<DK>(page_queries, r, int(lane) + 32 * i, q[r * DK + int(lane) + 32 * i]);
   }
   if (has_raw) {
-    fill_table<KP, 32 * WARPS>(key_levels, key_table, lane + 32 * warp);
-    if (KP != VP || VALUE_TABLE) fill_table<VP, 32 * WARPS>(value_levels, value_table, lane + 32 * warp);
+    fill_table<KP, 32 * WARPS>(key_levels, KEY_TABLE, lane + 32 * warp);
+    if (KP != VP || TWO_TABLES) fill_table<VP, 32 * WARPS>(value_levels, VALUE_TABLE, lane + 32 * warp);
   }
   barrier_group();
 
@@ -304,8 +304,8 @@ for (int n = 0; n < NT; n++) {
     barrier_group();
   }
   write_part<DV, WARPS, AT_ONCE>(
-      tile_out, stats, parts + size_t(first_query + 8 * n) * n_parts * DV, part_stats + size_t(first_query + 8 * n) * n_parts * 2,
-      RAW_BLOCKS + split, n_parts, min(8, n_rows - 8 * n), lane + 32 * warp);
+      tile_out, stats, parts + size_t(first_query + 8 * n) * n_parts * PART_STRIDE(DV), RAW_BLOCKS + split, n_parts,
+      min(8, n_rows - 8 * n), lane + 32 * warp);
   barrier_group();
 }
 
@@ -315,10 +315,14 @@ for (int n = 0; n < NT; n++) {
 if (last_of(counters + (row * KV_HEADS + head) * GROUPS + group, n_splits, (TG(int))stats, lane + 32 * warp)) {
   for (int r = int(warp); r < n_rows; r += WARPS) {
     const int query = first_query + r;
+#ifdef SINKS
+    const float sink = float(sinks[query / L % (KV_HEADS * REPEATS)]) * 1.44269504f;
+#else
+    const float sink = LOWEST;
+#endif
     merge_row<T, DV, RAW_BLOCKS>(
-        parts + size_t(query) * n_parts * DV, part_stats + size_t(query) * n_parts * 2, n_parts,
-        HAS_SINKS ? float(sinks[query / L % (KV_HEADS * REPEATS)]) * 1.44269504f : LOWEST, value_signs,
-        scratch + warp * MERGE_FLOATS, out + size_t(query) * DV, lane);
+        parts + size_t(query) * n_parts * PART_STRIDE(DV), n_parts, sink, VALUE_SIGNS, scratch + warp * MERGE_FLOATS,
+        out + size_t(query) * DV, lane);
   }
 }
 #endif

@@ -112,6 +112,25 @@ kernel_fn void load_scales(thread float (&scales)[8], const device half* page, i
 
 kernel_fn int clamp_int(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
+// The pages of one split, from `begin` up to `end`. A block of raw tokens, which the last splits have one each of, takes as
+// long as RAW_PAGES pages (measured on one H100).
+struct Share {
+  int begin, end;
+};
+template <int RAW_BLOCKS>
+kernel_fn Share share_of(int n_pages, int n_splits, int split) {
+  constexpr int RAW_PAGES = 16;
+  const int n_raw = min(RAW_BLOCKS, n_splits), n_plain = n_splits - n_raw;
+  int plain = (n_pages + n_raw * RAW_PAGES + n_splits - 1) / n_splits, raw = plain - RAW_PAGES;
+  if (n_plain == 0) {
+    raw = (n_pages + n_raw - 1) / n_raw;
+  } else if (raw < 0) {
+    raw = 0, plain = (n_pages + n_plain - 1) / n_plain;
+  }
+  const int begin = split < n_plain ? split * plain : n_plain * plain + (split - n_plain) * raw;
+  return {min(n_pages, begin), min(n_pages, begin + (split < n_plain ? plain : raw))};
+}
+
 // Highest logit of a query over the simdgroups' `stats` [WARPS, 8].
 template <int WARPS>
 kernel_fn float highest_of(TG(const float) stats, int r) {
@@ -124,8 +143,8 @@ kernel_fn float highest_of(TG(const float) stats, int r) {
 // weights relative to it, from what the simdgroups left in `stats`: highest [WARPS, 8], sums [WARPS, 8].
 template <int DV, int WARPS, int AT_ONCE>
 kernel_fn void write_part(
-    TG(const float) out, TG(const float) stats, device float* parts, device float* part_stats, int part, int n_parts,
-    int n_rows, uint thread_index) {
+    TG(const float) out, TG(const float) stats, device float* parts, int part, int n_parts, int n_rows,
+    uint thread_index) {
   PRAGMA_UNROLL
   for (int i = 0; i < 8 * DV; i += 32 * WARPS) {
     const int r = (i + int(thread_index)) / DV, d = (i + int(thread_index)) % DV;
@@ -133,7 +152,7 @@ kernel_fn void write_part(
       float sum = 0.0f;
       PRAGMA_UNROLL
       for (int w = 0; w < AT_ONCE; w++) sum += out[(w * 8 + r) * OUT_STRIDE(DV) + d];
-      parts[size_t(r * n_parts + part) * DV + d] = sum;
+      parts[size_t(r * n_parts + part) * PART_STRIDE(DV) + d] = sum;
     }
   }
   const int r = int(thread_index);
@@ -141,29 +160,29 @@ kernel_fn void write_part(
     const float highest = highest_of<WARPS>(stats, r);
     float total = 0.0f;
     for (int w = 0; w < WARPS; w++) total += stats[(WARPS + w) * 8 + r] * exp2_fast(stats[w * 8 + r] - highest);
-    part_stats[(r * n_parts + part) * 2] = highest;
-    part_stats[(r * n_parts + part) * 2 + 1] = total;
+    device float* at = parts + size_t(r * n_parts + part) * PART_STRIDE(DV) + DV;
+    at[0] = highest, at[1] = total, at[2] = at[3] = 0.0f;
   }
 }
 
-// One query row's parts added up, by one simdgroup: `parts` [n_parts, DV] and `part_stats` [n_parts, 2] as write_part leaves
-// them. The first RAW_BLOCKS parts are in the model's basis, the others in the rotated one; these are brought back once.
+// One query row's parts added up, by one simdgroup: `parts` [n_parts, PART_STRIDE] as write_part leaves them. The first RAW_BLOCKS parts are in the model's basis, the others in the rotated one; these are brought back once.
 // `sink` is a logit without a value, in units of log2 e. `scratch`: n_parts + DV floats.
 template <typename T, int DV, int RAW_BLOCKS>
 kernel_fn void merge_row(
-    const device float* parts, const device float* part_stats, int n_parts, float sink, const device float* signs,
-    TG(float) scratch, device T* out, uint lane) {
-  constexpr int chunks = (DV + 127) / 128; // a lane has 4 dims of each 128
+    const device float* parts, int n_parts, float sink, const device float* signs, TG(float) scratch,
+    device T* out, uint lane) {
+  // A lane has 4 dims of each 128, and many loads on their way: nothing else runs by then.
+  constexpr int stride = PART_STRIDE(DV), chunks = (DV + 127) / 128, AT_ONCE = 16;
   TG(float) row = scratch;
   TG(float) factors = scratch + DV;
   barrier_simd(); // the row before is done with them
   float highest = sink;
-  for (int s = int(lane); s < n_parts; s += 32) highest = max(highest, load_fresh(part_stats + 2 * s));
+  for (int s = int(lane); s < n_parts; s += 32) highest = max(highest, load_fresh(parts + s * stride + DV));
   for (int mask = 1; mask < 32; mask <<= 1) highest = max(highest, shuffle_xor(highest, mask));
   float total = 0.0f;
   for (int s = int(lane); s < n_parts; s += 32) {
-    const float factor = exp2_fast(load_fresh(part_stats + 2 * s) - highest);
-    total += load_fresh(part_stats + 2 * s + 1) * factor;
+    const float factor = exp2_fast(load_fresh(parts + s * stride + DV) - highest);
+    total += load_fresh(parts + s * stride + DV + 1) * factor;
     factors[s] = factor;
   }
   for (int mask = 1; mask < 32; mask <<= 1) total += shuffle_xor(total, mask);
@@ -174,23 +193,16 @@ kernel_fn void merge_row(
     const int d = 128 * i + 4 * int(lane);
     if (d < DV) {
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      int s = RAW_BLOCKS;
-      for (; s + 8 <= n_parts; s += 8) {
-        float x[8][4];
+      for (int first = RAW_BLOCKS; first < n_parts; first += AT_ONCE) {
+        float x[AT_ONCE][4];
         PRAGMA_UNROLL
-        for (int k = 0; k < 8; k++) load4_fresh(parts + (s + k) * DV + d, x[k]);
+        for (int k = 0; k < AT_ONCE; k++) load4_fresh(parts + min(first + k, n_parts - 1) * stride + d, x[k]);
         PRAGMA_UNROLL
-        for (int k = 0; k < 8; k++) {
-          const float factor = factors[s + k];
+        for (int k = 0; k < AT_ONCE; k++) {
+          const float factor = first + k < n_parts ? factors[first + k] : 0.0f;
           PRAGMA_UNROLL
           for (int e = 0; e < 4; e++) sum[e] += factor * x[k][e];
         }
-      }
-      for (; s < n_parts; s++) {
-        float x[4];
-        load4_fresh(parts + s * DV + d, x);
-        PRAGMA_UNROLL
-        for (int e = 0; e < 4; e++) sum[e] += factors[s] * x[e];
       }
       PRAGMA_UNROLL
       for (int e = 0; e < 4; e++) row[d + e] = sum[e];
@@ -208,7 +220,7 @@ kernel_fn void merge_row(
       PRAGMA_UNROLL
       for (int s = 0; s < RAW_BLOCKS; s++) {
         float x[4];
-        load4_fresh(parts + s * DV + d, x);
+        load4_fresh(parts + s * stride + d, x);
         PRAGMA_UNROLL
         for (int e = 0; e < 4; e++) sum[e] += factors[s] * x[e];
       }

@@ -11,10 +11,10 @@ const size_t at = size_t(page) * KV_HEADS + head;
 
 if ((threadgroup_position_in_grid.z & 1) == 0) {
   encode_page<T, DK, KP, KEY_PAIRED, true, WARPS>(
-      keys + at * 64 * DK, key_signs, key_table, rows, codes, key_words + at * 64 * ((DK * KP / 2 + 31) / 32),
+      keys + at * 64 * DK, KEY_SIGNS, KEY_TABLE, rows, codes, key_words + at * 64 * ((DK * KP / 2 + 31) / 32),
       key_scales + at * 64, lane, warp);
 } else {
   encode_page<T, DV, VP, VALUE_PAIRED, false, WARPS>(
-      values + at * 64 * DV, value_signs, value_table, rows, codes, value_words + at * DV * VP,
+      values + at * 64 * DV, VALUE_SIGNS, VALUE_TABLE, rows, codes, value_words + at * DV * VP,
       value_scales + at * 64, lane, warp);
 }

@@ -12,10 +12,10 @@ const size_t at = (size_t(row) * KV_HEADS + head) * n_pages * 64 + slice * SLICE
 
 if ((threadgroup_position_in_grid.z & 1) == 0) {
   expand_tokens<T, DK, KP, true, WARPS>(
-      key_words + page * 64 * ((DK * KP / 2 + 31) / 32), key_scales + page * 64, key_signs, key_table, scratch,
+      key_words + page * 64 * ((DK * KP / 2 + 31) / 32), key_scales + page * 64, KEY_SIGNS, KEY_TABLE, scratch,
       keys + at * DK, slice % 4 * SLICE, SLICE, lane, warp);
 } else {
   expand_tokens<T, DV, VP, false, WARPS>(
-      value_words + page * DV * VP, value_scales + page * 64, value_signs, value_table, scratch, values + at * DV,
+      value_words + page * DV * VP, value_scales + page * 64, VALUE_SIGNS, VALUE_TABLE, scratch, values + at * DV,
       slice % 4 * SLICE, SLICE, lane, warp);
 }

@@ -6,6 +6,19 @@
 // 32-bit words that hold so many bits.
 #define STREAM_WORDS(BITS) (((BITS) + 31) / 32)
 
+// The input `constants`, in 32-bit words (uint, so that no copy takes them for numbers): 4 floats of which the first is
+// the queries' scale times log2 e, the signs of the keys' and of the values' rotation, the tables of the keys' and of the
+// values' pair codes (8-bit codes have none).
+#define QUERY_SCALE ((const device float*)constants)[0]
+#define KEY_SIGNS ((const device float*)constants + 4)
+#define VALUE_SIGNS (KEY_SIGNS + DK)
+#define KEY_TABLE ((const device half*)(VALUE_SIGNS + DV))
+#define VALUE_TABLE ((const device half*)(VALUE_SIGNS + DV + ((KP) == 16 ? 0 : 1 << (KP))))
+
+// A part of the output of one query and split: DV floats, then the highest logit and the sum of weights relative to it.
+// In units of 16 bytes.
+#define PART_STRIDE(DV) ((DV) + 4)
+
 // Where a simdgroup leaves its part of a tile's output: rows of OUT_STRIDE, so that the lanes of a fragment hit different
 // banks, for as many simdgroups at once (the preludes' OUT_AT_ONCE) as fast memory has room for.
 #define OUT_STRIDE(DV) ((DV) + 4)
