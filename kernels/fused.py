@@ -7,6 +7,7 @@ supported is refused by shape before anything is launched, and the layer then ta
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
@@ -39,6 +40,8 @@ LOG2_E = 1.4426950408889634
 _BITS = (2, 2.5, 3, 3.5, 4, 8)
 _TILE = 8
 _THREADS = 32 * WARPS
+_AT_FIRST = -1
+"""In every word of a workspace: what its counters count from, and NaN as a part that nobody wrote."""
 _SHARED_BYTES = 48 << 10
 """Of one CUDA threadgroup, without asking for more."""
 
@@ -201,14 +204,18 @@ class FusedLanes:
             step.attend,
             grid=(_THREADS * n_splits, s.n_kv_heads * step.groups, n_rows),
             threadgroup=threadgroup,
-            output_shapes=[out_shape, parts_shape] if merged else [parts_shape],
-            output_dtypes=[dtype, mx.float32] if merged else [mx.float32],
+            output_shapes=[out_shape if merged else parts_shape],
+            output_dtypes=[dtype if merged else mx.float32],
         )
-        constants = (self._constants_for(scale),)
+        constants: tuple[mx.array, ...] = (self._constants_for(scale),)
+        if merged:
+            # Counters and room for parts, which the kernel writes to: layers of a step follow each other, steps may not.
+            n_words = -(-n_groups // 4) * 4 + prod(parts_shape)
+            constants = (*constants, mx.full((n_words,), _AT_FIRST, dtype=mx.int32))
         index = rows.table if n_pages else self._no_pages[0], rows.rows
         no_pages = None if n_pages else self._no_pages[1]
         if step.merge is None:
-            return _Launch(attend, None, index, no_pages, (*constants, self._counters(rows, n_groups)))
+            return _Launch(attend, None, index, no_pages, constants)
         merge = partial(
             step.merge,
             grid=(_THREADS, -(-n_rows * s.n_heads * rows.n_queries // WARPS), 1),
@@ -220,14 +227,6 @@ class FusedLanes:
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         return "fused" if n_tokens is None else "expanded"
-
-    def _counters(self, rows: RowIndex, n: int) -> mx.array:
-        """`n` counters at 0, which launches use and leave at 0. Those of one batch never overlap; others may."""
-        key = "counters", n
-        if key not in rows.kept:
-            rows.kept[key] = mx.zeros((n,), dtype=mx.int32)
-            mx.eval(rows.kept[key])
-        return rows.kept[key]
 
     @cached_property
     def _no_pages(self) -> tuple[mx.array, Pages]:
@@ -284,7 +283,7 @@ class FusedLanes:
         merging: Constants = (("MAX_PARTS", MAX_SPLITS + raw_blocks),)
         sinks = "_sinks" if has_sinks else ""
         if self.language == "cuda":
-            whole = kernel(f"attend_merged{sinks}", self.language, (*attend, *merging, ("GROUPS", groups)), bounds)
+            whole = kernel(f"attend_merged{sinks}", self.language, (*attend, *merging), bounds)
             return _Step(whole, None, groups, raw_blocks)
         merge: Constants = (
             ("T", dtype),

@@ -118,16 +118,8 @@ class RowIndex:
     previous: InitVar["RowIndex | None"] = None
 
     def __post_init__(self, previous: "RowIndex | None") -> None:
-        if previous is None:
-            return
-        self.__dict__["kept"] = previous.kept
-        if previous.tables == self.tables:
+        if previous is not None and previous.tables == self.tables:
             self.__dict__["index"] = previous.index
-
-    @cached_property
-    def kept(self) -> dict[Any, mx.array]:
-        """What lanes keep from step to step of the same rows; a kernel may write to it, as steps follow each other."""
-        return {}
 
     @cached_property
     def launches(self) -> dict[Any, Any]:

@@ -39,9 +39,10 @@ KERNELS = {
     "attend": Signature("attend", _STEP, ("parts",)),
     "merge": Signature("merge", ("parts", "constants"), ("out",)),
     "merge_sinks": Signature("merge", ("parts", "constants", "sinks"), ("out",)),
-    # attend and merge in one launch; needs threadgroups that see each other's memory, which Metal does not promise.
-    "attend_merged": Signature("attend", (*_STEP, "counters"), ("out", "parts")),
-    "attend_merged_sinks": Signature("attend", (*_STEP, "counters", "sinks"), ("out", "parts")),
+    # attend and merge in one launch; needs threadgroups that see each other's memory, which Metal does not promise. Its
+    # parts are in `workspace`, an input that it writes to, behind its counters.
+    "attend_merged": Signature("attend", (*_STEP, "workspace"), ("out",)),
+    "attend_merged_sinks": Signature("attend", (*_STEP, "workspace", "sinks"), ("out",)),
 }
 
 Constant = int | bool | mx.Dtype

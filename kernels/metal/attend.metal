@@ -46,6 +46,12 @@ const int offset = rows[4 * row], n_pages = rows[4 * row + 2];
 const int page_start = KEEP + 64 * rows[4 * row + 1], window_start = page_start + 64 * n_pages;
 
 const int n_parts = n_splits + RAW_BLOCKS;
+#ifdef MERGED
+// Counters first, one for each group of splits, in whole units of 16 bytes.
+const int n_counters = int(threadgroups_per_grid.y) * int(threadgroups_per_grid.z);
+const int counter = row * int(threadgroups_per_grid.y) + int(threadgroup_position_in_grid.y);
+device float* parts = (device float*)workspace + (n_counters + 3) / 4 * 4;
+#endif
 
 // --- this split's first page, the tables and the signs are on their way while the queries are made ready ---
 
@@ -312,7 +318,7 @@ for (int n = 0; n < NT; n++) {
 // --- where threadgroups can wait for each other's memory, the last split of a group adds the parts up ---
 
 #ifdef MERGED
-if (last_of(counters + (row * KV_HEADS + head) * GROUPS + group, n_splits, (TG(int))stats, lane + 32 * warp)) {
+if (last_of(workspace + counter, n_splits, (TG(int))stats, lane + 32 * warp)) {
   for (int r = int(warp); r < n_rows; r += WARPS) {
     const int query = first_query + r;
 #ifdef SINKS
@@ -320,7 +326,7 @@ if (last_of(counters + (row * KV_HEADS + head) * GROUPS + group, n_splits, (TG(i
 #else
     const float sink = LOWEST;
 #endif
-    merge_row<T, DV, RAW_BLOCKS>(
+    merge_row<T, DV, RAW_BLOCKS, MAX_PARTS>(
         parts + size_t(query) * n_parts * PART_STRIDE(DV), n_parts, sink, VALUE_SIGNS, scratch + warp * MERGE_FLOATS,
         out + size_t(query) * DV, lane);
   }

@@ -167,23 +167,38 @@ kernel_fn void write_part(
 
 // One query row's parts added up, by one simdgroup: `parts` [n_parts, PART_STRIDE] as write_part leaves them. The first RAW_BLOCKS parts are in the model's basis, the others in the rotated one; these are brought back once.
 // `sink` is a logit without a value, in units of log2 e. `scratch`: n_parts + DV floats.
-template <typename T, int DV, int RAW_BLOCKS>
+template <typename T, int DV, int RAW_BLOCKS, int MAX_PARTS>
 kernel_fn void merge_row(
     const device float* parts, int n_parts, float sink, const device float* signs, TG(float) scratch,
     device T* out, uint lane) {
-  // A lane has 4 dims of each 128, and many loads on their way: nothing else runs by then.
-  constexpr int stride = PART_STRIDE(DV), chunks = (DV + 127) / 128, AT_ONCE = 16;
+  // A lane has 4 dims of each 128. Nothing else runs by then, so as many loads as fit are on their way together.
+  constexpr int stride = PART_STRIDE(DV), chunks = (DV + 127) / 128, AT_ONCE = 16, PER_LANE = (MAX_PARTS + 31) / 32;
   TG(float) row = scratch;
   TG(float) factors = scratch + DV;
-  barrier_simd(); // the row before is done with them
-  float highest = sink;
-  for (int s = int(lane); s < n_parts; s += 32) highest = max(highest, load_fresh(parts + s * stride + DV));
+  float tops[PER_LANE], sums[PER_LANE];
+  PRAGMA_UNROLL
+  for (int i = 0; i < PER_LANE; i++) {
+    const int s = int(lane) + 32 * i;
+    tops[i] = s < n_parts ? load_fresh(parts + s * stride + DV) : -2e30f;
+    sums[i] = s < n_parts ? load_fresh(parts + s * stride + DV + 1) : 0.0f;
+  }
+  float raw[chunks][RAW_BLOCKS > 0 ? RAW_BLOCKS : 1][4], next[AT_ONCE][4];
+  PRAGMA_UNROLL
+  for (int i = 0; i < chunks; i++) {
+    PRAGMA_UNROLL
+    for (int s = 0; s < RAW_BLOCKS; s++)
+      if (128 * i + 4 * int(lane) < DV) load4_fresh(parts + s * stride + 128 * i + 4 * int(lane), raw[i][s]);
+  }
+  barrier_simd(); // the row before is done with the scratch
+  float highest = sink, total = 0.0f;
+  PRAGMA_UNROLL
+  for (int i = 0; i < PER_LANE; i++) highest = max(highest, tops[i]);
   for (int mask = 1; mask < 32; mask <<= 1) highest = max(highest, shuffle_xor(highest, mask));
-  float total = 0.0f;
-  for (int s = int(lane); s < n_parts; s += 32) {
-    const float factor = exp2_fast(load_fresh(parts + s * stride + DV) - highest);
-    total += load_fresh(parts + s * stride + DV + 1) * factor;
-    factors[s] = factor;
+  PRAGMA_UNROLL
+  for (int i = 0; i < PER_LANE; i++) {
+    const float factor = exp2_fast(tops[i] - highest);
+    total += sums[i] * factor;
+    if (int(lane) + 32 * i < n_parts) factors[int(lane) + 32 * i] = factor;
   }
   for (int mask = 1; mask < 32; mask <<= 1) total += shuffle_xor(total, mask);
   total += exp2_fast(sink - highest);
@@ -194,14 +209,13 @@ kernel_fn void merge_row(
     if (d < DV) {
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       for (int first = RAW_BLOCKS; first < n_parts; first += AT_ONCE) {
-        float x[AT_ONCE][4];
         PRAGMA_UNROLL
-        for (int k = 0; k < AT_ONCE; k++) load4_fresh(parts + min(first + k, n_parts - 1) * stride + d, x[k]);
+        for (int k = 0; k < AT_ONCE; k++) load4_fresh(parts + min(first + k, n_parts - 1) * stride + d, next[k]);
         PRAGMA_UNROLL
         for (int k = 0; k < AT_ONCE; k++) {
           const float factor = first + k < n_parts ? factors[first + k] : 0.0f;
           PRAGMA_UNROLL
-          for (int e = 0; e < 4; e++) sum[e] += factor * x[k][e];
+          for (int e = 0; e < 4; e++) sum[e] += factor * next[k][e];
         }
       }
       PRAGMA_UNROLL
@@ -219,10 +233,8 @@ kernel_fn void merge_row(
       for (int e = 0; e < 4; e++) sum[e] = row[d + e] * signs[d + e];
       PRAGMA_UNROLL
       for (int s = 0; s < RAW_BLOCKS; s++) {
-        float x[4];
-        load4_fresh(parts + s * stride + d, x);
         PRAGMA_UNROLL
-        for (int e = 0; e < 4; e++) sum[e] += factors[s] * x[e];
+        for (int e = 0; e < 4; e++) sum[e] += factors[s] * raw[i][s][e];
       }
       PRAGMA_UNROLL
       for (int e = 0; e < 4; e++) out[d + e] = T(sum[e] / total);

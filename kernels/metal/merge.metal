@@ -10,7 +10,7 @@ if (query < parts_shape[0] * N_HEADS * L) {
 #else
   const float sink = -1e30f;
 #endif
-  merge_row<T, DV, RAW_BLOCKS>(
+  merge_row<T, DV, RAW_BLOCKS, MAX_PARTS>(
       parts + size_t(query) * n_parts * PART_STRIDE(DV), n_parts, sink, VALUE_SIGNS, scratch + warp * (MAX_PARTS + DV),
       out + size_t(query) * DV, lane);
 }

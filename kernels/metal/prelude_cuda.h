@@ -96,15 +96,15 @@ kernel_fn void load4_fresh(const float* p, float* x) {
   float4 v = __ldcg(reinterpret_cast<const float4*>(p));
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
-// Whether this threadgroup is the last of n to get here; what the others wrote before is visible then. The counter goes
-// back to 0 for the next launch. It is an input that no other launch in flight shares.
+// Whether this threadgroup is the last of n to get here; what the others wrote before is visible then. The counter starts
+// from -1 and goes back there for the next launch. It is an input that no other launch in flight shares.
 kernel_fn bool last_of(const int* counter, int n, int* flag, uint thread_index) {
   __threadfence();
   __syncthreads();
   if (thread_index == 0) {
     const int before = atomicAdd(const_cast<int*>(counter), 1);
-    if (before == n - 1) *const_cast<int*>(counter) = 0;
-    *flag = before == n - 1;
+    if (before == n - 2) *const_cast<int*>(counter) = -1;
+    *flag = before == n - 2;
   }
   __syncthreads();
   const bool last = *flag != 0;

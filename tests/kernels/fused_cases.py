@@ -24,8 +24,8 @@ Array = np.ndarray
 Language = launch.Language
 LANES: dict[Language, type[FusedLanes]] = {"metal": MetalLanes, "cuda": CudaLanes}
 
-WRITABLE = ("counters",)
-"""Inputs that a kernel may write to; it leaves them as they were."""
+WRITABLE = ("workspace",)
+"""Inputs that a kernel may write to."""
 
 
 @dataclass(frozen=True)
