@@ -40,6 +40,8 @@ LOG2_E = 1.4426950408889634
 _BITS = (2, 2.5, 3, 3.5, 4, 8)
 _TILE = 8
 _THREADS = 32 * WARPS
+_SLICE = 16
+"""Tokens that one threadgroup of expand takes."""
 _AT_FIRST = -1
 """In every word of a workspace: what its counters count from, and NaN as a part that nobody wrote."""
 _SHARED_BYTES = 48 << 10
@@ -69,6 +71,7 @@ class FusedLanes:
 
     name: ClassVar[str]
     language: ClassVar[Language]
+    adds_masks: ClassVar[bool] = False
     codebook: ClassVar[CodebookKind] = "pair"
 
     def __init__(self, shape: LaneShape, codebooks: Codebooks, profile: Profile | None = None) -> None:
@@ -128,15 +131,20 @@ class FusedLanes:
     def expand(self, pages: Pages, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         return self.expand_rows(pages, mx.arange(pages[0].shape[0], dtype=mx.int32)[:, None], dtype)
 
-    def expand_rows(self, pages: Pages, table: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """The pages of `table`, int32 `[B, P]`, as keys and values `[B, n_kv_heads, P * PAGE, dim]` in `dtype`."""
+    def expand_rows(
+        self, pages: Pages, table: mx.array, dtype: mx.Dtype, raw: Sequence[mx.array] = ()
+    ) -> tuple[mx.array, mx.array]:
+        """The pages of `table`, int32 `[B, P]`, as keys and values `[B, n_kv_heads, P * PAGE, dim]` in `dtype`; behind
+        them, if given, `raw` keys and values `[B, n_kv_heads, S, dim]` of that dtype.
+        """
         n_rows, n_pages = table.shape
-        s = self.shape
-        keys, values = kernel("expand", self.language, (("T", dtype), *self._codes))(
-            inputs=[*pages, table, self._constants_for(0.0)],
-            grid=(_THREADS * 4 * n_pages, s.n_kv_heads, 2 * n_rows),
+        s, n_raw = self.shape, raw[0].shape[2] if raw else 0
+        n_slices = n_pages * PAGE // _SLICE + -(-n_raw // _SLICE)
+        keys, values = kernel("expand_raw" if raw else "expand", self.language, (("T", dtype), *self._codes))(
+            inputs=[*pages, table, self._constants_for(0.0), *raw],
+            grid=(_THREADS * n_slices, s.n_kv_heads, 2 * n_rows),
             threadgroup=(_THREADS, 1, 1),
-            output_shapes=[(n_rows, s.n_kv_heads, n_pages * PAGE, dim) for dim in (s.key_dim, s.value_dim)],
+            output_shapes=[(n_rows, s.n_kv_heads, n_pages * PAGE + n_raw, dim) for dim in (s.key_dim, s.value_dim)],
             output_dtypes=[dtype, dtype],
         )
         return keys, values
@@ -153,16 +161,13 @@ class FusedLanes:
         sinks: mx.array | None,
     ) -> mx.array:
         keys, values = raw_keys, raw_values
-        if index.n_pages:
+        if index.pageless is not None:
             page_keys, page_values = self.expand_rows(pages, index.table, raw_keys.dtype)
-            if index.pageless is not None:
-                page_values = mx.where(index.pageless, mx.array(0, dtype=page_values.dtype), page_values)
+            page_values = mx.where(index.pageless, mx.array(0, dtype=page_values.dtype), page_values)
             keys = mx.concatenate([page_keys, raw_keys], axis=2)
             values = mx.concatenate([page_values, raw_values], axis=2)
-        if isinstance(mask, mx.array) and self.language == "cuda":
-            # MLX spreads a mask of bools over all heads there, in the queries' dtype: 4 GB for 2,048 queries and 32,768
-            # keys of 32 heads. One that is added is read as it is.
-            mask = mx.where(mask, 0.0, -mx.inf).astype(queries.dtype)
+        elif index.n_pages:
+            keys, values = self.expand_rows(pages, index.table, raw_keys.dtype, (raw_keys, raw_values))
         sinks = sinks if sinks is None else sinks.astype(queries.dtype)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
@@ -345,3 +350,5 @@ class MetalLanes(FusedLanes):
 class CudaLanes(FusedLanes):
     name: ClassVar[str] = "cuda"
     language: ClassVar[Language] = "cuda"
+    # MLX makes numbers of bools there, once for each layer.
+    adds_masks: ClassVar[bool] = True

@@ -221,6 +221,8 @@ class Lanes(Protocol):
 
     name: ClassVar[str]
     codebook: ClassVar[CodebookKind]
+    adds_masks: ClassVar[bool]
+    """Whether `attend` is faster with a mask that is added, 0 or -inf in the queries' dtype, than with one of bools."""
     shape: LaneShape
 
     @classmethod

@@ -36,6 +36,7 @@ _STEP = ("queries", "raw_keys", "raw_values", "table", "rows", *_PAGES, "constan
 KERNELS = {
     "encode": Signature("encode", ("keys", "values", "constants"), _PAGES),
     "expand": Signature("expand", (*_PAGES, "table", "constants"), ("keys", "values")),
+    "expand_raw": Signature("expand", (*_PAGES, "table", "constants", "raw_keys", "raw_values"), ("keys", "values")),
     "attend": Signature("attend", _STEP, ("parts",)),
     "merge": Signature("merge", ("parts", "constants"), ("out",)),
     "merge_sinks": Signature("merge", ("parts", "constants", "sinks"), ("out",)),
@@ -60,10 +61,7 @@ def body(name: str, language: Language, constants: Constants) -> str:
     They are part of the text, not MLX's template arguments, which it would take apart at every launch.
     """
     lines = [_constant(key, value, language) for key, value in constants]
-    if "merged" in name:
-        lines.append("#define MERGED\n")
-    if "sinks" in name:
-        lines.append("#define SINKS\n")
+    lines += [f"#define {option.upper()}\n" for option in ("raw", "merged", "sinks") if f"_{option}" in name]
     if language == "cuda":
         lines.insert(0, f"#undef {_symbol(name)}\n")
     return "".join(lines) + _text(_SOURCES / f"{KERNELS[name].source}.metal", language)
