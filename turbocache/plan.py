@@ -13,13 +13,16 @@ from turbocache import seam
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """What an attention layer hands to its cache. `dtype` is that of its keys."""
+    """What an attention layer hands to its cache. `dtype` is that of its keys; `sinks` if its attention has extra
+    logits.
+    """
 
     n_heads: int
     n_kv_heads: int
     key_dim: int
     value_dim: int
     dtype: mx.Dtype
+    sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +74,10 @@ def plan_layers(model: Module) -> list[LayerPlan]:
     """
     native = make_prompt_cache(model)
     caches = [_Observer() if type(cache) is KVCache else cache for cache in native]
-    heads: dict[int, int] = {}
+    heads: dict[int, tuple[int, bool]] = {}
 
-    def note(queries: mx.array, cache: Any) -> None:
-        heads[id(cache)] = queries.shape[1]
+    def note(queries: mx.array, cache: Any, sinks: mx.array | None) -> None:
+        heads[id(cache)] = queries.shape[1], sinks is not None
 
     with seam.observed(note):
         mx.eval(model(mx.array([[0]]), cache=caches))
@@ -86,7 +89,8 @@ def plan_layers(model: Module) -> list[LayerPlan]:
             plans.append(_native(cache, "the layer's attention does not pass through mlx-lm's shared one"))
         else:
             keys, values = cache.seen
-            geometry = LayerGeometry(heads[id(cache)], keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype)
+            n_heads, sinks = heads[id(cache)]
+            geometry = LayerGeometry(n_heads, keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, sinks)
             plans.append(LayerPlan("PagedKVCache", geometry, "plain attention"))
     return plans
 

@@ -17,7 +17,7 @@ from turbocache.view import PendingAttention
 
 _NAME = "scaled_dot_product_attention"
 _original: Callable[..., mx.array] = base.scaled_dot_product_attention
-_observer: Callable[[mx.array, Any], None] | None = None
+_observer: Callable[[mx.array, Any, mx.array | None], None] | None = None
 _native_calls = 0
 
 
@@ -37,7 +37,7 @@ def attention(
     options that only other caches understand.
     """
     if _observer is not None:
-        _observer(queries, cache)
+        _observer(queries, cache, sinks)
     if isinstance(keys, PendingAttention):
         if options:
             raise TypeError(f"attention over a paged cache has no option {', '.join(options)}")
@@ -63,8 +63,8 @@ def install() -> None:
 
 
 @contextmanager
-def observed(note: Callable[[mx.array, Any], None]) -> Iterator[None]:
-    """While the block runs, call `note(queries, cache)` for every attention that passes through the seam."""
+def observed(note: Callable[[mx.array, Any, mx.array | None], None]) -> Iterator[None]:
+    """While the block runs, call `note(queries, cache, sinks)` for every attention that passes through the seam."""
     global _observer
     install()
     _observer = note

@@ -85,7 +85,7 @@ def test_options_of_other_caches_are_refused() -> None:
 def test_observed_sees_every_call_and_stops_at_the_end(tiny_llama: Module) -> None:
     seen: list[tuple[int, ...]] = []
 
-    def note(queries: mx.array, cache: Any) -> None:
+    def note(queries: mx.array, cache: Any, sinks: mx.array | None) -> None:
         seen.append(queries.shape)
 
     with seam.observed(note):
