@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A named pair of code widths; both are None for `off`."""
+    """A named pair of code widths; both are None for `off`. `condition`: keys are centred where their mean dominates
+    (turbocache/conditioning.py).
+    """
 
     name: str
     key_bits: float | None
     value_bits: float | None
+    condition: bool = True
 
     @property
     def compressed(self) -> bool:

@@ -13,6 +13,7 @@ from kernels.layout import PAGE
 from turbocache import seam
 from turbocache.backend import Backend, lane_shape, lanes_for
 from turbocache.batch import CacheSpec, CompressedLayer
+from turbocache.conditioning import CENTRE_ABOVE
 from turbocache.plan import LayerGeometry, LayerPlan, all_native, plan_layers
 from turbocache.pool import PagePool
 from turbocache.presets import PRESETS, Preset
@@ -26,8 +27,10 @@ _SAME_LOGITS = 0.02
 def compressed_layer(geometry: LayerGeometry, preset: Preset, backend: Backend | str) -> CompressedLayer:
     """Storage of one layer: the lanes that the probe chose for it, or pages as they are for `off`."""
     shape = lane_shape(geometry, preset)
-    lanes = lanes_for(backend, shape, geometry.dtype) if preset.compressed else IdentityLanes(shape, geometry.dtype)
-    return CompressedLayer(lanes, geometry.dtype)
+    if not preset.compressed:
+        return CompressedLayer(IdentityLanes(shape, geometry.dtype), geometry.dtype)
+    above = CENTRE_ABOVE if preset.condition and not geometry.sinks else None
+    return CompressedLayer(lanes_for(backend, shape, geometry.dtype), geometry.dtype, above)
 
 
 def checked_plans(model: Module) -> list[LayerPlan]:
@@ -79,13 +82,15 @@ class CacheStore:
         """
         pages = self.spec.ring.pages_needed(n_tokens, chunk) * self.spec.pool.page_nbytes
         native = sum(plan.native_nbytes(n_tokens) for plan in self.plans)
-        return pages + 2 * self.spec.raw_nbytes + native
+        return pages + 2 * (self.spec.raw_nbytes + self.spec.centre_nbytes) + native
 
     def held_nbytes(self, cache: Sequence[Any]) -> int:
         """Bytes of one session at rest; pages that it shares count in full."""
         ring = ring_of(cache)
-        paged = 0 if ring is None else len(ring.pages) * self.spec.pool.page_nbytes + self.spec.raw_nbytes
-        return paged + native_nbytes(cache)
+        if ring is None:
+            return native_nbytes(cache)
+        centre = 0 if ring.centre is None else ring.centre.nbytes
+        return len(ring.pages) * self.spec.pool.page_nbytes + self.spec.raw_nbytes + centre + native_nbytes(cache)
 
     def close_all_but(self, kept: Iterable[Sequence[Any]]) -> None:
         """Take the pages of every cache that is not among `kept`, whoever still refers to it.
