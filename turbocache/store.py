@@ -71,9 +71,30 @@ class CacheStore:
         self._model = model
         self.plans = list(plans)
         self.preset = preset
-        layers = tuple(compressed_layer(plan.geometry, preset, backend) for plan in plans if plan.geometry is not None)
+        layers = tuple(
+            compressed_layer(plan.geometry, preset.of_layer(i, len(plans)), backend)
+            for i, plan in enumerate(plans)
+            if plan.geometry is not None
+        )
         self.spec = CacheSpec(ring, PagePool([layer.lanes for layer in layers], n_pages), layers)
         seam.install()
+
+    def reason(self, index: int) -> str:
+        """Why a layer is stored as it is, for `/v1/backend`."""
+        plan, said = self.plans[index], [self.plans[index].reason]
+        if plan.geometry is None or not self.preset.compressed:
+            return plan.reason
+        stored = self.preset.of_layer(index, len(self.plans))
+        if stored is not self.preset:
+            said.append(
+                f"protected: {lane_shape(plan.geometry, stored).widths} instead of {self.preset.name}, as one of the "
+                f"first or last {self.preset.protect} layers"
+            )
+        if not self.preset.condition:
+            said.append("conditioning of keys is switched off")
+        elif plan.geometry.sinks:
+            said.append("keys are not conditioned, because attention has sinks")
+        return "; ".join(said)
 
     def session_nbytes(self, n_tokens: int, chunk: int) -> int:
         """Most bytes that one running session needs to reach `n_tokens` with prompts in chunks of `chunk` tokens.
