@@ -6,15 +6,16 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
-from turbocache import seam
+from turbocache.leaves import leaves
+from turbocache.observe import PASSES, WatchedCache, watched_leaves
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """What an attention layer hands to its cache. `dtype` is that of its keys; `sinks` if its attention has extra
-    logits.
+    """What an attention layer hands to its cache. `dtype` is that of its keys; `sinks` says whether its softmax has
+    attention sinks.
     """
 
     n_heads: int
@@ -27,7 +28,7 @@ class LayerGeometry:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One cache of the model: compressed with this geometry, or mlx-lm's own `kind` for the given reason.
+    """One leaf of the model's prompt cache: compressed with this geometry, or mlx-lm's own `kind` for the given reason.
 
     `fixed_nbytes` and `token_nbytes` say what mlx-lm's own cache costs, for at most `max_tokens` tokens.
     """
@@ -51,48 +52,18 @@ class LayerPlan:
         return self.geometry is not None
 
 
-class _Observer:
-    """mlx-lm's cache, noting what passes through it."""
-
-    def __init__(self) -> None:
-        self.native: Any = KVCache()
-        self.seen: tuple[mx.array, mx.array] | None = None
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        self.seen = keys, values
-        return self.native.update_and_fetch(keys, values)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.native, name)
-
-
 def plan_layers(model: Module) -> list[LayerPlan]:
-    """Run one token through the model and look at each layer's cache.
+    """Run a few tokens through the model and look at what it does with each of its caches (`turbocache/observe.py`).
 
-    Plain `KVCache` layers are compressed; sliding-window, recurrent and latent layers keep mlx-lm's own cache. The
-    number of query heads is read where attention is called.
+    One plan per leaf of the model's prompt cache, in order; the members of a `CacheList` are planned one by one. Plain
+    `KVCache`s behind mlx-lm's shared causal attention are compressed, others keep mlx-lm's own cache, with the reason.
+    A model that can't run at all is planned as well, with its error as the reason.
     """
-    native = make_prompt_cache(model)
-    caches = [_Observer() if type(cache) is KVCache else cache for cache in native]
-    heads: dict[int, tuple[int, bool]] = {}
-
-    def note(queries: mx.array, cache: Any, sinks: mx.array | None) -> None:
-        heads[id(cache)] = queries.shape[1], sinks is not None
-
-    with seam.observed(note):
-        mx.eval(model(mx.array([[0]]), cache=caches))
-    plans = []
-    for cache in caches:
-        if not isinstance(cache, _Observer):
-            plans.append(_native(cache, f"{type(cache).__name__} layers keep mlx-lm's own cache"))
-        elif cache.seen is None or id(cache) not in heads:
-            plans.append(_native(cache, "the layer's attention does not pass through mlx-lm's shared one"))
-        else:
-            keys, values = cache.seen
-            n_heads, sinks = heads[id(cache)]
-            geometry = LayerGeometry(n_heads, keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, sinks)
-            plans.append(LayerPlan("PagedKVCache", geometry, "plain attention"))
-    return plans
+    try:
+        found = watched_leaves(model)
+    except Exception as error:  # models are foreign code
+        return _unwatched(model, f"{type(error).__name__}: {error}")
+    return [_watched(leaf) if isinstance(leaf, WatchedCache) else _native(leaf, _reason(leaf)) for leaf in found]
 
 
 def all_native(plans: Sequence[LayerPlan], reason: str) -> list[LayerPlan]:
@@ -106,8 +77,28 @@ def all_native(plans: Sequence[LayerPlan], reason: str) -> list[LayerPlan]:
     return [native(plan) for plan in plans]
 
 
+def _watched(cache: WatchedCache) -> LayerPlan:
+    if cache.reason is not None or cache.new is None or cache.n_heads is None:
+        return _native(cache.native, cache.reason or "")
+    keys, values = cache.new
+    geometry = LayerGeometry(cache.n_heads, keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, cache.sinks)
+    return LayerPlan("PagedKVCache", geometry, "plain attention")
+
+
+def _unwatched(model: Module, error: str) -> list[LayerPlan]:
+    """Plans of a model that raised while it was watched."""
+    cache = make_prompt_cache(model)
+    reason = f"the model can't be watched: {error}"
+    try:
+        mx.eval(model(mx.array([list(range(PASSES[0]))]), cache=cache))
+    except Exception as own:
+        reason = f"the model fails with mlx-lm's own cache: {type(own).__name__}: {own}"
+        cache = make_prompt_cache(model)
+    return [_native(leaf, reason) for leaf in leaves(cache)]
+
+
 def _native(cache: Any, reason: str) -> LayerPlan:
-    kind = "KVCache" if isinstance(cache, _Observer) else type(cache).__name__
+    kind = type(cache).__name__
     if cache.empty():
         return LayerPlan(kind, None, reason)
     if not hasattr(cache, "step"):  # recurrent states: the same size at any length
@@ -115,3 +106,15 @@ def _native(cache: Any, reason: str) -> LayerPlan:
     slots = cache.keys.shape[2]
     limit = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
     return LayerPlan(kind, None, reason, token_nbytes=-(-cache.nbytes // slots), max_tokens=limit)
+
+
+_REASONS = {
+    "RotatingKVCache": "sliding window: mlx-lm's own cache holds no more than the window",
+    "ArraysCache": "recurrent state: the same size at any length",
+    "ChunkedKVCache": "chunked attention: mlx-lm's own cache holds no more than the chunk",
+}
+
+
+def _reason(cache: Any) -> str:
+    kind = type(cache).__name__
+    return _REASONS.get(kind, f"{kind} is the model's own kind of cache")

@@ -8,6 +8,7 @@ passes everything else on unchanged.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -17,8 +18,23 @@ from turbocache.view import PendingAttention
 
 _NAME = "scaled_dot_product_attention"
 _original: Callable[..., mx.array] = base.scaled_dot_product_attention
-_observer: Callable[[mx.array, Any, mx.array | None], None] | None = None
 _native_calls = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """The arguments of one call of attention, as a model made it."""
+
+    queries: mx.array
+    keys: Any
+    values: Any
+    cache: Any
+    mask: Any
+    sinks: mx.array | None
+    options: dict[str, Any]
+
+
+_observer: Callable[[AttentionCall], tuple[Any, Any]] | None = None
 
 
 def attention(
@@ -37,7 +53,7 @@ def attention(
     options that only other caches understand.
     """
     if _observer is not None:
-        _observer(queries, cache, sinks)
+        keys, values = _observer(AttentionCall(queries, keys, values, cache, mask, sinks, options))
     if isinstance(keys, PendingAttention):
         if options:
             raise TypeError(f"attention over a paged cache has no option {', '.join(options)}")
@@ -63,8 +79,10 @@ def install() -> None:
 
 
 @contextmanager
-def observed(note: Callable[[mx.array, Any, mx.array | None], None]) -> Iterator[None]:
-    """While the block runs, call `note(queries, cache, sinks)` for every attention that passes through the seam."""
+def observed(note: Callable[[AttentionCall], tuple[Any, Any]]) -> Iterator[None]:
+    """While the block runs, ask `note` about every attention that passes through the seam. It returns the keys and
+    values with which the call goes on.
+    """
     global _observer
     install()
     _observer = note

@@ -1,6 +1,7 @@
 """From a loaded model, a backend and settings to the process's cache: the spec that every session shares."""
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from turbocache import seam
 from turbocache.backend import Backend, lane_shape, lanes_for
 from turbocache.batch import CacheSpec, CompressedLayer
 from turbocache.conditioning import CENTRE_ABOVE
+from turbocache.leaves import leaves, with_leaves
 from turbocache.plan import LayerGeometry, LayerPlan, all_native, plan_layers
 from turbocache.pool import PagePool
 from turbocache.presets import PRESETS, Preset
@@ -41,19 +43,32 @@ def checked_plans(model: Module) -> list[LayerPlan]:
     plans = plan_layers(model)
     if not any(plan.compressed for plan in plans):
         return plans
+    ring = RingConfig(keep=2, window=0)
+    store = CacheStore(model, plans, PRESETS["off"], "reference", ring, n_pages=4)
     try:
-        ring = RingConfig(keep=2, window=0)
-        store = CacheStore(model, plans, PRESETS["off"], "reference", ring, n_pages=4)
-        paged, native = store.new_cache(), make_prompt_cache(model)
-        worst = 0.0
-        for tokens in (list(range(1, 6)), list(range(1, PAGE + 8)), [3], [4]):  # raw only, into pages, decode steps
-            got, want = (model(mx.array([tokens]), cache=cache)[0, -1].astype(mx.float32) for cache in (paged, native))
-            worst = max(worst, float(mx.abs(got - want).max() / mx.abs(want).max()))
-        if worst > _SAME_LOGITS:
-            return all_native(plans, f"logits over a paged cache differ by {worst:.1%} from mlx-lm's own")
-    except Exception as error:  # models are foreign code: whatever they raise means that they can't use this cache
+        native = _proof_logits(model, make_prompt_cache(model))
+    except Exception as error:  # models are foreign code: whatever they raise means that they can't be judged
+        return all_native(plans, f"the model fails with mlx-lm's own cache: {type(error).__name__}: {error}")
+    try:
+        paged = _proof_logits(model, store.new_cache())
+    except Exception as error:
         return all_native(plans, f"the model can't use a paged cache: {type(error).__name__}: {error}")
+    worst = max(_relative_error(got, want) for got, want in zip(paged, native, strict=True))
+    if worst > _SAME_LOGITS:
+        return all_native(plans, f"logits over a paged cache differ by {worst:.1%} from mlx-lm's own")
     return plans
+
+
+def _proof_logits(model: Module, cache: list[Any]) -> list[mx.array]:
+    """Last logits of a prompt in the raw part, a chunk that goes into pages, and two decode steps."""
+    prompts = [range(1, 6), range(1, PAGE + 8), [3], [4]]
+    return [model(mx.array([list(tokens)]), cache=cache)[0, -1].astype(mx.float32) for tokens in prompts]
+
+
+def _relative_error(got: mx.array, want: mx.array) -> float:
+    """Largest difference by the largest logit; infinite where numbers are not finite."""
+    error = float(mx.abs(got - want).max() / mx.maximum(mx.abs(want).max(), 1e-30))
+    return error if math.isfinite(error) else math.inf
 
 
 class CacheStore:
@@ -118,7 +133,7 @@ class CacheStore:
 
         After a failed step the exception's traceback refers to the step's batch, for as long as somebody looks at it.
         """
-        kept_batches = {layer.batch for cache in kept for layer in cache if isinstance(layer, PagedKVCache)}
+        kept_batches = {layer.batch for cache in kept for layer in leaves(cache) if isinstance(layer, PagedKVCache)}
         for batch in set(self.spec.live) - kept_batches:
             batch.close()
 
@@ -126,7 +141,10 @@ class CacheStore:
         """An empty session's prompt cache: a view per compressed layer, mlx-lm's own caches for the others."""
         native = make_prompt_cache(self._model)
         views = iter(PagedKVCache.layers(self.spec))
-        return [next(views) if plan.compressed else cache for plan, cache in zip(self.plans, native, strict=True)]
+        chosen = [
+            next(views) if plan.compressed else leaf for plan, leaf in zip(self.plans, leaves(native), strict=True)
+        ]
+        return with_leaves(native, iter(chosen))
 
 
 def fork(cache: Sequence[Any]) -> list[Any]:
@@ -139,7 +157,8 @@ def can_trim_to(cache: Sequence[Any], offset: int, length: int) -> bool:
     if offset == length:
         return True
     return all(
-        layer.batch.can_trim_to(offset) if isinstance(layer, PagedKVCache) else layer.is_trimmable() for layer in cache
+        layer.batch.can_trim_to(offset) if isinstance(layer, PagedKVCache) else layer.is_trimmable()
+        for layer in leaves(cache)
     )
 
 
@@ -156,9 +175,9 @@ def evaluate(cache: Sequence[Any]) -> None:
 
 def native_nbytes(cache: Sequence[Any]) -> int:
     """Bytes that mlx-lm's own caches hold among a prompt cache's layers."""
-    return sum(layer.nbytes for layer in cache if not isinstance(layer, PagedKVCache) and not layer.empty())
+    return sum(layer.nbytes for layer in leaves(cache) if not isinstance(layer, PagedKVCache) and not layer.empty())
 
 
 def ring_of(cache: Sequence[Any]) -> PageRing | None:
     """The page ring of a session's cache, or None when no layer is compressed."""
-    return next((layer.batch.rings[0] for layer in cache if isinstance(layer, PagedKVCache)), None)
+    return next((layer.batch.rings[0] for layer in leaves(cache) if isinstance(layer, PagedKVCache)), None)

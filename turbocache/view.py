@@ -29,12 +29,26 @@ class PendingAttention:
     ) -> None:
         self._batch, self._layer, self._step, self._bodies = batch, layer, step, bodies
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """That of the raw tokens, which models ask their keys or values for."""
+        return self._batch.spec.layers[self._layer].dtype
+
+    def astype(self, dtype: mx.Dtype) -> "PendingAttention":
+        """Itself: some models want attention in float32, and sums are in float32 here anyway."""
+        return self
+
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
-        """`[B, n_heads, L, key_dim]` to `[B, n_heads, L, value_dim]` in the queries' dtype."""
+        """`[B, n_heads, L, key_dim]` to `[B, n_heads, L, value_dim]` in the queries' dtype.
+
+        Queries that a model has widened go back to the layer's dtype, the one that kernels are made for.
+        """
+        asked, queries = queries.dtype, queries.astype(self.dtype)
         if isinstance(self._step, DecodeStep):
-            return self._batch.attend_decode(self._layer, self._step, queries, scale, sinks)
+            return self._batch.attend_decode(self._layer, self._step, queries, scale, sinks).astype(asked)
         assert self._bodies is not None
-        return self._batch.attend_prefill(self._layer, self._step, self._bodies, queries, scale, sinks)
+        out = self._batch.attend_prefill(self._layer, self._step, self._bodies, queries, scale, sinks)
+        return out.astype(asked)
 
 
 class _Shared:

@@ -27,7 +27,7 @@ def test_sliding_window_layers_keep_mlx_lms_cache_and_say_why(gemma: Module) -> 
     plans = plan_layers(gemma)
     assert [plan.compressed for plan in plans] == [False, True, False, True]
     assert plans[0].kind == "RotatingKVCache"
-    assert plans[0].reason == "RotatingKVCache layers keep mlx-lm's own cache"
+    assert plans[0].reason == "sliding window: mlx-lm's own cache holds no more than the window"
     assert plans[0].max_tokens == 32
     per_token = 2 * 2 * 64 * 4
     assert plans[0].native_nbytes(10) == 10 * per_token
@@ -80,7 +80,10 @@ def test_attention_that_goes_another_way_is_left_alone(tiny_llama: Module) -> No
 def test_all_native_keeps_reasons_of_native_layers(gemma: Module) -> None:
     plans = all_native(plan_layers(gemma), "because")
     assert [plan.kind for plan in plans] == ["RotatingKVCache", "KVCache"] * 2
-    assert [plan.reason for plan in plans][:2] == ["RotatingKVCache layers keep mlx-lm's own cache", "because"]
+    assert [plan.reason for plan in plans][:2] == [
+        "sliding window: mlx-lm's own cache holds no more than the window",
+        "because",
+    ]
     assert plans[1].native_nbytes(10) == 10 * 2 * 2 * 64 * 4
 
 

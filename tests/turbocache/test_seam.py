@@ -82,11 +82,22 @@ def test_options_of_other_caches_are_refused() -> None:
         seam.attention(random(1, 4, 3, 16, seed=2), *pending, view, scale=1.0, mask=None, window=3)
 
 
+def test_queries_in_another_dtype_get_their_answer_in_it() -> None:
+    view = PagedKVCache.layers(make_spec(RingConfig(0, 0, None), [Heads()], 4, dtype=mx.float16))[0]
+    for n in (70, 1):
+        keys, values = view.update_and_fetch(*(random(1, 2, n, 16, seed=i).astype(mx.float16) for i in range(2)))
+        assert values.dtype == mx.float16
+        queries = random(1, 4, n, 16, seed=2)
+        out = seam.attention(queries, keys.astype(mx.float32), values, view, scale=1.0, mask=None)
+        assert out.dtype == mx.float32
+
+
 def test_observed_sees_every_call_and_stops_at_the_end(tiny_llama: Module) -> None:
     seen: list[tuple[int, ...]] = []
 
-    def note(queries: mx.array, cache: Any, sinks: mx.array | None) -> None:
-        seen.append(queries.shape)
+    def note(call: seam.AttentionCall) -> tuple[Any, Any]:
+        seen.append(call.queries.shape)
+        return call.keys, call.values
 
     with seam.observed(note):
         tiny_llama(mx.array([[1, 2, 3]]), cache=make_prompt_cache(tiny_llama))

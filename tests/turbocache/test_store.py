@@ -23,7 +23,7 @@ def test_a_mixed_model_says_the_same_as_with_mlx_lms_caches(gemma: Module) -> No
 
 
 class _Peeking(Module):
-    """A model that looks at its keys before attention, which only real arrays allow."""
+    """A model that looks at its keys before attention, which only real arrays allow; in long prompts only."""
 
     def __init__(self, inner: Module) -> None:
         super().__init__()
@@ -35,7 +35,8 @@ class _Peeking(Module):
         for layer in cache:
             q, k, v = mx.ones((1, 4, n, 64)), mx.ones((1, 2, n, 64)), mx.ones((1, 2, n, 64))
             keys, values = layer.update_and_fetch(k, v)
-            base.scaled_dot_product_attention(q, keys[..., :], values, cache=layer, scale=1.0, mask=None)
+            keys, mask = (keys[..., :] if n > 20 else keys), "causal" if n > 1 else None
+            base.scaled_dot_product_attention(q, keys, values, cache=layer, scale=1.0, mask=mask)
         return mx.ones((1, n, 97))
 
 
@@ -53,6 +54,39 @@ class _Deaf(llama.Model):  # type: ignore[misc]
         if cache is not None and isinstance(cache[0], PagedKVCache):
             out = out[:, :, ::-1]
         return out
+
+
+class _Undefined(llama.Model):  # type: ignore[misc]
+    """A model that has no numbers to show over paged caches."""
+
+    def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
+        out: mx.array = super().__call__(inputs, cache=cache)
+        return out * float("nan") if cache is not None and isinstance(cache[0], PagedKVCache) else out
+
+
+def test_logits_that_are_no_numbers_are_a_reason_to_fall_back(tiny_llama: Module) -> None:
+    undefined = _Undefined(tiny_llama.args)
+    undefined.update(tiny_llama.parameters())
+    plans = checked_plans(undefined)
+    assert not any(plan.compressed for plan in plans)
+    assert "differ by inf%" in plans[0].reason
+
+
+class _LongFails(llama.Model):  # type: ignore[misc]
+    """A model that fails with any cache, in prompts that are not very short."""
+
+    def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
+        if inputs.shape[1] > 20:
+            raise ValueError("too long")
+        out: mx.array = super().__call__(inputs, cache=cache)
+        return out
+
+
+def test_a_model_that_fails_anyway_is_not_said_to_fail_because_of_pages(tiny_llama: Module) -> None:
+    failing = _LongFails(tiny_llama.args)
+    failing.update(tiny_llama.parameters())
+    reason = checked_plans(failing)[0].reason
+    assert reason == "the model fails with mlx-lm's own cache: ValueError: too long"
 
 
 def test_other_logits_than_with_mlx_lms_caches_are_a_reason_to_fall_back(tiny_llama: Module) -> None:
