@@ -19,7 +19,12 @@ import mlx.core as mx
 import numpy as np
 
 CENTRE_ABOVE = 4.0
-"""Share of the squared mean, in units of the squared deviation, from which a head's keys are centred."""
+"""The squared mean, in units of the mean squared deviation, above which a head's keys are centred.
+
+Over 256 tokens ordinary heads have 0.5 to 2.5, because slow rotary pairs have not turned yet, and planted biases of
+Qwen's size 1,900 to 3,700. Centring an ordinary head costs a little (k4v4 on tiny-recall: KL divergence 0.0008 to
+0.0009); a constant that is left in costs more from a ratio of 1 on (0.0013, at 4 0.0028, at 8 0.0046).
+"""
 
 
 class KeyCentre:
