@@ -30,7 +30,9 @@ from 2 to 4 bits, levels elsewhere. `uniform`: equally spaced levels, which affi
 
 @dataclass(frozen=True, slots=True)
 class LaneShape:
-    """What a layer stores: head counts, head dims and code widths. Widths are 1 to 8 bits, 2.5 and 3.5 among them."""
+    """What a layer stores: head counts, head dims and code widths. Widths are 1 to 8 bits, 2.5 and 3.5 among them.
+    `qjl`: one of the keys' bits is the sign of a projection of what the others leave (kernels/qjl.py).
+    """
 
     n_heads: int
     n_kv_heads: int
@@ -38,11 +40,17 @@ class LaneShape:
     value_dim: int
     key_bits: float
     value_bits: float
+    qjl: bool = False
 
     @property
     def n_repeats(self) -> int:
         """Query heads that share one KV head."""
         return self.n_heads // self.n_kv_heads
+
+    @property
+    def widths(self) -> str:
+        """Such as `k4v3`: how presets are named."""
+        return f"k{self.key_bits:g}v{self.value_bits:g}{'_qjl' if self.qjl else ''}"
 
 
 @dataclass(frozen=True, slots=True)

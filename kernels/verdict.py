@@ -75,7 +75,7 @@ class LayerUse:
     def __str__(self) -> str:
         s = self.shape
         dims = f"{s.key_dim}" if s.key_dim == s.value_dim else f"{s.key_dim}/{s.value_dim}"
-        return f"{s.n_heads}/{s.n_kv_heads} heads x {dims}, k{s.key_bits:g}v{s.value_bits:g}, {dtype_name(self.dtype)}"
+        return f"{s.n_heads}/{s.n_kv_heads} heads x {dims}, {s.widths}, {dtype_name(self.dtype)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,12 @@ class Settings(BaseSettings):
         default="auto", description="one of auto, metal, cuda, packed, reference"
     )
     kv_preset: str = Field(default="k4v4", min_length=1, description="a cache preset such as off, k8v4 or k4v4")
+    kv_condition: Literal["auto", "off"] = Field(
+        default="auto", description="auto (keys are centred where their mean dominates) or off"
+    )
+    kv_protect: int = Field(
+        default=0, ge=0, description="a number of layers at each end of the model to store at 8 bits, 0 or more"
+    )
     max_size: int | None = Field(
         default=None,
         ge=1,

@@ -10,6 +10,7 @@ from kernels.layout import PAGE
 from kernels.rotation import Rotation
 from turbocache import seam
 from turbocache.batch import CacheSpec
+from turbocache.conditioning import CENTRE_ABOVE
 from turbocache.plan import LayerGeometry
 from turbocache.pool import PagePool
 from turbocache.presets import preset
@@ -126,11 +127,17 @@ def make_spec(
 
 @dataclass
 class History:
-    """One row's tokens by layer, as they were given, and how many blocks are read from pages."""
+    """One row's tokens by layer, as they were given, and how many blocks are read from pages.
+
+    `bias` is added to all keys of a layer, `[n_kv_heads, key_dim]`; `centres` are what its pages hold keys without, by
+    layer, from the first page on.
+    """
 
     keys: list[Array]
     values: list[Array]
     flushed: int = 0
+    bias: list[Array] | None = None
+    centres: dict[int, Array] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, layers: Sequence[Heads]) -> "History":
@@ -144,7 +151,16 @@ class History:
         return len(self.keys[0])
 
     def copy(self) -> "History":
-        return History(list(self.keys), list(self.values), self.flushed)
+        return History(list(self.keys), list(self.values), self.flushed, self.bias, dict(self.centres))
+
+    def centre(self, layer: int, n_first: int) -> Array:
+        """The mean of the first keys, in heads where it dominates; once known, it stays as it is."""
+        if layer not in self.centres:
+            first = self.keys[layer][:n_first].astype(np.float64)
+            mean = first.mean(axis=0)
+            spread = np.square(first - mean).sum(axis=-1).mean(axis=0)
+            self.centres[layer] = np.where((np.square(mean).sum(axis=-1) > CENTRE_ABOVE * spread)[:, None], mean, 0)
+        return self.centres[layer]
 
 
 @dataclass
@@ -193,6 +209,8 @@ class Paged:
         outs = []
         for i, heads in enumerate(self.layers):
             q, k, v = self.random_inputs(heads, columns, lengths)
+            for row, history in enumerate(self.rows):
+                k[row] += 0 if history.bias is None else history.bias[i][:, None].astype(np.float32)
             view = self.views[i]
             # Every layer, also those that follow the leader, must report the position before this step.
             assert np.array(view.offset).reshape(-1).tolist() == [len(row.keys[i]) for row in self.rows]
@@ -246,7 +264,8 @@ class Paged:
         keys, values = history.keys[layer][: position + 1], history.values[layer][: position + 1]
         if self.codecs is not None:
             n_blocks = self.blocks_in_pages(position, floor)
-            keys = self._with_pages(keys, n_blocks, self.codecs[layer][0])
+            centre = history.centre(layer, ring.raw_slots) if n_blocks else 0
+            keys = self._with_pages(keys - centre, n_blocks, self.codecs[layer][0]) + centre
             values = self._with_pages(values, n_blocks, self.codecs[layer][1])
         return attend_dense(queries, keys[at], values[at], self.layers[layer].key_dim ** -0.5)
 
@@ -268,11 +287,16 @@ class Paged:
                     start = self.spec.ring.keep + PAGE * blocks
                     for i, (key_codec, value_codec) in enumerate(self.codecs):
                         for tokens, codec in ((row.keys, key_codec), (row.values, value_codec)):
+                            centre = row.centre(i, self.spec.ring.raw_slots) if tokens is row.keys else 0
                             tokens[i] = tokens[i].copy()
-                            tokens[i][start : start + PAGE] = _cached(codec, tokens[i][start : start + PAGE])
+                            tokens[i][start : start + PAGE] = (
+                                _cached(codec, tokens[i][start : start + PAGE] - centre) + centre
+                            )
                 row.flushed = blocks
             row.keys = [tokens[: len(tokens) - n] for tokens in row.keys]
             row.values = [tokens[: len(tokens) - n] for tokens in row.values]
+            if not row.offset:
+                row.centres = {}
 
 
 _pages: dict[tuple[BlockCodec, bytes], Array] = {}

@@ -12,11 +12,12 @@ from kernels.lanes import CodebookKind, Codebooks, Lanes, LaneShape
 from kernels.packed import PackedLanes
 from kernels.parts import PartedLanes
 from kernels.probe import BackendUnavailable, Candidate, probe
+from kernels.qjl import QjlLanes
 from kernels.reference import ReferenceLanes
 from kernels.verdict import Backend, LayerUse, ReasonCode
 from turbocache.codebook import levels_for
 from turbocache.plan import LayerGeometry, LayerPlan
-from turbocache.presets import Preset
+from turbocache.presets import PROTECTED_BITS, Preset
 
 __all__ = [
     "BACKENDS",
@@ -67,6 +68,7 @@ def lane_shape(geometry: LayerGeometry, preset: Preset) -> LaneShape:
         geometry.value_dim,
         preset.key_bits or 16,
         preset.value_bits or 16,
+        preset.qjl,
     )
 
 
@@ -76,10 +78,21 @@ def make_lanes(backend: str, shape: LaneShape, codebook: CodebookKind | None = N
     Raises ValueError for shapes that the backend does not support.
     """
     lanes, shape = LANES[backend], fitted(backend, shape)
+    if reason := refusal(backend, shape):
+        raise ValueError(reason)
     kind = codebook or lanes.codebook
     # An odd dim does not come out even in pairs; values pair tokens, of which a page has 64.
     key_kind: CodebookKind = "lloyd_max" if kind == "pair" and shape.key_dim % 2 else kind
-    return lanes(shape, Codebooks(levels_for(key_kind, shape.key_bits), levels_for(kind, shape.value_bits)))
+    key_levels = levels_for(key_kind, shape.key_bits - shape.qjl)  # a QJL code's last bit has no level
+    made = QjlLanes if shape.qjl else lanes
+    return made(shape, Codebooks(key_levels, levels_for(kind, shape.value_bits)))
+
+
+def refusal(backend: str, shape: LaneShape) -> str | None:
+    """Why a backend can't take the shape, or None."""
+    if shape.qjl and backend != "reference":
+        return "QJL codes of keys are read by the reference lanes only (TURBOCACHE_BACKEND=reference)"
+    return LANES[backend].unsupported(shape)
 
 
 def fitted(backend: str, shape: LaneShape) -> LaneShape:
@@ -106,8 +119,11 @@ def choose_backend(requested: str, plans: Sequence[LayerPlan], preset: Preset) -
     With nothing to compress (preset `off`, or no layer that can be) there is nothing to probe, and the answer says so.
     Raises BackendUnavailable as `probe` does.
     """
-    geometries = [plan.geometry for plan in plans if plan.geometry is not None]
-    uses = [LayerUse(lane_shape(geometry, preset), geometry.dtype) for geometry in geometries]
+    uses = [
+        LayerUse(lane_shape(plan.geometry, preset.of_layer(i, len(plans))), plan.geometry.dtype)
+        for i, plan in enumerate(plans)
+        if plan.geometry is not None
+    ]
     backend = probe(requested, [_candidate(name) for name in BACKENDS], uses if preset.compressed else ())
     if not preset.compressed:
         reason = "preset off: pages hold keys and values as they are, no codec runs"
@@ -115,7 +131,12 @@ def choose_backend(requested: str, plans: Sequence[LayerPlan], preset: Preset) -
         reason = "no layer of this model can be compressed"
     else:
         shapes = [use.shape for use in uses]
-        return replace(backend, reason="; ".join([backend.reason, *_changed_widths(backend.name, shapes)]))
+        said = [backend.reason, *_changed_widths(backend.name, shapes)]
+        if preset.protect:
+            said.append(
+                f"the first and last {preset.protect} of {len(plans)} layers are stored at {PROTECTED_BITS} bits"
+            )
+        return replace(backend, reason="; ".join(said))
     return replace(backend, reason=reason, code="nothing_to_compress", checks=(), fallbacks=())
 
 
@@ -125,8 +146,7 @@ def _changed_widths(backend: str, shapes: Sequence[LaneShape]) -> list[str]:
     for shape in shapes:
         stored = fitted(backend, shape)
         if stored != shape:
-            asked, got = (f"k{s.key_bits:g}v{s.value_bits:g}" for s in (shape, stored))
-            said.append(f"{asked} is stored as {got}: {LANES[backend].unsupported(shape)}")
+            said.append(f"{shape.widths} is stored as {stored.widths}: {LANES[backend].unsupported(shape)}")
     return list(dict.fromkeys(said))
 
 
@@ -140,7 +160,7 @@ def _candidate(name: str) -> Candidate:
         name,
         build=lambda shape: make_lanes(name, shape),
         oracle=lambda shape: make_lanes("reference", fitted(name, shape), LANES[name].codebook),
-        unsupported=lambda shape: LANES[name].unsupported(fitted(name, shape)),
+        unsupported=lambda shape: refusal(name, fitted(name, shape)),
         fused=name in FUSED,
         shared=name != "packed",
     )

@@ -13,18 +13,23 @@ import mlx.core as mx
 
 from kernels.lanes import Lanes, RowIndex, gather_expanded
 from kernels.layout import PAGE
+from turbocache.chunks import Pair, body_of, centred, page_blocks, raw_after
+from turbocache.conditioning import RowCentres
 from turbocache.paths import PathCounts
 from turbocache.pool import PagePool
 from turbocache.ring import PageRing, RingConfig
-from turbocache.steps import ChunkStep, DecodeStep, PrefillStep, plan_decode, plan_prefill
+from turbocache.steps import DecodeStep, PrefillStep, plan_decode, plan_prefill
 
 
 @dataclass(frozen=True, slots=True)
 class CompressedLayer:
-    """How one attention layer is stored. `dtype` is that of the raw tokens: the model's own cache dtype."""
+    """How one attention layer is stored. `dtype` is that of the raw tokens: the model's own cache dtype. Keys are
+    centred in heads whose mean dominates by `centre_above` (turbocache/conditioning.py); None never does.
+    """
 
     lanes: Lanes
     dtype: mx.Dtype
+    centre_above: float | None = None
 
 
 @dataclass(slots=True)
@@ -66,6 +71,12 @@ class CacheSpec:
         """Bytes of one session's sink and window over all layers."""
         return self.raw_token_nbytes * self.ring.raw_slots
 
+    @property
+    def centre_nbytes(self) -> int:
+        """Most bytes of what is taken off one session's keys."""
+        centred = [layer for layer in self.layers if layer.centre_above is not None]
+        return sum(layer.lanes.shape.n_kv_heads * layer.lanes.shape.key_dim * layer.dtype.size for layer in centred)
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page's count is exactly its number of owners among the live batches."""
         self.pool.check_integrity(ring.pages for batch in self.live for ring in batch.rings)
@@ -74,8 +85,9 @@ class CacheSpec:
 class CacheBatch:
     """`B` rows of sink + ring + window. Owns its rings (and through them their pages) and its raw buffers.
 
-    Raw keys and values are kept as the model gave them, `[B, n_kv_heads, keep + window_slots, dim]` per layer. Raises
-    PoolExhausted from a step when the pool is full; the batch is then as it was before the step.
+    Raw keys and values are kept as the model gave them, keys less the row's centre where it has one,
+    `[B, n_kv_heads, keep + window_slots, dim]` per layer. Raises PoolExhausted from a step when the pool is full; the
+    batch is then as it was before the step.
     """
 
     def __init__(self, spec: CacheSpec, n_rows: int = 1) -> None:
@@ -84,6 +96,7 @@ class CacheBatch:
         self.raw = [self._empty_raw(layer, n_rows) for layer in spec.layers]
         self._remaining: list[int] | None = None
         self._rows: RowIndex | None = None
+        self._centres = RowCentres()
         spec.live.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CacheBatch":
@@ -186,6 +199,8 @@ class CacheBatch:
             del ring.pages[cut:]
             ring.flushed = blocks
         ring.offset = offset
+        if not offset:
+            ring.centre = None
 
     def _restore_block(self, row: int, page: int, block: int) -> None:
         slot = self.spec.ring.keep + PAGE * block % self.spec.ring.window_slots
@@ -216,6 +231,7 @@ class CacheBatch:
         Waits for the device if pages will be written, because a write under a reader copies the whole pool.
         """
         step: DecodeStep | PrefillStep
+        self._centres.update([ring.centre for ring in self.rings])
         if n_tokens == 1 and self._remaining is None:
             step, rotated = plan_decode(self.rings, self.spec.pool, self._rows)
             self._rows = step.rows
@@ -239,6 +255,12 @@ class CacheBatch:
     def decode(self, layer: int, step: DecodeStep, keys: mx.array, values: mx.array) -> None:
         """Store one token per row: compress the blocks that are due, then write the token into its slot."""
         raw_keys, raw_values = self.raw[layer]
+        keys, above = keys.astype(raw_keys.dtype), self.spec.layers[layer].centre_above
+        if step.decides and above is not None:
+            deciding = {row: centre for row in step.decides if (centre := self.rings[row].centre) is not None}
+            raw_keys = self._centres.decide(layer, deciding, raw_keys, above)
+        if (centres := self._centres.of(layer)) is not None:
+            keys = keys - centres
         if step.flushes:
             blocks = [
                 mx.concatenate([raw[f.row : f.row + 1, :, f.slot : f.slot + PAGE] for f in step.flushes])
@@ -247,7 +269,7 @@ class CacheBatch:
             content = self.spec.layers[layer].lanes.encode(*blocks)
             self.spec.pool.write(layer, [f.page for f in step.flushes], content)
         self.raw[layer] = (
-            mx.put_along_axis(raw_keys, step.slots_for(keys), keys.astype(raw_keys.dtype), axis=2),
+            mx.put_along_axis(raw_keys, step.slots_for(keys), keys, axis=2),
             mx.put_along_axis(raw_values, step.slots_for(values), values.astype(raw_values.dtype), axis=2),
         )
 
@@ -258,26 +280,21 @@ class CacheBatch:
         lanes, pages = self.spec.layers[layer].lanes, self.spec.pool.pages(layer)
         return lanes.attend_step(queries, *self.raw[layer], pages, step.rows, scale, sinks)
 
-    def prefill(
-        self, layer: int, step: PrefillStep, keys: mx.array, values: mx.array
-    ) -> list[tuple[mx.array, mx.array]]:
+    def prefill(self, layer: int, step: PrefillStep, keys: mx.array, values: mx.array) -> list[Pair]:
         """Store a chunk: full blocks become pages, the rest goes to sink and window. Returns for each chunk step the
         body's keys and values, which its own queries still see raw.
         """
         keys, values = (x.astype(self.spec.layers[layer].dtype) for x in (keys, values))
-        rows = [tuple(raw[row : row + 1] for raw in self.raw[layer]) for row in range(self.n_rows)]
+        above = self.spec.layers[layer].centre_above
+        raw_keys, raw_values = self.raw[layer]
+        rows = [(raw_keys[row : row + 1], raw_values[row : row + 1]) for row in range(self.n_rows)]
         bodies = []
         for chunk in step.chunks:
-            new = tuple(x[chunk.row : chunk.row + 1, :, : chunk.n] for x in (keys, values))
-            body = tuple(
-                mx.concatenate([mx.take(raw, chunk.old_slots, axis=2), x[:, :, chunk.sink_taken :]], axis=2)
-                for raw, x in zip(rows[chunk.row], new, strict=True)
-            )
-            rows[chunk.row] = tuple(
-                self._raw_after(chunk, raw, x, tokens)
-                for raw, x, tokens in zip(rows[chunk.row], new, body, strict=True)
-            )
-            bodies.append((body[0], body[1]))
+            here = slice(chunk.row, chunk.row + 1)
+            new = keys[here, :, : chunk.n], values[here, :, : chunk.n]
+            raw, new = centred(chunk, layer, self.rings[chunk.row].centre, rows[chunk.row], new, above)
+            bodies.append(body_of(chunk, raw, new))
+            rows[chunk.row] = raw_after(chunk, raw, new, bodies[-1])
         self.raw[layer] = (mx.concatenate([row[0] for row in rows]), mx.concatenate([row[1] for row in rows]))
         self._write_pages(layer, step, bodies)
         return bodies
@@ -286,7 +303,7 @@ class CacheBatch:
         self,
         layer: int,
         step: PrefillStep,
-        bodies: list[tuple[mx.array, mx.array]],
+        bodies: list[Pair],
         queries: mx.array,
         scale: float,
         sinks: mx.array | None,
@@ -308,26 +325,11 @@ class CacheBatch:
             outs[chunk.row] = out
         return mx.concatenate(outs)
 
-    def _raw_after(self, chunk: ChunkStep, raw: mx.array, new: mx.array, body: mx.array) -> mx.array:
-        """One row's sink and window after a chunk."""
-        parts = [raw[:, :, : chunk.n_sink - chunk.sink_taken], new[:, :, : chunk.sink_taken]]
-        if not body.shape[2]:
-            return mx.concatenate([*parts, raw[:, :, chunk.n_sink :]], axis=2)  # all of it went to the sink
-        return mx.concatenate([*parts, mx.take(body, chunk.to_slots, axis=2)], axis=2)
-
-    def _write_pages(self, layer: int, step: PrefillStep, bodies: list[tuple[mx.array, mx.array]]) -> None:
+    def _write_pages(self, layer: int, step: PrefillStep, bodies: list[Pair]) -> None:
         ids = [page for chunk in step.chunks for page in chunk.new_pages]
-        if not ids:
-            return
-        blocks: list[list[mx.array]] = [[], []]
-        for chunk, body in zip(step.chunks, bodies, strict=True):
-            n = len(chunk.new_pages)
-            for part, tokens in zip(blocks, body, strict=True):
-                _, n_kv_heads, _, dim = tokens.shape
-                full = tokens[0, :, : n * PAGE].reshape(n_kv_heads, n, PAGE, dim)
-                part.append(full.swapaxes(0, 1))
-        content = self.spec.layers[layer].lanes.encode(mx.concatenate(blocks[0]), mx.concatenate(blocks[1]))
-        self.spec.pool.write(layer, ids, content)
+        if ids:
+            content = self.spec.layers[layer].lanes.encode(*page_blocks(step.chunks, bodies))
+            self.spec.pool.write(layer, ids, content)
 
     def _empty_raw(self, layer: CompressedLayer, n_rows: int) -> tuple[mx.array, mx.array]:
         shape, slots = layer.lanes.shape, self.spec.ring.raw_slots

@@ -48,7 +48,11 @@ class PagePool:
     @property
     def page_nbytes(self) -> int:
         """Bytes of one page over all layers."""
-        return sum(prod(shape) * dtype.size for lanes in self._layers for shape, dtype in lanes.page_arrays())
+        return sum(self.layer_nbytes(layer) for layer in range(len(self._layers)))
+
+    def layer_nbytes(self, layer: int) -> int:
+        """Bytes of one page in one layer."""
+        return sum(prod(shape) * dtype.size for shape, dtype in self._layers[layer].page_arrays())
 
     @property
     def allocated_nbytes(self) -> int:

@@ -1,18 +1,34 @@
-"""Presets: how many bits keys and values get. `off` stores them as they are.
+"""Presets: how many bits keys and values get, and what else is done for quality. `off` stores them as they are.
 
 A half bit is a code for a pair of coordinates (turbocache/pair_codebook.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+PROTECTED_BITS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A named pair of code widths; both are None for `off`."""
+    """A named pair of code widths; both are None for `off`.
+
+    `qjl`: keys have the two-stage code of kernels/qjl.py, its sign counted among their bits. `condition`: keys are
+    centred where their mean dominates (turbocache/conditioning.py). `protect`: so many layers at either end of the
+    model are stored at 8 bits.
+    """
 
     name: str
     key_bits: float | None
     value_bits: float | None
+    qjl: bool = False
+    condition: bool = True
+    protect: int = 0
+
+    def of_layer(self, index: int, n_layers: int) -> "Preset":
+        """What layer `index` of a model with `n_layers` gets: this preset, or the protected layers' widths."""
+        if not self.compressed or self.protect <= index < n_layers - self.protect:
+            return self
+        return replace(self, key_bits=PROTECTED_BITS, value_bits=PROTECTED_BITS, qjl=False)
 
     @property
     def compressed(self) -> bool:
@@ -27,6 +43,7 @@ PRESETS = {
         Preset("k8v4", 8, 4),
         Preset("k8v3", 8, 3),
         Preset("k4v4", 4, 4),
+        Preset("k4v4_qjl", 4, 4, qjl=True),
         Preset("k4v3", 4, 3),
         Preset("turbo3_5", 3.5, 3.5),
         Preset("k4v2_5", 4, 2.5),

@@ -14,6 +14,7 @@ arrived: for a query in block b the blocks up to `b - window/P - 1` are read fro
 from dataclasses import dataclass
 
 from kernels.layout import PAGE
+from turbocache.conditioning import KeyCentre
 from turbocache.pool import PagePool
 
 
@@ -68,10 +69,10 @@ class PageRing:
     """One row's token counts and page list. Owns a reference to each of its pages and gives it back when it goes.
 
     mlx-lm drops batches without telling their caches, so the references follow the object's life (`__del__`);
-    `close` ends it early.
+    `close` ends it early. `centre` is what is taken off the row's keys, known from its first page on.
     """
 
-    __slots__ = ("config", "first", "flushed", "offset", "pages", "pool")
+    __slots__ = ("centre", "config", "first", "flushed", "offset", "pages", "pool")
 
     def __init__(self, config: RingConfig, pool: PagePool) -> None:
         self.config = config
@@ -80,6 +81,7 @@ class PageRing:
         self.first = 0
         self.flushed = 0
         self.pages: list[int] = []
+        self.centre: KeyCentre | None = None
 
     def __del__(self) -> None:
         self.close()
@@ -89,6 +91,7 @@ class PageRing:
         pages, self.pages = self.pages, []
         self.pool.release(pages)
         self.offset = self.first = self.flushed = 0
+        self.centre = None
 
     def fork(self) -> "PageRing":
         """An independent ring on the same pages: one more reference each, no copy."""
@@ -96,6 +99,7 @@ class PageRing:
         other.offset, other.first, other.flushed = self.offset, self.first, self.flushed
         self.pool.retain(self.pages)
         other.pages = list(self.pages)
+        other.centre = self.centre
         return other
 
     def block(self, position: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from kernels.lanes import Mask, PageIndex, RowIndex
 from kernels.layout import PAGE
+from turbocache.conditioning import KeyCentre
 from turbocache.pool import PagePool
 from turbocache.ring import PageRing
 
@@ -27,9 +28,12 @@ class Flush:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """One token per row, written to raw slot `slots[b]`; `rows` is what attention needs to know."""
+    """One token per row, written to raw slot `slots[b]`; `rows` is what attention needs to know. The rows in `decides`
+    get their first page, before which their keys' centre is measured.
+    """
 
     flushes: tuple[Flush, ...]
+    decides: tuple[int, ...]
     slots: tuple[int, ...]
     rows: RowIndex
     _slots_for: dict[tuple[int, ...], mx.array] = field(default_factory=dict)
@@ -45,15 +49,18 @@ class DecodeStep:
 
 @dataclass(frozen=True, slots=True)
 class ChunkStep:
-    """`n` tokens of one row. Its keys, in order: the pages of `index`, `n_sink` sink tokens, then the body.
+    """`n` tokens of one row, from position `start` on. Its keys, in order: the pages of `index`, `n_sink` sink tokens,
+    then the body.
 
     The body is the raw window's old tokens (at slots `old_slots`) followed by the chunk's tokens behind the sink; its
     first `PAGE * len(new_pages)` tokens become pages. `to_slots` says for each window slot which body token it holds
-    afterwards. `mask` is as `Lanes.attend` wants it.
+    afterwards. `mask` is as `Lanes.attend` wants it. `decides` if the row's keys get their centre in this chunk.
     """
 
     row: int
+    start: int
     n: int
+    decides: bool
     n_sink: int
     sink_taken: int
     old_slots: mx.array
@@ -77,9 +84,11 @@ def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: RowIndex | 
     and then changes nothing.
     """
     due = [row for row, ring in enumerate(rings) if ring.flushed_at(ring.offset) > ring.flushed]
-    flushes = []
+    flushes, decides = [], []
     for row, page in zip(due, pool.take(len(due)) if due else (), strict=True):
         ring = rings[row]
+        if _decides(ring):
+            decides.append(row)
         flushes.append(Flush(row, _window_slot(ring, ring.window_start), page))
         ring.append_pages([page])
     config = rings[0].config
@@ -97,7 +106,7 @@ def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: RowIndex | 
     for ring in rings:
         ring.offset += 1
     rotated = sum(ring.rotate() for ring in rings)
-    return DecodeStep(tuple(flushes), slots, rows), rotated
+    return DecodeStep(tuple(flushes), tuple(decides), slots, rows), rotated
 
 
 def plan_prefill(rings: Sequence[PageRing], lengths: Sequence[int], pool: PagePool) -> tuple[PrefillStep, int]:
@@ -132,7 +141,9 @@ def _plan_chunk(row: int, ring: PageRing, n: int, new_pages: list[int]) -> Chunk
     n_sink = min(keep, end)
     return ChunkStep(
         row=row,
+        start=start,
         n=n,
+        decides=bool(new_pages) and _decides(ring),
         n_sink=n_sink,
         sink_taken=sink_taken,
         old_slots=mx.array((old - keep) % slots + keep, dtype=mx.int32),
@@ -163,6 +174,14 @@ def _chunk_mask(ring: PageRing, n: int, n_sink: int, flushed_before: int) -> Mas
         oldest = queries + 1 - (ring.config.max_size - keep)
         in_pages, in_body = in_pages & (paged >= oldest), in_body & (body >= oldest)
     return mx.concatenate([in_pages, sink <= queries, in_body], axis=1)[None, None]
+
+
+def _decides(ring: PageRing) -> bool:
+    """Whether a ring that gets a page has no centre yet; it has one afterwards, which the layers fill."""
+    if ring.centre is not None:
+        return False
+    ring.centre = KeyCentre()
+    return True
 
 
 def _window_slot(ring: PageRing, position: int) -> int:

@@ -14,6 +14,7 @@ from kernels.layout import PAGE
 from turbocache import seam
 from turbocache.backend import Backend, lane_shape, lanes_for
 from turbocache.batch import CacheSpec, CompressedLayer
+from turbocache.conditioning import CENTRE_ABOVE
 from turbocache.leaves import leaves, with_leaves
 from turbocache.plan import LayerGeometry, LayerPlan, all_native, plan_layers
 from turbocache.pool import PagePool
@@ -28,8 +29,10 @@ _SAME_LOGITS = 0.02
 def compressed_layer(geometry: LayerGeometry, preset: Preset, backend: Backend | str) -> CompressedLayer:
     """Storage of one layer: the lanes that the probe chose for it, or pages as they are for `off`."""
     shape = lane_shape(geometry, preset)
-    lanes = lanes_for(backend, shape, geometry.dtype) if preset.compressed else IdentityLanes(shape, geometry.dtype)
-    return CompressedLayer(lanes, geometry.dtype)
+    if not preset.compressed:
+        return CompressedLayer(IdentityLanes(shape, geometry.dtype), geometry.dtype)
+    above = CENTRE_ABOVE if preset.condition and not geometry.sinks else None
+    return CompressedLayer(lanes_for(backend, shape, geometry.dtype), geometry.dtype, above)
 
 
 def checked_plans(model: Module) -> list[LayerPlan]:
@@ -83,9 +86,30 @@ class CacheStore:
         self._model = model
         self.plans = list(plans)
         self.preset = preset
-        layers = tuple(compressed_layer(plan.geometry, preset, backend) for plan in plans if plan.geometry is not None)
+        layers = tuple(
+            compressed_layer(plan.geometry, preset.of_layer(i, len(plans)), backend)
+            for i, plan in enumerate(plans)
+            if plan.geometry is not None
+        )
         self.spec = CacheSpec(ring, PagePool([layer.lanes for layer in layers], n_pages), layers)
         seam.install()
+
+    def reason(self, index: int) -> str:
+        """Why a layer is stored as it is, for `/v1/backend`."""
+        plan, said = self.plans[index], [self.plans[index].reason]
+        if plan.geometry is None or not self.preset.compressed:
+            return plan.reason
+        stored = self.preset.of_layer(index, len(self.plans))
+        if stored is not self.preset:
+            said.append(
+                f"protected: {lane_shape(plan.geometry, stored).widths} instead of {self.preset.name}, as one of the "
+                f"first or last {self.preset.protect} layers"
+            )
+        if not self.preset.condition:
+            said.append("conditioning of keys is switched off")
+        elif plan.geometry.sinks:
+            said.append("keys are not conditioned, because attention has sinks")
+        return "; ".join(said)
 
     def session_nbytes(self, n_tokens: int, chunk: int) -> int:
         """Most bytes that one running session needs to reach `n_tokens` with prompts in chunks of `chunk` tokens.
@@ -94,13 +118,15 @@ class CacheStore:
         """
         pages = self.spec.ring.pages_needed(n_tokens, chunk) * self.spec.pool.page_nbytes
         native = sum(plan.native_nbytes(n_tokens) for plan in self.plans)
-        return pages + 2 * self.spec.raw_nbytes + native
+        return pages + 2 * (self.spec.raw_nbytes + self.spec.centre_nbytes) + native
 
     def held_nbytes(self, cache: Sequence[Any]) -> int:
         """Bytes of one session at rest; pages that it shares count in full."""
         ring = ring_of(cache)
-        paged = 0 if ring is None else len(ring.pages) * self.spec.pool.page_nbytes + self.spec.raw_nbytes
-        return paged + native_nbytes(cache)
+        if ring is None:
+            return native_nbytes(cache)
+        centre = 0 if ring.centre is None else ring.centre.nbytes
+        return len(ring.pages) * self.spec.pool.page_nbytes + self.spec.raw_nbytes + centre + native_nbytes(cache)
 
     def close_all_but(self, kept: Iterable[Sequence[Any]]) -> None:
         """Take the pages of every cache that is not among `kept`, whoever still refers to it.

@@ -145,11 +145,15 @@ class PagedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by this layer: raw buffers plus its part of the pages, shared pages counted in each owner."""
+        """Bytes held by this layer: raw buffers, its part of the pages and of the keys' centres; what rows share is
+        counted in each of them.
+        """
         batch = self._shared.batch
         raw = sum(array.nbytes for array in batch.raw[self._layer])
         n_pages = sum(len(ring.pages) for ring in batch.rings)
-        return raw + n_pages * (batch.spec.pool.page_nbytes // len(batch.spec.layers))
+        means = [ring.centre.means.get(self._layer) for ring in batch.rings if ring.centre is not None]
+        centres = sum(mean.nbytes for mean in means if mean is not None)
+        return raw + n_pages * batch.spec.pool.layer_nbytes(self._layer) + centres
 
     def empty(self) -> bool:
         return not any(self._shared.batch.offsets)

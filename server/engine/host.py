@@ -1,7 +1,7 @@
 """What the engine runs on: the model, the chosen backend and the cache store, loaded by the engine's thread."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import turbocache
@@ -36,7 +36,7 @@ class Host:
         """The JSON of GET /v1/backend."""
         ring, blas = self.store.spec.ring, turbocache.blas.report()
         layers = [
-            {"index": i, "cache": plan.kind, "compressed": plan.compressed, "reason": plan.reason}
+            {"index": i, "cache": plan.kind, "compressed": plan.compressed, "reason": self.store.reason(i)}
             for i, plan in enumerate(self.store.plans)
         ]
         return {
@@ -55,7 +55,8 @@ class Host:
 def load_host(settings: Settings) -> Host:
     """Load, probe and lay out. Raises StartupError with a sentence that says what to change."""
     try:
-        chosen = preset(settings.kv_preset)
+        condition, protect = settings.kv_condition == "auto", settings.kv_protect
+        chosen = replace(preset(settings.kv_preset), condition=condition, protect=protect)
     except ValueError as error:
         raise StartupError(f"TURBOCACHE_KV_PRESET: {error}.") from error
     try:

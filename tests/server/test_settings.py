@@ -28,6 +28,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, **values: str) -> str:
 def test_defaults() -> None:
     settings = load_settings()
     assert (settings.model, settings.backend, settings.kv_preset, settings.max_size) == (None, "auto", "k4v4", None)
+    assert (settings.kv_condition, settings.kv_protect) == ("auto", 0)
     assert (settings.keep, settings.window, settings.max_batch, settings.queue_limit) == (64, 128, 8, 64)
     assert (settings.kv_memory, settings.api_keys, settings.session_dir, settings.blas) == (None, (), None, None)
     assert (settings.prefill_chunk, settings.keepalive_seconds, settings.stall_seconds) == (512, 10.0, 120.0)

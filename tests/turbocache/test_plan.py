@@ -3,6 +3,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
+from mlx_lm.models import gpt_oss
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turbocache.plan import LayerGeometry, LayerPlan, all_native, plan_layers
@@ -32,6 +33,25 @@ def test_sliding_window_layers_keep_mlx_lms_cache_and_say_why(gemma: Module) -> 
     assert plans[0].native_nbytes(10) == 10 * per_token
     assert plans[0].native_nbytes(1000) == 32 * per_token
     assert plans[1].native_nbytes(1000) == 0
+
+
+def test_attention_sinks_are_seen() -> None:
+    args = {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 2,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 16,
+    }
+    plans = plan_layers(gpt_oss.Model(gpt_oss.ModelArgs(**args)))
+    assert [plan.compressed for plan in plans] == [False, True]
+    assert [plan.geometry.sinks for plan in plans if plan.geometry] == [True]
 
 
 class _Detour(Module):

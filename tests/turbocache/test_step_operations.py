@@ -11,6 +11,7 @@ from kernels.lanes import Codebooks, LaneShape
 from kernels.layout import PAGE
 from turbocache.batch import CacheBatch, CacheSpec, CompressedLayer
 from turbocache.codebook import levels_for
+from turbocache.conditioning import KeyCentre
 from turbocache.pool import PagePool
 from turbocache.ring import RingConfig
 
@@ -28,9 +29,15 @@ def make_batch(n_rows: int, n_pages: int) -> CacheBatch:
     return batch
 
 
+@pytest.mark.parametrize("centred", [False, True], ids=["plain", "centred"])
 @pytest.mark.parametrize(("n_rows", "n_pages"), [(1, 0), (1, 5), (4, 5)])
-def test_cache_and_attention_are_four_operations(n_rows: int, n_pages: int) -> None:
+def test_cache_and_attention_are_four_operations(n_rows: int, n_pages: int, centred: bool) -> None:
+    """And one more, a subtraction, in a layer where a row's keys are centred."""
     batch = make_batch(n_rows, n_pages)
+    for row, ring in enumerate(batch.rings):
+        ring.centre = KeyCentre()
+        if centred and row == n_rows // 2:
+            ring.centre.means[0] = mx.ones((1, 2, 1, 64), dtype=mx.float16)
     step = batch.begin_step(1)
     made: list[str] = []
 
@@ -47,7 +54,9 @@ def test_cache_and_attention_are_four_operations(n_rows: int, n_pages: int) -> N
     keys, values = (mx.array(rng.normal(size=(n_rows, 2, 1, 64))).astype(mx.float16) for _ in range(2))
     # What a step shares with all layers is there before them.
     mx.eval(step.rows.rows, step.rows.table if n_pages else [], step.slots_for(keys), batch.raw)
+    mx.eval(batch._centres.of(0) if centred else [])
     mx.export_function(note, layer, queries, keys, values)
-    assert sorted(made) == ["CustomKernel", "CustomKernel", "ScatterAxis", "ScatterAxis"], made
+    want = ["CustomKernel", "CustomKernel", "ScatterAxis", "ScatterAxis"] + ["Subtract"] * centred
+    assert sorted(made) == want, made
     assert len(batch.rings[0].pages) == n_pages
     assert batch.rings[0].window_start == 64 + PAGE * n_pages
