@@ -188,7 +188,7 @@ class FusedLanes:
         if launch is None:
             launch = self._launch(queries.dtype, rows, scale, sinks is not None)
             rows.launches[self, scale, sinks is None] = launch
-        inputs = [queries, raw_keys, raw_values, *launch.index, *(launch.no_pages or pages), *launch.constants]
+        inputs = [queries, raw_keys, raw_values, *launch.shared, *(launch.no_pages or pages), *launch.constants]
         if launch.merge is None:
             if sinks is not None:
                 inputs.append(sinks)
@@ -217,10 +217,10 @@ class FusedLanes:
             # Counters and room for parts, which the kernel writes to: layers of a step follow each other, steps may not.
             n_words = -(-n_groups // 4) * 4 + prod(parts_shape)
             constants = (*constants, mx.full((n_words,), _AT_FIRST, dtype=mx.int32))
-        index = rows.table if n_pages else self._no_pages[0], rows.rows
+        shared = rows.table if n_pages else self._no_pages[0], rows.rows
         no_pages = None if n_pages else self._no_pages[1]
         if step.merge is None:
-            return _Launch(attend, None, index, no_pages, constants)
+            return _Launch(attend, None, shared, no_pages, constants)
         merge = partial(
             step.merge,
             grid=(_THREADS, -(-n_rows * s.n_heads * rows.n_queries // WARPS), 1),
@@ -228,7 +228,7 @@ class FusedLanes:
             output_shapes=[out_shape],
             output_dtypes=[dtype],
         )
-        return _Launch(attend, merge, index, no_pages, constants)
+        return _Launch(attend, merge, shared, no_pages, constants)
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         return "fused" if n_tokens is None else "expanded"
@@ -337,7 +337,7 @@ class _Launch(NamedTuple):
 
     attend: Callable[..., list[mx.array]]
     merge: Callable[..., list[mx.array]] | None
-    index: tuple[mx.array, ...]
+    shared: tuple[mx.array, ...]
     no_pages: Pages | None
     constants: tuple[mx.array, ...]
 

@@ -24,6 +24,7 @@ class IdentityLanes:
 
     name: ClassVar[str] = "identity"
     codebook: ClassVar[CodebookKind] = "none"
+    adds_masks: ClassVar[bool] = False
 
     def __init__(self, shape: LaneShape, dtype: mx.Dtype) -> None:
         self.shape = shape

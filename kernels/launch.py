@@ -31,8 +31,8 @@ class Signature:
 _PAGES = ("key_words", "value_words", "key_scales", "value_scales")
 _STEP = ("queries", "raw_keys", "raw_values", "table", "rows", *_PAGES, "constants")
 
-# Every array that a launch names costs the host time, so what does not change is one array (metal/shapes.h), and attention
-# sinks are only there for models that have them.
+# Every array that a launch names costs the host time, so what does not change is one array (metal/shapes.h), and
+# attention sinks are only there for models that have them.
 KERNELS = {
     "encode": Signature("encode", ("keys", "values", "constants"), _PAGES),
     "expand": Signature("expand", (*_PAGES, "table", "constants"), ("keys", "values")),
@@ -113,9 +113,9 @@ def _constant(key: str, value: Constant, language: Language) -> str:
 
 
 def _text(path: Path, language: Language) -> str:
-    """A source as it goes into a kernel's text, which MLX copies and hashes at every launch: for CUDA its name, behind the
-    shapes of inputs that it reads (MLX passes those whose names it finds); for Metal, which includes no files of ours,
-    itself without comments and indentation.
+    """A source as it goes into a kernel's text, which MLX copies and hashes at every launch: for CUDA its name, behind
+    the shapes of inputs that it reads (MLX passes those whose names it finds); for Metal, which includes no files of
+    ours, itself without comments and indentation.
     """
     lines = [re.sub(r"//.*", "", line).strip() for line in path.read_text().splitlines()]
     if language == "metal":

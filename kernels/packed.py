@@ -110,6 +110,7 @@ class PackedLanes:
 
     name: ClassVar[str] = "packed"
     codebook: ClassVar[CodebookKind] = "uniform"
+    adds_masks: ClassVar[bool] = False
 
     def __init__(self, shape: LaneShape, codebooks: Codebooks) -> None:
         reason = self.unsupported(shape)

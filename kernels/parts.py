@@ -26,6 +26,7 @@ class PartedLanes:
 
     name: ClassVar[str] = "parted"
     codebook: ClassVar[CodebookKind] = "none"
+    adds_masks: ClassVar[bool] = False
 
     def __init__(self, lanes: Lanes, expanded: Collection[str]) -> None:
         self.shape = lanes.shape

@@ -20,6 +20,9 @@ from turbocache.pool import PagePool
 from turbocache.ring import PageRing, RingConfig
 from turbocache.steps import DecodeStep, PrefillStep, plan_decode, plan_prefill
 
+_LONG = 64
+"""Pages from which on a prefill waits for its layers (`CacheBatch._bound_scratch`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class CompressedLayer:
@@ -96,6 +99,7 @@ class CacheBatch:
         self.raw = [self._empty_raw(layer, n_rows) for layer in spec.layers]
         self._remaining: list[int] | None = None
         self._rows: RowIndex | None = None
+        self._in_flight: mx.array | None = None
         self._centres = RowCentres()
         spec.live.add(self)
 
@@ -319,11 +323,27 @@ class CacheBatch:
                 for kept, tokens in zip(self.raw[layer], body, strict=True)
             )
             chosen = queries[here, :, : chunk.n]
-            out = lanes.attend(chosen, keys, values, pages, chunk.index, chunk.mask, scale, sinks)
+            mask = chunk.added_mask(queries.dtype) if lanes.adds_masks else chunk.mask
+            out = lanes.attend(chosen, keys, values, pages, chunk.index, mask, scale, sinks)
             if chunk.n < n_columns:
                 out = mx.pad(out, [(0, 0), (0, 0), (0, n_columns - chunk.n), (0, 0)])
             outs[chunk.row] = out
-        return mx.concatenate(outs)
+        joined = mx.concatenate(outs) if len(outs) > 1 else outs[0]
+        self._bound_scratch(layer, joined, max((chunk.index.n_pages for chunk in step.chunks), default=0))
+        return joined
+
+    def _bound_scratch(self, layer: int, out: mx.array, n_pages: int) -> None:
+        """Let at most two layers' expanded pages exist at once: MLX would start all layers and free nothing before the
+        first of them is through.
+        """
+        if n_pages < _LONG:
+            return
+        before, self._in_flight = self._in_flight if layer else None, out
+        mx.async_eval(out)
+        if before is not None:
+            mx.eval(before)
+        if layer == len(self.spec.layers) - 1:
+            self._in_flight = None
 
     def _write_pages(self, layer: int, step: PrefillStep, bodies: list[Pair]) -> None:
         ids = [page for chunk in step.chunks for page in chunk.new_pages]

@@ -68,6 +68,15 @@ class ChunkStep:
     index: PageIndex
     to_slots: mx.array
     mask: Mask
+    _added: dict[mx.Dtype, mx.array] = field(default_factory=dict)
+
+    def added_mask(self, dtype: mx.Dtype) -> Mask:
+        """`mask` as 0 and -inf, which are added to the scores; made once for all layers."""
+        if not isinstance(self.mask, mx.array):
+            return self.mask
+        if dtype not in self._added:
+            self._added[dtype] = mx.where(self.mask, mx.array(0.0, dtype), mx.array(-mx.inf, dtype))
+        return self._added[dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """From a loaded model, a backend and settings to the process's cache: the spec that every session shares."""
 
 import copy
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -86,8 +87,14 @@ class CacheStore:
         self._model = model
         self.plans = list(plans)
         self.preset = preset
+
+        @functools.cache
+        def layer(geometry: LayerGeometry, chosen: Preset) -> CompressedLayer:
+            return compressed_layer(geometry, chosen, backend)
+
+        # Layers of a kind share their lanes, and lanes work a step's launch out once.
         layers = tuple(
-            compressed_layer(plan.geometry, preset.of_layer(i, len(plans)), backend)
+            layer(plan.geometry, preset.of_layer(i, len(plans)))
             for i, plan in enumerate(plans)
             if plan.geometry is not None
         )
