@@ -214,7 +214,7 @@ class FusedLanes:
         )
         constants: tuple[mx.array, ...] = (self._constants_for(scale),)
         if merged:
-            # Counters and room for parts, which the kernel writes to: layers of a step follow each other, steps may not.
+            # Counters and room for parts, which the kernel writes to. Layers of a step follow each other; steps may not.
             n_words = -(-n_groups // 4) * 4 + prod(parts_shape)
             constants = (*constants, mx.full((n_words,), _AT_FIRST, dtype=mx.int32))
         shared = rows.table if n_pages else self._no_pages[0], rows.rows
@@ -241,7 +241,7 @@ class FusedLanes:
         return table, tuple(pages)
 
     def _constants_for(self, scale: float) -> mx.array:
-        """What kernels of a layer with this attention scale read and never changes: uint32 words, laid out by shapes.h."""
+        """What never changes for layers with this attention scale, as uint32 words; shapes.h has the layout."""
         if scale not in self._constants:
             s, books = self.shape, self._codebooks
             signs = [np.array(Rotation(dim).signs) for dim in (s.key_dim, s.value_dim)]
@@ -333,7 +333,7 @@ class _Step:
 
 
 class _Launch(NamedTuple):
-    """A step's kernels with everything but a layer's own arrays; `no_pages` stands in for pages where there are none."""
+    """A step's kernels with all but a layer's own arrays; `no_pages` stands in for pages where there are none."""
 
     attend: Callable[..., list[mx.array]]
     merge: Callable[..., list[mx.array]] | None

@@ -266,10 +266,10 @@ class Lanes(Protocol):
         """Attention of `L` query tokens per row over the row's pages and raw tokens.
 
         `queries` `[B, n_heads, L, key_dim]` in the model's dtype; `raw_keys`/`raw_values` `[B, n_kv_heads, S, dim]`;
-        `pages` the whole pool; `mask` `[B, 1, L, P * PAGE + S]` with the pages first, bool or to be added, or "causal" when the last L
-        raw tokens are the queries' own and every page is older, or None when everything is visible; `scale` multiplies
-        the products; `sinks` `[n_heads]` extra logits without a value, or None. Returns the queries' dtype,
-        `[B, n_heads, L, value_dim]`.
+        `pages` the whole pool; `mask` `[B, 1, L, P * PAGE + S]` with the pages first, bools or to be added, or "causal"
+        when the last L raw tokens are the queries' own and every page is older, or None when everything is visible;
+        `scale` multiplies the products; `sinks` `[n_heads]` extra logits without a value, or None. Returns the queries'
+        dtype, `[B, n_heads, L, value_dim]`.
         """
         ...
 
