@@ -134,7 +134,7 @@ SCRIPT: list[tuple[str, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "kind"), [("reference", "lloyd_max"), ("packed", "uniform")])
+@pytest.mark.parametrize(("backend", "kind"), [("reference", "pair"), ("packed", "uniform")])
 @pytest.mark.parametrize("ring", [RingConfig(3, 64, 220), RingConfig(0, 0, None), RingConfig(64, 128, 400)], ids=str)
 def test_pages_hold_keys_without_the_mean_of_the_first_tokens(backend: str, kind: str, ring: RingConfig) -> None:
     """With a codec: a page has the codes of the keys less the mean. One coordinate in a hundred thousand may lie
