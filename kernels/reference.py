@@ -70,7 +70,7 @@ class ReferenceLanes:
     """`Lanes` in plain MLX operations, for any head dim and any codebook; codes for pairs need an even key dim."""
 
     name: ClassVar[str] = "reference"
-    codebook: ClassVar[CodebookKind] = "lloyd_max"
+    codebook: ClassVar[CodebookKind] = "pair"
 
     def __init__(self, shape: LaneShape, codebooks: Codebooks) -> None:
         reason = self.unsupported(shape)

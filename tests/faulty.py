@@ -22,7 +22,7 @@ class FakeFused(ReferenceLanes):
     """What a fused backend looks like from outside: correct, and quick where it is timed."""
 
     name: ClassVar[str] = "cuda"
-    codebook: ClassVar[CodebookKind] = "lloyd_max"
+    codebook: ClassVar[CodebookKind] = "pair"
 
     def attend_step(
         self, queries: Any, keys: Any, values: Any, pages: Any, rows: RowIndex, scale: float, sinks: Any

@@ -147,7 +147,7 @@ def stream_of(codes: np.ndarray, bits: int) -> np.ndarray:
 @pytest.mark.parametrize(("key_bits", "value_bits"), [(4, 4), (8, 3), (5, 7)])
 def test_pages_are_laid_out_as_documented(key_bits: int, value_bits: int) -> None:
     """Keys a stream per token along the head dim, values a stream per dim along the page's tokens."""
-    lanes = make_lanes("reference", LaneShape(2, 2, 80, 96, key_bits, value_bits))
+    lanes = make_lanes("reference", LaneShape(2, 2, 80, 96, key_bits, value_bits), "lloyd_max")
     tokens = [mx.array(rng.normal(size=(2, 2, PAGE, dim)).astype(np.float32)) for dim in (80, 96)]
     key_words, value_words, key_scales, value_scales = (np.array(x) for x in lanes.encode(*tokens))
     for x, words, scales, bits in zip(

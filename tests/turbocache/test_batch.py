@@ -169,7 +169,7 @@ def codecs_of(
 @pytest.mark.parametrize(
     ("backend", "kind", "bits", "name"),
     [
-        ("reference", "lloyd_max", 2, "k2v2"),
+        ("reference", "pair", 2, "k2v2"),
         ("packed", "uniform", 2, "k2v2"),
         ("reference", "pair", 2.5, "turbo2_5"),
     ],
