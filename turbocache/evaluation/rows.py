@@ -4,6 +4,7 @@
     PRESET                     a preset of this project, with the backend, sink and window of the settings
     PRESET:BACKEND             with a backend of its own
     PRESET@KEEP/WINDOW         with a sink and window of its own; sweeps make these
+    PRESET+FIELD=VALUE         with another value of one of the preset's fields; on and off are truths
     mlx-lm-BITS                mlx-lm's QuantizedKVCache, groups of 64, from the first token
     mlx-vlm-BITS               mlx-vlm's TurboQuant cache as its generation uses it: the last layer stays raw
     mlx-vlm-BITS-all           the same with the last layer compressed as well
@@ -13,7 +14,7 @@ A row that can't run on this machine or with this model stays in the table and s
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -127,7 +128,9 @@ class RowMaker:
             return OpenCache(layers, lambda: paged_bytes(store, layers))
 
         note = f"backend {chosen.name}, sink {ring.keep}, window {ring.window}: {chosen.reason}"
-        return Row(name, f"{preset.name}:{chosen.name}@{ring.keep}/{ring.window}", open_cache, note=note)
+        return Row(
+            name, f"{name.split(':')[0].split('@')[0]}:{chosen.name}@{ring.keep}/{ring.window}", open_cache, note=note
+        )
 
     def _choose(self, backend: str, preset: Preset) -> Backend:
         try:
@@ -160,19 +163,25 @@ def _foreign(layers: list[Any]) -> OpenCache:
 
 
 def _parsed(name: str) -> tuple[Preset, str | None, RingConfig | None] | None:
-    """A preset's row name in its parts, or None for another name. Raises EvaluationError for sizes that can't be."""
-    match = re.fullmatch(r"([^:@]+)(?::([a-z]+))?(?:@(\d+)/(\d+))?", name)
+    """A preset's row name in its parts, or None for another name. Raises EvaluationError for values that can't be."""
+    match = re.fullmatch(r"([^:@+]+)((?:\+\w+=[\w.]+)*)(?::([a-z]+))?(?:@(\d+)/(\d+))?", name)
     if match is None or match[1] not in PRESETS:
         return None
     try:
-        ring = RingConfig(int(match[3]), int(match[4])) if match[3] else None
-    except ValueError as error:
+        ring = RingConfig(int(match[4]), int(match[5])) if match[4] else None
+        changes = dict(change.split("=") for change in match[2].split("+")[1:])
+        preset = replace(PRESETS[match[1]], **{field: _value(text) for field, text in changes.items()})
+    except (ValueError, TypeError) as error:
         raise EvaluationError(f"preset {name!r}: {error}") from error
-    return PRESETS[match[1]], match[2], ring
+    return preset, match[3], ring
+
+
+def _value(text: str) -> Any:
+    return {"on": True, "off": False}[text] if text in ("on", "off") else float(text) if "." in text else int(text)
 
 
 def _is_off(name: str) -> bool:
-    return name.partition(":")[0] == "off"
+    return re.split("[:+@]", name)[0] == "off"
 
 
 def _foreign_bits(name: str) -> tuple[str, float, bool] | None:
