@@ -45,7 +45,11 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--depths", type=_floats, default=(0.1, 0.5, 0.9), help="of made needles, as shares of the context"
     )
-    parser.add_argument("--trials", type=int, help="needles for each length and depth (made ones: 5; of files: all)")
+    parser.add_argument(
+        "--trials",
+        type=_integers,
+        help="needles for each depth: one number, or one for each of --lengths (default: 5 made ones, all of files)",
+    )
     parser.add_argument("--markdown", type=Path, help="a page of results")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="figures, PNG and SVG; needs turbocache[eval]")
     parser.add_argument("--restart", action="store_true", help="drop what an earlier run has left instead of going on")
@@ -130,14 +134,12 @@ def command_line(options: argparse.Namespace) -> str:
     for name, default in plain.items():
         if getattr(options, name) != default:
             words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    for name in ("keep", "window", "lengths"):
+    for name in ("keep", "window", "lengths", "trials"):
         if getattr(options, name):
             words += [f"--{name}", ",".join(str(value) for value in getattr(options, name))]
     if options.needles is not None:
         words += ["--needles", *(path.name for path in options.needles)]
         words += ["--depths", ",".join(f"{depth:g}" for depth in options.depths)] if not options.needles else []
-    if options.trials is not None:
-        words += ["--trials", str(options.trials)]
     return shlex.join([*words, "--json", options.json.name])
 
 

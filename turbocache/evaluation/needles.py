@@ -74,19 +74,20 @@ def load_needles(path: Path, tokenizer: TokenizerWrapper) -> list[Needle]:
 
 
 def make_needles(
-    tokenizer: TokenizerWrapper, text: str, lengths: Sequence[int], depths: Sequence[float], trials: int, seed: int
+    tokenizer: TokenizerWrapper, text: str, trials: dict[int, int], depths: Sequence[float], seed: int
 ) -> list[Needle]:
-    """`trials` needles for each length (tokens of the whole prompt, at most) and depth, hidden in pieces of `text`.
+    """Needles hidden in pieces of `text`, `trials[length]` for each depth. A length is that of the whole prompt in tokens,
+    at most.
 
     The same seed gives the same needles. Raises EvaluationError when the text is too short.
     """
     hay = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     made = []
-    for length in lengths:
+    for length, n_trials in trials.items():
         if len(hay) < length:
             raise EvaluationError(f"the text has {len(hay)} tokens, too few to hide needles in {length} of them")
         for depth in depths:
-            for trial in range(trials):
+            for trial in range(n_trials):
                 name = f"needle-{length}-{round(100 * depth)}-{trial}"
                 chance = random.Random(f"{seed} {name}")
                 made.append(_hidden(tokenizer, hay, length, depth, chance, name))

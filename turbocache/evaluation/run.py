@@ -105,8 +105,8 @@ def _needles(loaded: LoadedModel, settings: Settings, text: str) -> list[Needle]
         )
     if not settings.needles:
         lengths = settings.lengths or [n for n in DEFAULT_LENGTHS if n <= loaded.max_positions]
-        trials = settings.trials or DEFAULT_TRIALS
-        return make_needles(loaded.tokenizer, text, lengths, settings.depths, trials, settings.seed)
+        trials = {length: settings.trials_of(str(length)) or DEFAULT_TRIALS for length in lengths}
+        return make_needles(loaded.tokenizer, text, trials, settings.depths, settings.seed)
     found = [needle for path in settings.needles for needle in load_needles(path, loaded.tokenizer)]
     if settings.lengths is not None:
         found = [needle for needle in found if needle.context in {str(length) for length in settings.lengths}]
@@ -118,16 +118,17 @@ def _needles(loaded: LoadedModel, settings: Settings, text: str) -> list[Needle]
             f"a needle's prompt has {longest} tokens, more than the {loaded.max_positions} positions of {loaded.id}: "
             "choose --lengths"
         )
-    return _first_of_each_cell(found, settings.trials)
+    return _first_of_each_cell(found, settings)
 
 
-def _first_of_each_cell(needles: Sequence[Needle], trials: int | None) -> list[Needle]:
+def _first_of_each_cell(needles: Sequence[Needle], settings: Settings) -> list[Needle]:
     seen: dict[tuple[str, float | None], int] = {}
     kept = []
     for needle in needles:
         cell = needle.context, needle.depth
         seen[cell] = seen.get(cell, 0) + 1
-        if trials is None or seen[cell] <= trials:
+        limit = settings.trials_of(needle.context)
+        if limit is None or seen[cell] <= limit:
             kept.append(needle)
     return kept
 

@@ -16,7 +16,8 @@ class Settings:
     """Sizes are in tokens. `rows` are row names as typed (`rows.py: expand_names` knows the groups among them).
 
     `keep` and `window` with several values are a sweep: each preset gets a row for every pair. `needles` is None for no
-    needles, and empty for those that are made from the text; `lengths` None takes all that there are.
+    needles, and empty for those that are made from the text; `lengths` None takes all that there are. `trials` is how
+    many are asked of each length and depth: one number, or one for each of `lengths`.
     """
 
     text: Path
@@ -32,7 +33,7 @@ class Settings:
     needles: tuple[Path, ...] | None = None
     lengths: tuple[int, ...] | None = None
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-    trials: int | None = None
+    trials: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raises EvaluationError for sizes that mean nothing."""
@@ -43,8 +44,10 @@ class Settings:
             raise EvaluationError(
                 f"--score-from {self.score_from} leaves nothing to score in a context of {self.context} tokens"
             )
-        if self.trials is not None and self.trials < 1:
-            raise EvaluationError(f"--trials must be at least 1, not {self.trials}")
+        if self.trials is not None and min(self.trials) < 1:
+            raise EvaluationError(f"--trials must be at least 1, not {min(self.trials)}")
+        if self.trials is not None and len(self.trials) not in (1, len(self.lengths or ())):
+            raise EvaluationError(f"--trials has {len(self.trials)} numbers: give one, or one for each of --lengths")
         if any(not 0 <= depth <= 1 for depth in self.depths):
             raise EvaluationError("--depths are shares of the context, from 0 to 1")
         for keep in self.keep:
@@ -59,6 +62,12 @@ class Settings:
         go on from each other's results.
         """
         return {name: getattr(self, name) for name in ("context", "score_from", "chunk", "seed")}
+
+    def trials_of(self, context: str) -> int | None:
+        """Needles of each depth at this length; None for all that there are."""
+        if self.trials is None or len(self.trials) == 1:
+            return self.trials[0] if self.trials else None
+        return dict(zip(map(str, self.lengths or ()), self.trials, strict=True))[context]
 
     @property
     def is_sweep(self) -> bool:

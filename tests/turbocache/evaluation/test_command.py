@@ -132,6 +132,10 @@ def test_a_killed_run_goes_on_where_it_was(
         (["--needles", "--lengths", "9000"], "--lengths 9000 is longer than the 8192 positions"),
         (["--needles", "--depths", "1.5"], "--depths are shares of the context"),
         (["--needles", "--trials", "0"], "--trials must be at least 1"),
+        (
+            ["--needles", "--lengths", "64,128", "--trials", "1,2,3"],
+            "--trials has 3 numbers: give one, or one for each",
+        ),
         (["--needles", "absent.jsonl"], "can't read the needles 'absent.jsonl'"),
         (["--json", "/dev/null/out.json"], "can't make the folder of '/dev/null/out.json'"),
     ],

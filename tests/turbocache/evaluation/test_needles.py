@@ -17,7 +17,7 @@ def hay(text: Path) -> str:
 
 
 def test_made_needles_have_the_length_and_the_depth(bundled: LoadedModel, hay: str) -> None:
-    made = make_needles(bundled.tokenizer, hay, (200, 500), (0.0, 0.5, 1.0), 2, seed=1)
+    made = make_needles(bundled.tokenizer, hay, {200: 2, 500: 2}, (0.0, 0.5, 1.0), seed=1)
     assert [(n.context, n.depth) for n in made] == [(c, d) for c in ("200", "500") for d in (0, 0.5, 1) for _ in (1, 2)]
     for needle in made:
         assert int(needle.context) - 8 <= len(needle.ids) <= int(needle.context)
@@ -31,22 +31,22 @@ def test_made_needles_have_the_length_and_the_depth(bundled: LoadedModel, hay: s
 
 
 def test_the_seed_decides(bundled: LoadedModel, hay: str) -> None:
-    first, again, other = (make_needles(bundled.tokenizer, hay, (200,), (0.5,), 2, seed) for seed in (1, 1, 2))
+    first, again, other = (make_needles(bundled.tokenizer, hay, {200: 2}, (0.5,), seed) for seed in (1, 1, 2))
     assert first == again
     assert {needle.ids for needle in first}.isdisjoint(needle.ids for needle in other)
     # More of them do not change those that there were: a run can be extended.
-    assert make_needles(bundled.tokenizer, hay, (150, 200), (0.5,), 3, 1)[3:5] == first
+    assert make_needles(bundled.tokenizer, hay, {150: 1, 200: 3}, (0.5,), 1)[1:3] == first
 
 
 def test_text_that_is_too_short_is_told(bundled: LoadedModel, hay: str) -> None:
     with pytest.raises(EvaluationError, match="too few to hide needles in 9000"):
-        make_needles(bundled.tokenizer, hay, (9000,), (0.5,), 1, 0)
+        make_needles(bundled.tokenizer, hay, {9000: 1}, (0.5,), 0)
     with pytest.raises(EvaluationError, match="a prompt of 20 tokens has no room"):
-        make_needles(bundled.tokenizer, hay, (20,), (0.5,), 1, 0)
+        make_needles(bundled.tokenizer, hay, {20: 1}, (0.5,), 0)
 
 
 def test_greedy_answers_are_judged_by_what_they_contain(bundled: LoadedModel, hay: str) -> None:
-    needle = make_needles(bundled.tokenizer, hay, (160,), (0.5,), 1, seed=0)[0]
+    needle = make_needles(bundled.tokenizer, hay, {160: 1}, (0.5,), seed=0)[0]
 
     def found(asked: Needle, chunk: int = 64) -> bool:
         return ask(bundled.model, bundled.tokenizer, make_prompt_cache(bundled.model), asked, chunk)
