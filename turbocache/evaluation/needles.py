@@ -76,8 +76,8 @@ def load_needles(path: Path, tokenizer: TokenizerWrapper) -> list[Needle]:
 def make_needles(
     tokenizer: TokenizerWrapper, text: str, trials: dict[int, int], depths: Sequence[float], seed: int
 ) -> list[Needle]:
-    """Needles hidden in pieces of `text`, `trials[length]` for each depth. A length is that of the whole prompt in tokens,
-    at most.
+    """Needles hidden in pieces of `text`, `trials[length]` for each depth; a length is the most tokens that the whole
+    prompt has.
 
     The same seed gives the same needles. Raises EvaluationError when the text is too short.
     """

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from turbocache.evaluation.divergence import TokenScores, summary
 from turbocache.evaluation.journal import Journal
-from turbocache.evaluation.needles import Needle, ask, load_needles, make_needles, recall
+from turbocache.evaluation.needles import ANSWER_TOKENS, Needle, ask, load_needles, make_needles, recall
 from turbocache.evaluation.rows import FULL, OpenCache, Row, RowMaker, RowUnavailable, expand_names, full_precision
 from turbocache.evaluation.settings import EvaluationError, Settings
 from turbocache.evaluation.storage import n_values
@@ -198,7 +198,7 @@ def _ask(work: Work, needle: Needle, row: Row, journal: Journal, progress: Progr
         return
     progress.set_description(f"{needle.id} {row.name}", refresh=False)
     try:
-        opened = row.open(len(needle.ids) + 64)
+        opened = row.open(len(needle.ids) + ANSWER_TOKENS)
         result: Any = ask(work.loaded.model, work.loaded.tokenizer, opened.layers, needle, work.settings.chunk)
     except RowUnavailable as reason:
         result = {"unavailable": str(reason)}

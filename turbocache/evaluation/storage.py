@@ -60,10 +60,10 @@ def n_values(cache: Sequence[Any]) -> int:
 def _arrays(cache: Sequence[Any]) -> list[mx.array]:
     """Arrays of caches that are not paged ones."""
     found: list[mx.array] = []
-    for layer in cache:
-        if hasattr(layer, "batch"):
+    for leaf in (leaf for layer in cache for leaf in getattr(layer, "caches", (layer,))):
+        if hasattr(leaf, "batch"):
             continue
-        state = [layer.keys, layer.values] if hasattr(layer, "keys") else layer.state
+        state = [leaf.keys, leaf.values] if hasattr(leaf, "keys") else leaf.state
         tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, mx.array) else None, state)
     return found
 
