@@ -19,17 +19,19 @@ def draw(told: dict[str, Any], folder: Path) -> list[str]:
     Raises PlotsUnavailable without matplotlib, EvaluationError where the files can't be written.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotsUnavailable("plots need matplotlib: pip install 'turbocache[eval]'") from error
     made = {"kld": _divergence(Figure, told), "needles": _needles(Figure, told)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in made.items():
-            for kind in ("png", "svg"):
+        with rc_context({"svg.hashsalt": "turbocache"}):
+            for name, figure in made.items():
                 if figure is not None:
-                    # Without a date the same numbers give the same bytes.
-                    figure.savefig(folder / f"{name}.{kind}", dpi=120, metadata={"Date": None} if kind == "svg" else {})
+                    # Without a date and chance the same numbers give the same bytes.
+                    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+                    figure.savefig(folder / f"{name}.png", dpi=120)
     except OSError as error:
         raise EvaluationError(f"can't write plots to {str(folder)!r}: {error.strerror}") from error
     return [f"{name}.png" for name, figure in made.items() if figure is not None]

@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -55,6 +56,37 @@ def test_greedy_answers_are_judged_by_what_they_contain(bundled: LoadedModel, ha
     assert found(needle, 7)
     assert not found(replace(needle, answer=needle.answer[:-1] + str((int(needle.answer[-1]) + 1) % 10)))
     assert not found(replace(needle, answer=needle.answer + "0"))
+
+
+class Scripted:
+    """A model that answers with given tokens and notes what it is fed."""
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer, self.fed = iter(answer), list[int]()
+        self.last = 0
+
+    def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
+        self.fed += tokens[0].tolist()  # type: ignore[arg-type]
+        self.last = next(self.answer) if tokens.shape[1] == 1 else 0
+        return mx.broadcast_to(mx.arange(50) == self.last, (1, tokens.shape[1], 50)).astype(mx.float32)
+
+
+class Digits:
+    eos_token_ids = frozenset([3])
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(str(n) for n in ids)
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 5, 100])
+def test_the_model_reads_the_prompt_once_and_writes_until_it_is_clear(chunk: int) -> None:
+    needle = Needle("n", "9", 0.5, tuple(range(10, 19)), "78")
+    for answer, found in (([6, 7, 8, 9], True), ([6, 3, 7, 8], False), ([7] * 48 + [8], False), ([7] * 47 + [8], True)):
+        model = Scripted(answer)
+        assert ask(model, Digits(), [], needle, chunk) is found  # type: ignore[arg-type]
+        written = model.fed[9:]
+        assert model.fed[:9] == list(needle.ids)
+        assert written == answer[: len(written)]
 
 
 def test_files_give_prompts_of_a_grid_and_others(bundled: LoadedModel, tmp_path: Path) -> None:

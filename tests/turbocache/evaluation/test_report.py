@@ -14,6 +14,8 @@ ROWS: list[dict[str, Any]] = [
     {"preset": "k4v4", "note": "a | b", "stored_bits": 6.1, "stored_bits_half": 5.0, "perplexity": 20.1234,
      "kld_mean": 0.00071, "kld_p99": 0.0052, "top1": 0.9876, "needle": {"512": 1.0, "8000": 0.5, "other": 0.25},
      "needle_cells": {"512": {"0.1": [2, 2]}, "8000": {"0.1": [0, 1], "0.9": [1, 1]}, "other": {"-": [1, 4]}}},
+    {"preset": "off", "note": "", "stored_bits": 32.0, "stored_bits_half": 16.0, "perplexity": 20.0, "kld_mean": 1e-12,
+     "kld_p99": 1e-11, "top1": 1.0},
     {"preset": "mlx-lm-4", "note": "", "unavailable": "no\nreason | at all"},
     {"preset": "k2v2", "note": "", "stored_bits": 4.0, "stored_bits_half": 3.0, "perplexity": None, "kld_mean": None,
      "kld_p99": None, "top1": 0.0},
@@ -33,8 +35,8 @@ def test_the_table_has_a_line_for_each_row_and_a_column_for_each_length() -> Non
     assert lines[3] == (
         "| k4v4 | 6.10 | 5.00 | 20.123 | 0.00071 | 0.0052 | 98.76% | 100.0% (2/2) | 50.0% (1/2) | 25.0% (1/4) |"
     )
-    assert lines[4].startswith("| mlx-lm-4 | does not run: no reason \\| at all |")
-    assert lines[5] == "| k2v2 | 4.00 | 3.00 | - | - | - | 0.00% | - | - | - |"
+    assert lines[5].startswith("| mlx-lm-4 | does not run: no reason \\| at all |")
+    assert lines[6] == "| k2v2 | 4.00 | 3.00 | - | - | - | 0.00% | - | - | - |"
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
 
 
@@ -54,7 +56,7 @@ def test_the_page_says_what_was_measured_and_how() -> None:
 
 
 def test_json_has_no_numbers_that_are_none() -> None:
-    assert json.loads(report.as_json(TOLD))["rows"][3]["perplexity"] is None
+    assert json.loads(report.as_json(TOLD))["rows"][4]["perplexity"] is None
     with pytest.raises(ValueError, match="not JSON compliant"):
         report.as_json({"rows": [float("nan")]})
 
@@ -86,11 +88,14 @@ def test_plots_are_drawn_as_png_and_svg(tmp_path: Path) -> None:
     # Text is drawn as shapes with the text beside them as a comment.
     kld, needles = files["kld.svg"].decode(), files["needles.svg"].decode()
     assert "<!-- k4v4 -->" in kld
-    assert "<!-- full -->" not in kld  # no divergence has no place on a logarithmic axis
+    for said in ("full", "off"):
+        assert f"<!-- {said} -->" not in kld  # rounding is not divergence, and none has no place on a logarithmic axis
     assert "<!-- k2v2 -->" not in kld
     for said in ("k4v4", "512", "8000", "2/2", "0/1"):
         assert f"<!-- {said} -->" in needles
     assert "<!-- other -->" not in needles
+    draw(TOLD, tmp_path / "again")
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     assert draw({**TOLD, "rows": ROWS[:1]}, tmp_path / "nothing") == []
 
 
