@@ -96,7 +96,9 @@ def _heat_map(panel: Any, row: dict[str, Any]) -> Any:
     for i, depth in enumerate(depths):
         for j, context in enumerate(contexts):
             if depth in cells[context]:
-                panel.text(j, i, "{}/{}".format(*cells[context][depth]), ha="center", va="center", fontsize=7)
+                colour = "black" if 0.2 < shares[i][j] < 0.8 else "white"
+                said = "{}/{}".format(*cells[context][depth])
+                panel.text(j, i, said, ha="center", va="center", fontsize=7, color=colour)
     return image
 
 
