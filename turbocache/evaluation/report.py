@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from turbocache.evaluation.rows import FULL, is_foreign
 from turbocache.evaluation.run import Work, versions
 from turbocache.evaluation.settings import EvaluationError
 
@@ -21,6 +22,9 @@ _COLUMNS = (
     ("kld_p99", "KLD p99", ".3g"),
     ("top1", "top-1", ".2%"),
 )
+
+_STANDARD = "mlx-lm-4"
+"""The row whose divergence the others' is given as a share of."""
 
 _LEGEND = """\
 *bits*: bytes of one session's cache at the end of a window, all counted (pages, scales, raw sink and window, unused
@@ -96,13 +100,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table; a column for each needle length, and only columns that have something."""
     columns = [column for column in _COLUMNS if any(column[0] in row for row in rows)]
     lengths = sorted({length for row in rows for length in row.get("needle", ())}, key=_length)
-    heads = ["preset", *(head for _, head, _ in columns), *(f"needle {length}" for length in lengths)]
+    standard = next((row.get("kld_mean") for row in rows if row["preset"] == _STANDARD), None)
+    heads = [
+        "preset",
+        *(head for _, head, _ in columns),
+        *([f"KLD / {_STANDARD}"] if standard else []),
+        *(f"needle {length}" for length in lengths),
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         if "unavailable" in row:
             lines.append(f"| {row['preset']} | does not run: {_inline(row['unavailable'])}" + " |" * (len(heads) - 1))
             continue
         cells = [_cell(row.get(name), form) for name, _, form in columns]
+        if standard:
+            kld = row.get("kld_mean")
+            cells.append(_cell(None if kld is None else kld / standard, ".3f"))
         cells += [_needle_cell(row, length) for length in lengths]
         lines.append(f"| {row['preset']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -123,11 +136,31 @@ def markdown(told: dict[str, Any], images: Sequence[str] = ()) -> str:
         f"{machine_said['system']}, Python {machine_said['python']}. Seed {told['seed']}."
     )
     parts += [table(told["rows"]), _LEGEND]
+    compared = comparisons(told["rows"])
+    if compared:
+        parts.append("At no more bits (half):\n\n" + "\n".join(f"- {line}" for line in compared))
     notes = [f"- {row['preset']}: {_inline(row['note'])}" for row in told["rows"] if row["note"]]
     if notes:
         parts.append("How the rows were stored:\n\n" + "\n".join(notes))
     parts += [f"![{name}]({name})" for name in images]
     return "\n\n".join(parts) + "\n"
+
+
+def comparisons(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each cache of another project: the least divergence that this one's presets have in no more bits."""
+    measured = [row for row in rows if row.get("kld_mean") is not None and row["preset"] != FULL]
+    lines = []
+    for row in measured:
+        if is_foreign(row["preset"]):
+            bits, kld = row["stored_bits_half"], row["kld_mean"]
+            within = [r for r in measured if not is_foreign(r["preset"]) and r["stored_bits_half"] <= bits]
+            best = min(within, key=lambda r: r["kld_mean"], default=None)
+            found = "no preset is as small"
+            if best is not None:
+                share = f", {best['kld_mean'] / kld:.2g} of it" if kld else ""
+                found = f"{best['preset']} ({best['stored_bits_half']:.2f} bits) has {best['kld_mean']:.3g}{share}"
+            lines.append(f"{row['preset']} ({bits:.2f} bits) has {kld:.3g}; {found}")
+    return lines
 
 
 def _cell(value: float | None, form: str) -> str:

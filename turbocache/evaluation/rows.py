@@ -184,6 +184,11 @@ def _is_off(name: str) -> bool:
     return re.split("[:+@]", name)[0] == "off"
 
 
+def is_foreign(name: str) -> bool:
+    """Whether a row is another project's cache."""
+    return _foreign_bits(name) is not None
+
+
 def _foreign_bits(name: str) -> tuple[str, float, bool] | None:
     """Whose cache a row compares with, its bits, and whether all layers are compressed; None for another name."""
     match = re.fullmatch(r"(mlx-lm|mlx-vlm)-(\d(?:\.5)?)(-all)?", name)

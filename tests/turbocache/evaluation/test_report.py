@@ -40,6 +40,22 @@ def test_the_table_has_a_line_for_each_row_and_a_column_for_each_length() -> Non
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
 
 
+def test_divergence_is_set_against_that_of_others() -> None:
+    def row(name: str, bits: float, kld: float) -> dict[str, Any]:
+        return {"preset": name, "note": "", "stored_bits_half": bits, "kld_mean": kld}
+
+    rows = [row("full", 3.0, 0.0), row("k4v4", 5.0, 0.001), row("k2v2", 3.0, 0.04), row("k3v3", 4.0, 0.005)]
+    rows += [row("mlx-lm-4", 4.5, 0.02), row("mlx-lm-2", 2.5, 0.4), row("mlx-vlm-4-all", 5.0, 0.05)]
+    assert report.comparisons(rows) == [
+        "mlx-lm-4 (4.50 bits) has 0.02; k3v3 (4.00 bits) has 0.005, 0.25 of it",
+        "mlx-lm-2 (2.50 bits) has 0.4; no preset is as small",
+        "mlx-vlm-4-all (5.00 bits) has 0.05; k4v4 (5.00 bits) has 0.001, 0.02 of it",
+    ]
+    heads, _, _, k4v4, *_ = report.table(rows).splitlines()
+    assert heads == "| preset | bits, half | KLD mean | KLD / mlx-lm-4 |"
+    assert k4v4 == "| k4v4 | 5.00 | 0.001 | 0.050 |"
+
+
 def test_the_page_says_what_was_measured_and_how() -> None:
     page = report.markdown(TOLD, ["plots/kld.png"])
     for said in (

@@ -15,7 +15,15 @@ from turbocache.model import LoadedModel
 
 def test_what_is_done_is_not_done_again(bundled: LoadedModel, text: Path, tmp_path: Path) -> None:
     settings = Settings(
-        text, ("k4v4", "mlx-lm-8"), context=72, windows=2, score_from=40, needles=(), lengths=(120,), trials=(1,)
+        text,
+        ("k4v4", "mlx-lm-8"),
+        context=72,
+        windows=2,
+        score_from=40,
+        needles=(),
+        lengths=(120,),
+        trials=(1,),
+        depths=(0.5,),
     )
     work = prepare(bundled, settings)
     with Journal(tmp_path / "journal", work.circumstances()) as journal:
