@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from turbocache.store import CacheStore, native_nbytes
+from turbocache.store import CacheStore, native_nbytes, ring_of
 
 _HALF = 2
 
@@ -26,18 +26,22 @@ def paged_bytes(store: CacheStore, cache: Sequence[Any]) -> Stored:
     """A session of this project: its pages, its sink and window with all their slots, what belongs to it beside them,
     and the layers that keep mlx-lm's caches.
     """
-    total = store.held_nbytes(cache)
-    native = native_nbytes(cache)
-    raw = [
-        (layer.lanes.shape.n_kv_heads * (layer.lanes.shape.key_dim + layer.lanes.shape.value_dim), layer.dtype.size)
-        for layer in store.spec.layers
-    ]
-    saved = sum(values * max(0, size - _HALF) for values, size in raw) * store.spec.ring.raw_slots
-    saved += native - _halved(_arrays(cache)) if native else 0
-    if not store.preset.compressed:  # pages hold raw tokens as well
-        pages = total - native - store.spec.raw_nbytes
-        saved += sum(pages // len(raw) * max(0, size - _HALF) // size for _, size in raw)
-    return Stored(total, total - saved)
+    total, native = store.held_nbytes(cache), native_nbytes(cache)
+    ring = ring_of(cache)
+    pages = 0 if ring is None else len(ring.pages) * store.spec.pool.page_nbytes
+    raw = total - native - pages
+    # Codes and scales are the same in every model; `off` keeps raw tokens in its pages.
+    as_the_model_has_them = raw if store.preset.compressed else raw + pages
+    saved = _share_saved(store) * as_the_model_has_them + native - _halved(_arrays(cache))
+    return Stored(total, total - round(saved))
+
+
+def _share_saved(store: CacheStore) -> float:
+    """Of a raw token's bytes, how much half precision would save."""
+    shapes = [(layer.lanes.shape, layer.dtype.size) for layer in store.spec.layers]
+    values = [(shape.n_kv_heads * (shape.key_dim + shape.value_dim), size) for shape, size in shapes]
+    nbytes = sum(count * size for count, size in values)
+    return sum(count * max(0, size - _HALF) for count, size in values) / nbytes if nbytes else 0.0
 
 
 def foreign_bytes(cache: Sequence[Any]) -> Stored:
