@@ -23,6 +23,7 @@ class FakeFused(ReferenceLanes):
 
     name: ClassVar[str] = "cuda"
     codebook: ClassVar[CodebookKind] = "pair"
+    codebook: ClassVar[CodebookKind] = "pair"
     adds_masks: ClassVar[bool] = False
 
     def attend_step(

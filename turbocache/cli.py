@@ -1,10 +1,12 @@
-"""The `turbocache` command: start the server, or show what this machine can run."""
+"""The `turbocache` command: start the server, show what this machine can run, or measure what compression does."""
 
 import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
+
+from turbocache.evaluation import command as evaluation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     probe.add_argument("--json", action="store_true", help="print JSON instead of a table")
     probe.set_defaults(run=_probe)
+
+    evaluation.add_to(commands)
 
     options = parser.parse_args(arguments)
     return int(options.run(options))

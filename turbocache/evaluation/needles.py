@@ -1,0 +1,166 @@
+"""Needles: a number hidden in a long prompt, asked for at its end. Greedy answers that contain it count."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from turbocache.evaluation.settings import EvaluationError
+from turbocache.store import evaluate
+
+ANSWER_TOKENS = 48
+"""Most tokens that an answer is given."""
+
+OTHER = "other"
+"""The context of prompts that are not of a grid."""
+
+_FIRST = ("amber", "brave", "calm", "dusty", "early", "fancy", "gentle", "hollow", "ivory", "jolly", "lively", "mellow")
+_SECOND = ("anchor", "bridge", "candle", "desert", "engine", "forest", "garden", "harbor", "island", "jacket", "mirror")
+
+
+@dataclass(frozen=True, slots=True)
+class Needle:
+    """A prompt as token ids and the text that its answer must contain. `context` is a length in tokens or `OTHER`."""
+
+    id: str
+    context: str
+    depth: float | None
+    ids: tuple[int, ...]
+    answer: str
+
+    @property
+    def key(self) -> str:
+        """A name that changes with the prompt."""
+        digest = hashlib.sha256(json.dumps([self.ids, self.answer]).encode()).hexdigest()[:12]
+        return f"{self.id}-{digest}"
+
+
+def load_needles(path: Path, tokenizer: TokenizerWrapper) -> list[Needle]:
+    """Prompts of a JSON-lines file: `messages` and `answer`, and `context` and `depth` for those of a grid.
+
+    Raises EvaluationError for a file that is not of this form.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"can't read the needles {str(path)!r}: {getattr(error, 'strerror', error)}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            ids = _prompt(tokenizer, item["messages"])
+            context, depth = item.get("context"), item.get("depth")
+            answer = str(item["answer"])
+            depth = None if depth is None else float(depth)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EvaluationError(
+                f"line {number} of {str(path)!r} is no needle ({type(error).__name__}: {error}); "
+                "each line is a JSON object with messages and answer, and context and depth if it is of a grid"
+            ) from error
+        name = str(item.get("id", f"{path.stem}-{number}"))
+        found.append(Needle(name, OTHER if context is None else str(context), depth, tuple(ids), answer))
+    if not found:
+        raise EvaluationError(f"there are no needles in {str(path)!r}")
+    return found
+
+
+def make_needles(
+    tokenizer: TokenizerWrapper, text: str, trials: dict[int, int], depths: Sequence[float], seed: int
+) -> list[Needle]:
+    """Needles hidden in pieces of `text`, `trials[length]` for each depth; a length is the most tokens that the whole
+    prompt has.
+
+    The same seed gives the same needles. Raises EvaluationError when the text is too short.
+    """
+    hay = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    made = []
+    for length, n_trials in trials.items():
+        if len(hay) < length:
+            raise EvaluationError(f"the text has {len(hay)} tokens, too few to hide needles in {length} of them")
+        for depth in depths:
+            for trial in range(n_trials):
+                name = f"needle-{length}-{round(100 * depth)}-{trial}"
+                chance = random.Random(f"{seed} {name}")
+                made.append(_hidden(tokenizer, hay, length, depth, chance, name))
+    return made
+
+
+def _hidden(
+    tokenizer: TokenizerWrapper, hay: list[int], length: int, depth: float, chance: random.Random, name: str
+) -> Needle:
+    key = f"{chance.choice(_FIRST)} {chance.choice(_SECOND)}"
+    number = str(chance.randrange(1_000_000, 10_000_000))
+    start = chance.randrange(len(hay) - length + 1)
+
+    def prompt(n: int) -> list[int]:
+        before, after = (
+            tokenizer.decode(hay[start + first : start + last])
+            for first, last in ((0, round(n * depth)), (round(n * depth), n))
+        )
+        content = (
+            f"A special magic number is hidden within the following text. Memorize it.\n\n{before.rstrip()} "
+            f"The special magic number for {key} is {number}. {after.lstrip()}\n\n"
+            f"What is the special magic number for {key}?"
+        )
+        return _prompt(tokenizer, [{"role": "user", "content": content}], f" The special magic number for {key} is")
+
+    n_hay = length - len(prompt(0))
+    while n_hay > 0:
+        ids = prompt(n_hay)
+        if len(ids) <= length:
+            return Needle(name, str(length), depth, tuple(ids), number)
+        n_hay -= max(1, len(ids) - length)  # cut text does not always become the same tokens again
+    raise EvaluationError(f"a prompt of {length} tokens has no room for a needle")
+
+
+def _prompt(tokenizer: TokenizerWrapper, messages: list[dict[str, str]], begun: str = "") -> list[int]:
+    """Token ids of a chat with the model's turn next; for a model without a template the contents and `begun`."""
+    if tokenizer.has_chat_template:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    return list(tokenizer.encode("\n".join(message["content"] for message in messages) + begun))
+
+
+def ask(model: Module, tokenizer: TokenizerWrapper, cache: Sequence[Any], needle: Needle, chunk: int) -> bool:
+    """Whether the greedy answer, read and written through `cache`, contains the needle's."""
+    prompt = list(needle.ids)
+    for start in range(0, len(prompt) - 1, chunk):
+        model(mx.array([prompt[start : min(start + chunk, len(prompt) - 1)]]), cache=cache)
+        evaluate(cache)
+    written: list[int] = []
+    for token in _greedy(model, cache, prompt[-1]):
+        if token in tokenizer.eos_token_ids:
+            return False
+        written.append(token)
+        if needle.answer in tokenizer.decode(written):
+            return True
+        if len(written) == ANSWER_TOKENS:
+            return False
+    return False
+
+
+def _greedy(model: Module, cache: Sequence[Any], token: int) -> Iterator[int]:
+    """The most likely tokens after `token`, without end."""
+    while True:
+        logits = model(mx.array([[token]]), cache=cache)
+        token = int(mx.argmax(logits[0, -1]))
+        yield token
+
+
+def recall(outcomes: dict[tuple[str, float | None], list[bool]]) -> tuple[dict[str, float], dict[str, Any]]:
+    """From outcomes by context and depth: recall by context, and `[found, asked]` by context and depth."""
+    by_context: dict[str, list[bool]] = {}
+    cells: dict[str, dict[str, list[int]]] = {}
+    for (context, depth), found in outcomes.items():
+        by_context.setdefault(context, []).extend(found)
+        cells.setdefault(context, {})["-" if depth is None else f"{depth:g}"] = [sum(found), len(found)]
+    return {context: sum(found) / len(found) for context, found in by_context.items()}, cells

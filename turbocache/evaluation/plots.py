@@ -1,0 +1,110 @@
+"""The two figures of an evaluation, as PNG and SVG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from turbocache.evaluation.settings import EvaluationError
+
+_FAMILIES = (("mlx-lm", "s", "tab:red"), ("mlx-vlm", "^", "tab:green"), ("", "o", "tab:blue"))
+
+
+class PlotsUnavailable(Exception):
+    """matplotlib is not installed; the message says how to get it."""
+
+
+def draw(told: dict[str, Any], folder: Path) -> list[str]:
+    """Draw what the document has numbers for into `folder`; returns the names of the PNG files.
+
+    Raises PlotsUnavailable without matplotlib, EvaluationError where the files can't be written.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotsUnavailable("plots need matplotlib: pip install 'turbocache[eval]'") from error
+    made = {"kld": _divergence(Figure, told), "needles": _needles(Figure, told)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with rc_context({"svg.hashsalt": "turbocache"}):
+            for name, figure in made.items():
+                if figure is not None:
+                    # Without a date and chance the same numbers give the same bytes.
+                    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+                    figure.savefig(folder / f"{name}.png", dpi=120)
+    except OSError as error:
+        raise EvaluationError(f"can't write plots to {str(folder)!r}: {error.strerror}") from error
+    return [f"{name}.png" for name, figure in made.items() if figure is not None]
+
+
+def _divergence(figure_class: Any, told: dict[str, Any]) -> Any:
+    """Mean KL divergence against stored bits, both on logarithmic axes."""
+    rows = [
+        row for row in told["rows"] if row.get("kld_mean") and row["kld_mean"] > 1e-9 and row.get("stored_bits_half")
+    ]
+    if not rows:
+        return None
+    figure = figure_class(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for start, marker, colour in _FAMILIES:
+        mine = [row for row in rows if _family(row["preset"]) == start]
+        if mine:
+            bits, kld = ([row[name] for row in mine] for name in ("stored_bits_half", "kld_mean"))
+            axes.plot(bits, kld, marker, color=colour, label=start or "turbocache")
+            for row, x, y in zip(mine, bits, kld, strict=True):
+                axes.annotate(
+                    row["preset"], (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=colour
+                )
+    axes.set(xscale="log", yscale="log", xlabel="bits a value, everything counted (half precision)")
+    axes.set(ylabel="mean KL divergence (nats)", title=f"{told['model']}, context {told['context']}, {told['text']}")
+    ticks = [2, 3, 4, 5, 6, 8, 10, 12, 16]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _needles(figure_class: Any, told: dict[str, Any]) -> Any:
+    """A heat map of recall for each row, context across and depth down."""
+    rows = [row for row in told["rows"] if any(context.isdigit() for context in row.get("needle_cells", ()))]
+    if not rows:
+        return None
+    across = min(3, len(rows))
+    down = -(-len(rows) // across)
+    figure = figure_class(figsize=(3.4 * across + 1, 2.1 * down + 0.6), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    image = None
+    for panel, row in zip(panels, rows, strict=False):
+        image = _heat_map(panel, row)
+    for panel in panels[len(rows) :]:
+        panel.set_axis_off()
+    figure.colorbar(image, ax=panels.tolist(), label="recall")
+    figure.suptitle(f"Needle recall, {told['model']}: context (tokens) across, depth down")
+    return figure
+
+
+def _heat_map(panel: Any, row: dict[str, Any]) -> Any:
+    cells = {context: found for context, found in row["needle_cells"].items() if context.isdigit()}
+    contexts = sorted(cells, key=int)
+    depths = sorted({depth for found in cells.values() for depth in found})
+    shares = [[_share(cells[context].get(depth)) for context in contexts] for depth in depths]
+    image = panel.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    panel.set_xticks(range(len(contexts)), contexts, fontsize=8)
+    panel.set_yticks(range(len(depths)), depths, fontsize=8)
+    panel.set_title(row["preset"], fontsize=9)
+    for i, depth in enumerate(depths):
+        for j, context in enumerate(contexts):
+            if depth in cells[context]:
+                colour = "black" if 0.2 < shares[i][j] < 0.8 else "white"
+                said = "{}/{}".format(*cells[context][depth])
+                panel.text(j, i, said, ha="center", va="center", fontsize=7, color=colour)
+    return image
+
+
+def _share(found: Sequence[int] | None) -> float:
+    return found[0] / found[1] if found else float("nan")
+
+
+def _family(name: str) -> str:
+    return next(start for start, _, _ in _FAMILIES if name.startswith(start))

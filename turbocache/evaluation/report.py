@@ -1,0 +1,182 @@
+"""The evaluation's results as one JSON document and as Markdown."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from turbocache.evaluation.rows import FULL, is_foreign
+from turbocache.evaluation.run import Work, versions
+from turbocache.evaluation.settings import EvaluationError
+
+_COLUMNS = (
+    ("stored_bits", "bits", ".2f"),
+    ("stored_bits_half", "bits, half", ".2f"),
+    ("perplexity", "perplexity", ".3f"),
+    ("kld_mean", "KLD mean", ".3g"),
+    ("kld_p99", "KLD p99", ".3g"),
+    ("top1", "top-1", ".2%"),
+)
+
+_STANDARD = "mlx-lm-4"
+"""The row whose divergence the others' is given as a share of."""
+
+_LEGEND = """\
+*bits*: bytes of one session's cache at the end of a window, all counted (pages, scales, raw sink and window, unused
+slots of what is allocated), by values of a full-precision cache. *bits, half*: the same for a model that computes in
+half precision, whose raw tokens and scales take half of the bytes. *KLD*: KL divergence of the next token's
+distribution from the full-precision cache's, over the whole vocabulary, in nats. *top-1*: how often the most likely
+token is the same."""
+
+
+def machine() -> dict[str, Any]:
+    """What computed, without its name."""
+    device = mx.device_info()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "device": device.get("device_name", str(mx.default_device())),
+        "architecture": device.get("architecture", ""),
+    }
+
+
+def document(work: Work, rows: Sequence[dict[str, Any]], command: str) -> dict[str, Any]:
+    """All that the JSON file says."""
+    settings = work.settings
+    return {
+        "rows": list(rows),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": command,
+        "model": work.loaded.id,
+        "model_notes": list(work.loaded.notes),
+        "dtype": str(work.loaded.dtype).removeprefix("mlx.core."),
+        "text": settings.text.name,
+        "text_sha256": work.circumstances()["text_sha256"],
+        "context": settings.context,
+        "windows": len(work.windows),
+        "score_from": settings.score_from,
+        "scored_tokens": len(work.windows) * (settings.context - settings.score_from),
+        "chunk": settings.chunk,
+        "seed": settings.seed,
+        "backend": settings.backend,
+        "keep": list(settings.keep),
+        "window": list(settings.window),
+        "needles": None if settings.needles is None else [path.name for path in settings.needles] or "from the text",
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def make_folder(path: Path) -> None:
+    """The folder of a file to come. Raises EvaluationError where it can't be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"can't make the folder of {str(path)!r}: {error.strerror}") from error
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a file in one step. Raises EvaluationError where that can't be."""
+    make_folder(path)
+    beside = path.with_name(path.name + ".part")
+    try:
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise EvaluationError(f"can't write {str(path)!r}: {error.strerror}") from error
+
+
+def as_json(told: dict[str, Any]) -> str:
+    return json.dumps(told, indent=1, allow_nan=False) + "\n"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; a column for each needle length, and only columns that have something."""
+    columns = [column for column in _COLUMNS if any(column[0] in row for row in rows)]
+    lengths = sorted({length for row in rows for length in row.get("needle", ())}, key=_length)
+    standard = next((row.get("kld_mean") for row in rows if row["preset"] == _STANDARD), None)
+    heads = [
+        "preset",
+        *(head for _, head, _ in columns),
+        *([f"KLD / {_STANDARD}"] if standard else []),
+        *(f"needle {length}" for length in lengths),
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        if "unavailable" in row:
+            lines.append(f"| {row['preset']} | does not run: {_inline(row['unavailable'])}" + " |" * (len(heads) - 1))
+            continue
+        cells = [_cell(row.get(name), form) for name, _, form in columns]
+        if standard:
+            kld = row.get("kld_mean")
+            cells.append(_cell(None if kld is None else kld / standard, ".3f"))
+        cells += [_needle_cell(row, length) for length in lengths]
+        lines.append(f"| {row['preset']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def markdown(told: dict[str, Any], images: Sequence[str] = ()) -> str:
+    """A page of results: what was measured, the table, and what its columns mean."""
+    versions_said = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
+    machine_said = told["machine"]
+    parts = [f"# {told['model']}, {told['date']}", f"    {told['command']}"]
+    if told["windows"]:
+        parts.append(
+            f"{told['windows']} windows of {told['context']} tokens of {told['text']}, scored from "
+            f"{told['score_from']} ({told['scored_tokens']} tokens), in {told['dtype']}."
+        )
+    parts.append(
+        f"{versions_said}. {machine_said['device']} ({machine_said['architecture']}), {machine_said['cores']} cores, "
+        f"{machine_said['system']}, Python {machine_said['python']}. Seed {told['seed']}."
+    )
+    parts += [table(told["rows"]), _LEGEND]
+    compared = comparisons(told["rows"])
+    if compared:
+        parts.append("At no more bits (half):\n\n" + "\n".join(f"- {line}" for line in compared))
+    notes = [f"- {row['preset']}: {_inline(row['note'])}" for row in told["rows"] if row["note"]]
+    if notes:
+        parts.append("How the rows were stored:\n\n" + "\n".join(notes))
+    parts += [f"![{name}]({name})" for name in images]
+    return "\n\n".join(parts) + "\n"
+
+
+def comparisons(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each cache of another project: the least divergence that this one's presets have in no more bits."""
+    measured = [row for row in rows if row.get("kld_mean") is not None and row["preset"] != FULL]
+    lines = []
+    for row in measured:
+        if is_foreign(row["preset"]):
+            bits, kld = row["stored_bits_half"], row["kld_mean"]
+            within = [r for r in measured if not is_foreign(r["preset"]) and r["stored_bits_half"] <= bits]
+            best = min(within, key=lambda r: r["kld_mean"], default=None)
+            found = "no preset is as small"
+            if best is not None:
+                share = f", {best['kld_mean'] / kld:.2g} of it" if kld else ""
+                found = f"{best['preset']} ({best['stored_bits_half']:.2f} bits) has {best['kld_mean']:.3g}{share}"
+            lines.append(f"{row['preset']} ({bits:.2f} bits) has {kld:.3g}; {found}")
+    return lines
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _needle_cell(row: dict[str, Any], length: str) -> str:
+    if length not in row.get("needle", {}):
+        return "-"
+    cells = row["needle_cells"][length].values()
+    return f"{row['needle'][length]:.1%} ({sum(found for found, _ in cells)}/{sum(asked for _, asked in cells)})"
+
+
+def _length(context: str) -> tuple[int, str]:
+    return (int(context), "") if context.isdigit() else (1 << 60, context)
+
+
+def _inline(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,199 @@
+"""The rows of an evaluation: named ways to make a cache.
+
+    full                       mlx-lm's own cache in full precision: what all others are compared with
+    PRESET                     a preset of this project, with the backend, sink and window of the settings
+    PRESET:BACKEND             with a backend of its own
+    PRESET@KEEP/WINDOW         with a sink and window of its own; sweeps make these
+    PRESET+FIELD=VALUE         with another value of one of the preset's fields; on and off are truths
+    mlx-lm-BITS                mlx-lm's QuantizedKVCache, groups of 64, from the first token
+    mlx-vlm-BITS               mlx-vlm's TurboQuant cache as its generation uses it: the last layer stays raw
+    mlx-vlm-BITS-all           the same with the last layer compressed as well
+
+A row that can't run on this machine or with this model stays in the table and says why.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from mlx.nn.layers.base import Module
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from turbocache import seam
+from turbocache.backend import Backend, BackendUnavailable, choose_backend
+from turbocache.evaluation import turboquant
+from turbocache.evaluation.settings import EvaluationError, Settings
+from turbocache.evaluation.storage import Stored, foreign_bytes, paged_bytes
+from turbocache.plan import LayerPlan
+from turbocache.presets import PRESETS, Preset
+from turbocache.ring import RingConfig
+from turbocache.store import CacheStore
+
+FULL = "full"
+MLX_LM_BITS = (8, 4, 3, 2)
+MLX_VLM_BITS = (4.0, 3.5, 3.0, 2.5, 2.0)
+GROUP_SIZE = 64
+
+GROUPS = {
+    "presets": tuple(PRESETS),
+    "mlx-lm": tuple(f"mlx-lm-{bits}" for bits in MLX_LM_BITS),
+    "mlx-vlm": tuple(f"mlx-vlm-{bits:g}{which}" for bits in MLX_VLM_BITS for which in ("", "-all")),
+}
+"""Names that stand for several rows; `all` stands for all of these."""
+
+
+class RowUnavailable(Exception):
+    """This row can't run here; the message is the reason that its line of the table gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenCache:
+    """An empty session's prompt cache, and how its bytes are counted."""
+
+    layers: list[Any]
+    stored: Callable[[], Stored]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A named way to make caches. `open(n_tokens)` makes an empty one for that many tokens, or raises RowUnavailable.
+
+    `key` says all that its results depend on, the backend and the sizes that the settings gave it among it. `foreign`
+    says that its code is not this project's.
+    """
+
+    name: str
+    key: str
+    open: Callable[[int], OpenCache]
+    foreign: bool = False
+    note: str = ""
+
+
+def expand_names(settings: Settings) -> list[str]:
+    """The settings' row names with groups and sweeps written out, each once. Raises EvaluationError for unknown."""
+    names: list[str] = []
+    for typed in settings.rows:
+        names += (
+            [name for group in GROUPS.values() for name in group] if typed == "all" else GROUPS.get(typed, (typed,))
+        )
+    swept = []
+    for name in names:
+        if settings.is_sweep and _parsed(name) is not None and "@" not in name and not _is_off(name):
+            swept += [f"{name}@{keep}/{window}" for keep in settings.keep for window in settings.window]
+        else:
+            swept.append(name)
+    for name in swept:
+        if _parsed(name) is None and not _foreign_bits(name) and name != FULL:
+            known = ", ".join([FULL, *(name for group in GROUPS.values() for name in group)])
+            raise EvaluationError(f"unknown preset {name!r}; there are all, {', '.join(GROUPS)}, {known}")
+    return list(dict.fromkeys(swept))
+
+
+def full_precision(model: Module) -> Row:
+    """The row that all others are compared with."""
+    return Row(FULL, FULL, lambda _: _foreign(make_prompt_cache(model)))
+
+
+class RowMaker:
+    """Makes rows for one loaded model whose layers have been planned. Probes each backend and preset once."""
+
+    def __init__(self, model: Module, plans: Sequence[LayerPlan], settings: Settings) -> None:
+        self._model, self._plans, self._settings = model, plans, settings
+        self._backend = cache(self._choose)
+
+    def row(self, name: str) -> Row:
+        """The row of that name. Raises EvaluationError for a backend that does not work here."""
+        if name == FULL:
+            return full_precision(self._model)
+        parsed = _parsed(name)
+        if parsed is not None:
+            return self._paged(name, *parsed)
+        whose, bits, whole = _foreign_bits(name) or ("", 0.0, False)
+        if whose == "mlx-lm":
+            return Row(name, name, lambda _: self._mlx_lm(int(bits)), foreign=True)
+        return Row(name, name, lambda _: self._mlx_vlm(bits, whole), foreign=True)
+
+    def _paged(self, name: str, preset: Preset, backend: str | None, ring: RingConfig | None) -> Row:
+        settings = self._settings
+        chosen = self._backend(backend or settings.backend, preset)
+        ring = ring or RingConfig(settings.keep[0], settings.window[0])
+
+        def open_cache(n_tokens: int) -> OpenCache:
+            pages = max(1, ring.pages_needed(n_tokens, settings.chunk))
+            store = CacheStore(self._model, self._plans, preset, chosen, ring, pages)
+            layers = store.new_cache()
+            return OpenCache(layers, lambda: paged_bytes(store, layers))
+
+        note = f"backend {chosen.name}, sink {ring.keep}, window {ring.window}: {chosen.reason}"
+        return Row(
+            name, f"{name.split(':')[0].split('@')[0]}:{chosen.name}@{ring.keep}/{ring.window}", open_cache, note=note
+        )
+
+    def _choose(self, backend: str, preset: Preset) -> Backend:
+        try:
+            return choose_backend(backend, self._plans, preset)
+        except (ValueError, BackendUnavailable) as error:
+            raise EvaluationError(f"--backend: {error}") from error
+
+    def _mlx_lm(self, bits: int) -> OpenCache:
+        layers = make_prompt_cache(self._model)
+        try:
+            maybe_quantize_kv_cache(layers, 0, GROUP_SIZE, bits)
+        except NotImplementedError as error:
+            raise RowUnavailable(f"mlx-lm can't quantise this model's cache: {error}") from error
+        return _foreign(layers)
+
+    def _mlx_vlm(self, bits: float, whole: bool) -> OpenCache:
+        try:
+            make_layer = turboquant.layer_maker(bits)
+        except turboquant.NotInstalled as error:
+            raise RowUnavailable(str(error)) from error
+        seam.install()
+        layers = make_prompt_cache(self._model)
+        last = len(layers) - 1 if len(layers) > 2 and not whole else None
+        layers = [make_layer() if type(layer) is KVCache and i != last else layer for i, layer in enumerate(layers)]
+        return _foreign(layers)
+
+
+def _foreign(layers: list[Any]) -> OpenCache:
+    return OpenCache(layers, lambda: foreign_bytes(layers))
+
+
+def _parsed(name: str) -> tuple[Preset, str | None, RingConfig | None] | None:
+    """A preset's row name in its parts, or None for another name. Raises EvaluationError for values that can't be."""
+    match = re.fullmatch(r"([^:@+]+)((?:\+\w+=[\w.]+)*)(?::([a-z]+))?(?:@(\d+)/(\d+))?", name)
+    if match is None or match[1] not in PRESETS:
+        return None
+    try:
+        ring = RingConfig(int(match[4]), int(match[5])) if match[4] else None
+        changes = dict(change.split("=") for change in match[2].split("+")[1:])
+        preset = replace(PRESETS[match[1]], **{field: _value(text) for field, text in changes.items()})
+    except (ValueError, TypeError) as error:
+        raise EvaluationError(f"preset {name!r}: {error}") from error
+    return preset, match[3], ring
+
+
+def _value(text: str) -> Any:
+    return {"on": True, "off": False}[text] if text in ("on", "off") else float(text) if "." in text else int(text)
+
+
+def _is_off(name: str) -> bool:
+    return re.split("[:+@]", name)[0] == "off"
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a row is another project's cache."""
+    return _foreign_bits(name) is not None
+
+
+def _foreign_bits(name: str) -> tuple[str, float, bool] | None:
+    """Whose cache a row compares with, its bits, and whether all layers are compressed; None for another name."""
+    match = re.fullmatch(r"(mlx-lm|mlx-vlm)-(\d(?:\.5)?)(-all)?", name)
+    if match is None:
+        return None
+    whose, bits = match[1], float(match[2])
+    known = MLX_LM_BITS if whose == "mlx-lm" else MLX_VLM_BITS
+    return (whose, bits, bool(match[3])) if bits in known and not (whose == "mlx-lm" and match[3]) else None
