@@ -71,7 +71,6 @@ class ReferenceLanes:
 
     name: ClassVar[str] = "reference"
     codebook: ClassVar[CodebookKind] = "pair"
-    codebook: ClassVar[CodebookKind] = "pair"
     adds_masks: ClassVar[bool] = False
 
     def __init__(self, shape: LaneShape, codebooks: Codebooks) -> None:
