@@ -214,7 +214,7 @@ class FusedLanes:
         )
         constants: tuple[mx.array, ...] = (self._constants_for(scale),)
         if merged:
-            # Counters and room for parts, which the kernel writes to. Layers of a step follow each other; steps may not.
+            # Counters and room for parts, which the kernel writes to: a step's layers follow each other, steps may not.
             n_words = -(-n_groups // 4) * 4 + prod(parts_shape)
             constants = (*constants, mx.full((n_words,), _AT_FIRST, dtype=mx.int32))
         shared = rows.table if n_pages else self._no_pages[0], rows.rows

@@ -20,17 +20,21 @@ kernel_fn uint nearest_scalar(float x, const device half* table, thread float& l
   return code;
 }
 
-template <int PB>
-kernel_fn uint nearest_pair(float x, float y, const device half* table, thread float& level_x, thread float& level_y) {
-  uint best = 0u;
-  float least = 1e30f;
+// Codes of N pairs at once, so that each level that is read serves all of them. Ties go to the lower code.
+template <int PB, int N>
+kernel_fn void nearest_pairs(
+    const thread float (&x)[N], const thread float (&y)[N], TG(const float) levels, thread uint (&best)[N]) {
+  float least[N];
+  PRAGMA_UNROLL
+  for (int k = 0; k < N; k++) least[k] = 1e30f, best[k] = 0u;
   for (uint code = 0u; code < (1u << (PB & 15)); code++) {
-    const float dx = x - float(table[2 * code]), dy = y - float(table[2 * code + 1]);
-    const float distance = dx * dx + dy * dy;
-    if (distance < least) least = distance, best = code;
+    const float level_x = levels[2 * code], level_y = levels[2 * code + 1];
+    PRAGMA_UNROLL
+    for (int k = 0; k < N; k++) {
+      const float dx = x[k] - level_x, dy = y[k] - level_y, distance = dx * dx + dy * dy;
+      if (distance < least[k]) least[k] = distance, best[k] = code;
+    }
   }
-  level_x = float(table[2 * best]), level_y = float(table[2 * best + 1]);
-  return best;
 }
 
 kernel_fn float or_zero(float x) { return x - x == 0.0f ? x : 0.0f; }
@@ -40,13 +44,18 @@ kernel_fn float simd_total(float x) {
   return x;
 }
 
-// PAIRED: the table is a pair code's, not a scalar code's. `rows` [WARPS, 2, D] and `codes` [64 * D / 2] (bytes of scalar
-// pairs of 8 bits: ushort) are scratch. Two tokens of a page go together, since a value's pairs are of two tokens.
+// PAIRED: the table is a pair code's, not a scalar code's. `rows` [WARPS, 2, D], `levels` [2 << PB] and
+// `codes` [64 * D / 2] (bytes of scalar pairs of 8 bits: ushort) are scratch. Two tokens of a page go together, since a value's pairs are of two tokens.
 template <typename T, int D, int PB, bool PAIRED, bool KEYS, int WARPS>
 kernel_fn void encode_page(
-    const device T* tokens, const device float* signs, const device half* table, TG(float) all_rows, TG(ushort) codes,
-    device uint* words, device half* scales, uint lane, uint warp) {
+    const device T* tokens, const device float* signs, const device half* table, TG(float) all_rows, TG(float) levels,
+    TG(ushort) codes, device uint* words, device half* scales, uint lane, uint warp) {
   TG(float) rows = all_rows + warp * 2 * D;
+  if (PAIRED) {
+    for (int i = int(lane + 32 * warp); i < 2 << PB; i += 32 * WARPS) levels[i] = float(table[i]);
+    barrier_group();
+  }
+  constexpr int AT_ONCE = 4;
   for (int t = int(warp); t < 32; t += WARPS) {
     float norm[2];
     for (int e = 0; e < 2; e++) {
@@ -63,25 +72,38 @@ kernel_fn void encode_page(
     float along[2] = {0.0f, 0.0f}, squared[2] = {0.0f, 0.0f};
     const float root = sqrt(float(D));
     const float unit[2] = {root / max(norm[0], 1e-30f), root / max(norm[1], 1e-30f)};
-    for (int i = int(lane); i < D; i += 32) {
-      // Keys: pair i % (D / 2) of token i / (D / 2). Values: dim i of both tokens.
-      const int ex = KEYS ? i / (D / 2) : 0, ey = KEYS ? ex : 1;
-      const int dx = KEYS ? 2 * (i % (D / 2)) : i, dy = KEYS ? dx + 1 : i;
-      // NaN and infinity belong to their own row: its scale says so, and its codes must not decide a neighbour's.
-      const float x = or_zero(rows[ex * D + dx] * unit[ex]), y = or_zero(rows[ey * D + dy] * unit[ey]);
-      float level_x, level_y;
-      uint code;
-      if (PAIRED) {
-        code = nearest_pair<PB>(x, y, table, level_x, level_y);
-      } else {
-        code = nearest_scalar<PB>(x, table, level_x);
-        code |= nearest_scalar<PB>(y, table, level_y) << (PB / 2);
+    for (int first = 0; first < D; first += 32 * AT_ONCE) {
+      float x[AT_ONCE], y[AT_ONCE];
+      uint code[AT_ONCE];
+      PRAGMA_UNROLL
+      for (int k = 0; k < AT_ONCE; k++) {
+        // Keys: pair i % (D / 2) of token i / (D / 2). Values: dim i of both tokens.
+        const int i = min(first + 32 * k + int(lane), D - 1);
+        const int ex = KEYS ? i / (D / 2) : 0, ey = KEYS ? ex : 1;
+        const int dx = KEYS ? 2 * (i % (D / 2)) : i, dy = KEYS ? dx + 1 : i;
+        // NaN and infinity belong to their own row: its scale says so, and its codes must not decide a neighbour's.
+        x[k] = or_zero(rows[ex * D + dx] * unit[ex]), y[k] = or_zero(rows[ey * D + dy] * unit[ey]);
       }
-      if (ex == 0) along[0] += x * level_x, squared[0] += level_x * level_x;
-      else along[1] += x * level_x, squared[1] += level_x * level_x;
-      if (ey == 0) along[0] += y * level_y, squared[0] += level_y * level_y;
-      else along[1] += y * level_y, squared[1] += level_y * level_y;
-      codes[KEYS ? (2 * t + ex) * (D / 2) + i % (D / 2) : i * 32 + t] = ushort(code);
+      if (PAIRED) nearest_pairs<PB, AT_ONCE>(x, y, levels, code);
+      PRAGMA_UNROLL
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int i = first + 32 * k + int(lane);
+        if (i < D) {
+          const int ex = KEYS ? i / (D / 2) : 0, ey = KEYS ? ex : 1;
+          float level_x, level_y;
+          if (PAIRED) {
+            level_x = levels[2 * code[k]], level_y = levels[2 * code[k] + 1];
+          } else {
+            code[k] = nearest_scalar<PB>(x[k], table, level_x);
+            code[k] |= nearest_scalar<PB>(y[k], table, level_y) << (PB / 2);
+          }
+          if (ex == 0) along[0] += x[k] * level_x, squared[0] += level_x * level_x;
+          else along[1] += x[k] * level_x, squared[1] += level_x * level_x;
+          if (ey == 0) along[0] += y[k] * level_y, squared[0] += level_y * level_y;
+          else along[1] += y[k] * level_y, squared[1] += level_y * level_y;
+          codes[KEYS ? (2 * t + ex) * (D / 2) + i % (D / 2) : i * 32 + t] = ushort(code[k]);
+        }
+      }
     }
     for (int e = 0; e < 2; e++) {
       const float ru = simd_total(along[e]), rr = simd_total(squared[e]);
