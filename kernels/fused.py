@@ -40,6 +40,8 @@ LOG2_E = 1.4426950408889634
 _BITS = (2, 2.5, 3, 3.5, 4, 8)
 _TILE = 8
 _THREADS = 32 * WARPS
+_STORE_THREADS, _STORE_EACH = 256, 4
+"""Threads of a threadgroup of store, and units of 16 bytes that each takes."""
 _SLICE = 16
 """Tokens that one threadgroup of expand takes."""
 _AT_FIRST = -1
@@ -170,6 +172,38 @@ class FusedLanes:
             keys, values = self.expand_rows(pages, index.table, raw_keys.dtype, (raw_keys, raw_values))
         sinks = sinks if sinks is None else sinks.astype(queries.dtype)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+    def store(
+        self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
+    ) -> tuple[mx.array, mx.array]:
+        launch = rows.launches.get((self, "store"))
+        if launch is None:
+            launch = self._store_launch(raw_keys.dtype, rows)
+            rows.launches[self, "store"] = launch
+        stored = launch(inputs=[raw_keys, raw_values, keys, values, rows.rows])
+        return stored[0], stored[1]
+
+    def _store_launch(self, dtype: mx.Dtype, rows: RowIndex) -> Callable[..., list[mx.array]]:
+        s, n_rows, n_slots = self.shape, len(rows.offsets), rows.keep + rows.window_slots
+        constants: Constants = (
+            ("T", dtype),
+            ("DK", s.key_dim),
+            ("DV", s.value_dim),
+            ("KV_HEADS", s.n_kv_heads),
+            ("KEEP", rows.keep),
+            ("SLOTS", rows.window_slots),
+            ("THREADS", _STORE_THREADS),
+            ("PER_THREAD", _STORE_EACH),
+        )
+        units = n_slots * max(s.key_dim, s.value_dim) * dtype.size // 16
+        chunks = -(-units // (_STORE_THREADS * _STORE_EACH))
+        return partial(
+            kernel("store", self.language, constants),
+            grid=(_STORE_THREADS * chunks * s.n_kv_heads, n_rows, 2),
+            threadgroup=(_STORE_THREADS, 1, 1),
+            output_shapes=[(n_rows, s.n_kv_heads, n_slots, dim) for dim in (s.key_dim, s.value_dim)],
+            output_dtypes=[dtype, dtype],
+        )
 
     def attend_step(
         self,

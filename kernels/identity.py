@@ -15,6 +15,7 @@ from kernels.lanes import (
     RowIndex,
     attend_expanded,
     attend_step_masked,
+    store_token,
 )
 from kernels.layout import PAGE
 
@@ -57,6 +58,11 @@ class IdentityLanes:
         sinks: mx.array | None,
     ) -> mx.array:
         return attend_expanded(self.expand, queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
+
+    def store(
+        self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
+    ) -> tuple[mx.array, mx.array]:
+        return store_token(raw_keys, raw_values, keys, values, rows)
 
     def attend_step(
         self,

@@ -8,7 +8,7 @@ KV heads, `PAGE` tokens a page.
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -128,6 +128,15 @@ class RowIndex:
     def __post_init__(self, previous: "RowIndex | None") -> None:
         if previous is not None and previous.tables == self.tables:
             self.__dict__["index"] = previous.index
+
+    def slots(self, shape: tuple[int, ...]) -> mx.array:
+        """Raw slots of the rows' first queries in the shape of their tokens `[B, n_kv_heads, 1, dim]`, int32."""
+        key = "slots", shape
+        if key not in self.launches:
+            behind = [self.keep + (offset - self.keep) % self.window_slots for offset in self.offsets]
+            slots = [o if o < self.keep else s for o, s in zip(self.offsets, behind, strict=True)]
+            self.launches[key] = mx.broadcast_to(mx.array(slots, dtype=mx.int32)[:, None, None, None], shape)
+        return cast(mx.array, self.launches[key])
 
     @cached_property
     def launches(self) -> dict[Any, Any]:
@@ -273,6 +282,14 @@ class Lanes(Protocol):
         """
         ...
 
+    def store(
+        self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
+    ) -> tuple[mx.array, mx.array]:
+        """The raw buffers `[B, n_kv_heads, keep + window_slots, dim]` with each row's new token (`keys` and `values`
+        `[B, n_kv_heads, 1, dim]` of the same dtype) in the slot of the row's offset. The given arrays stay as they are.
+        """
+        ...
+
     def attend_step(
         self,
         queries: mx.array,
@@ -292,6 +309,16 @@ class Lanes(Protocol):
     def path(self, n_tokens: int | None) -> AttentionPath:
         """How `attend` reads pages for `n_tokens` query tokens, or, for None, how `attend_step` does."""
         ...
+
+
+def store_token(
+    raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
+) -> tuple[mx.array, mx.array]:
+    """`Lanes.store` in MLX operations."""
+    return (
+        mx.put_along_axis(raw_keys, rows.slots(keys.shape), keys, axis=2),
+        mx.put_along_axis(raw_values, rows.slots(values.shape), values, axis=2),
+    )
 
 
 Expand = Callable[[Pages, mx.Dtype], tuple[mx.array, mx.array]]

@@ -37,6 +37,7 @@ KERNELS = {
     "encode": Signature("encode", ("keys", "values", "constants"), _PAGES),
     "expand": Signature("expand", (*_PAGES, "table", "constants"), ("keys", "values")),
     "expand_raw": Signature("expand", (*_PAGES, "table", "constants", "raw_keys", "raw_values"), ("keys", "values")),
+    "store": Signature("store", ("raw_keys", "raw_values", "keys", "values", "rows"), ("new_keys", "new_values")),
     "attend": Signature("attend", _STEP, ("parts",)),
     "merge": Signature("merge", ("parts", "constants"), ("out",)),
     "merge_sinks": Signature("merge", ("parts", "constants", "sinks"), ("out",)),

@@ -27,6 +27,7 @@ from kernels.lanes import (
     Pages,
     RowIndex,
     attend_expanded,
+    store_token,
 )
 from kernels.layout import PAGE, pack, words_for
 from kernels.reference import quantise
@@ -191,6 +192,11 @@ class PackedLanes:
         return self._attend_packed(
             queries, (raw_keys, raw_values, raw_mask), pages, index, page_mask, scale=scale, sinks=sinks
         )
+
+    def store(
+        self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
+    ) -> tuple[mx.array, mx.array]:
+        return store_token(raw_keys, raw_values, keys, values, rows)
 
     def attend_step(
         self,

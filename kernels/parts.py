@@ -15,6 +15,7 @@ from kernels.lanes import (
     Pages,
     RowIndex,
     attend_expanded,
+    store_token,
 )
 
 
@@ -60,6 +61,13 @@ class PartedLanes:
         if "attend" in self._expanded:
             return attend_expanded(self.expand, queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
         return self.lanes.attend(queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
+
+    def store(
+        self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
+    ) -> tuple[mx.array, mx.array]:
+        if "attend_step" in self._expanded:
+            return store_token(raw_keys, raw_values, keys, values, rows)
+        return self.lanes.store(raw_keys, raw_values, keys, values, rows)
 
     def attend_step(
         self,

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import Lanes, LaneShape, Mask, PageIndex, Pages, RowIndex, attend_expanded
+from kernels.lanes import Lanes, LaneShape, Mask, PageIndex, Pages, RowIndex, attend_expanded, store_token
 from kernels.layout import PAGE
 
 T = TypeVar("T")
@@ -166,7 +166,17 @@ class Trial:
             q = queries.astype(mx.float32)
             k, v = (x[:, :, : rows.n_raw].astype(mx.float32) for x in (keys, values))
             want = attend_expanded(self._judge.expand, q, k, v, pages, rows.index, rows.mask, scale, sinks)
-            return Measured(self._error(got, want), self._limits.attend_step, microseconds)
+            error = self._error(got, want)
+        if rows.n_queries == 1 and not self._stores(keys, values, rows):
+            error = float("inf")
+        return Measured(error, self._limits.attend_step, microseconds)
+
+    def _stores(self, raw_keys: mx.array, raw_values: mx.array, rows: RowIndex) -> bool:
+        """Whether `store` puts a token of every row exactly where `attend_step` looks for it."""
+        keys, values = (raw[:, :, :1] + 1 for raw in (raw_keys, raw_values))
+        got = self.lanes.store(raw_keys, raw_values, keys, values, rows)
+        want = store_token(raw_keys, raw_values, keys, values, rows)
+        return all(bool(mx.array_equal(a, b)) for a, b in zip(got, want, strict=True))
 
     def _error(self, got: mx.array, want: mx.array) -> float:
         if got.shape != want.shape or got.dtype != self.dtype:

@@ -272,10 +272,8 @@ class CacheBatch:
             ]
             content = self.spec.layers[layer].lanes.encode(*blocks)
             self.spec.pool.write(layer, [f.page for f in step.flushes], content)
-        self.raw[layer] = (
-            mx.put_along_axis(raw_keys, step.slots_for(keys), keys, axis=2),
-            mx.put_along_axis(raw_values, step.slots_for(values), values.astype(raw_values.dtype), axis=2),
-        )
+        values = values.astype(raw_values.dtype)
+        self.raw[layer] = self.spec.layers[layer].lanes.store(raw_keys, raw_values, keys, values, step.rows)
 
     def attend_decode(
         self, layer: int, step: DecodeStep, queries: mx.array, scale: float, sinks: mx.array | None

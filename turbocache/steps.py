@@ -28,23 +28,13 @@ class Flush:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """One token per row, written to raw slot `slots[b]`; `rows` is what attention needs to know. The rows in `decides`
+    """One token per row; `rows` is what storing it and attention need to know. The rows in `decides`
     get their first page, before which their keys' centre is measured.
     """
 
     flushes: tuple[Flush, ...]
     decides: tuple[int, ...]
-    slots: tuple[int, ...]
     rows: RowIndex
-    _slots_for: dict[tuple[int, ...], mx.array] = field(default_factory=dict)
-
-    def slots_for(self, tokens: mx.array) -> mx.array:
-        """The slots in the shape of `tokens` `[B, n_kv_heads, 1, dim]`, int32; made once for all layers."""
-        shape = tokens.shape
-        if shape not in self._slots_for:
-            slots = mx.array(self.slots, dtype=mx.int32)[:, None, None, None]
-            self._slots_for[shape] = mx.broadcast_to(slots, shape)
-        return self._slots_for[shape]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +101,10 @@ def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: RowIndex | 
         max_size=config.max_size,
         previous=previous,
     )
-    slots = tuple(_slot(ring, ring.offset) for ring in rings)
     for ring in rings:
         ring.offset += 1
     rotated = sum(ring.rotate() for ring in rings)
-    return DecodeStep(tuple(flushes), tuple(decides), slots, rows), rotated
+    return DecodeStep(tuple(flushes), tuple(decides), rows), rotated
 
 
 def plan_prefill(rings: Sequence[PageRing], lengths: Sequence[int], pool: PagePool) -> tuple[PrefillStep, int]:
@@ -196,7 +185,3 @@ def _decides(ring: PageRing) -> bool:
 def _window_slot(ring: PageRing, position: int) -> int:
     keep = ring.config.keep
     return keep + (position - keep) % ring.config.window_slots
-
-
-def _slot(ring: PageRing, position: int) -> int:
-    return position if position < ring.config.keep else _window_slot(ring, position)

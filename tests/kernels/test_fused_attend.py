@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.lanes import RowIndex, store_token
 from tests.kernels.fused_cases import (
     BY_NAME,
     SETTINGS,
@@ -170,3 +172,20 @@ def test_an_unwritten_cell_is_caught() -> None:
 def test_a_simd_operation_in_divergent_code_is_caught() -> None:
     with pytest.raises(DivergedError):
         attend_with("mask <<= 1) total[r] +=", "mask <<= 1) if (c > 0) total[r] +=")
+
+
+@every_setting
+@both
+def test_a_new_token_goes_to_its_slot_and_nothing_else_changes(setting: Setting, language: Language) -> None:
+    """In the sink, at its edge, at a window's last slot and after a turn of the ring; against MLX's own operation."""
+    need("plain")
+    n, keep = setting.window_slots, setting.keep
+    rows = RowIndex(((),) * 5, (0, keep, keep + n - 1, keep + n, keep + 5 * n + 3), (0,) * 5, 1, keep, n, None)
+    shapes = [
+        (5, setting.n_kv_heads, length, dim) for length in (keep + n, 1) for dim in (setting.key_dim, setting.value_dim)
+    ]
+    arrays = [mx.random.normal(shape, key=mx.random.key(i)).astype(setting.dtype) for i, shape in enumerate(shapes)]
+    with emulated():
+        got = setting.lanes(language).store(*arrays, rows)
+    for mine, right in zip(got, store_token(*arrays, rows), strict=True):
+        assert mx.array_equal(mine, right)

@@ -53,7 +53,7 @@ def test_cache_and_attention_are_four_operations(n_rows: int, n_pages: int, cent
     queries = mx.array(rng.normal(size=(n_rows, 8, 1, 64))).astype(mx.float16)
     keys, values = (mx.array(rng.normal(size=(n_rows, 2, 1, 64))).astype(mx.float16) for _ in range(2))
     # What a step shares with all layers is there before them.
-    mx.eval(step.rows.rows, step.rows.table if n_pages else [], step.slots_for(keys), batch.raw)
+    mx.eval(step.rows.rows, step.rows.table if n_pages else [], step.rows.slots(keys.shape), batch.raw)
     mx.eval(batch._centres.of(0) if centred else [])
     mx.export_function(note, layer, queries, keys, values)
     want = ["CustomKernel", "CustomKernel", "ScatterAxis", "ScatterAxis"] + ["Subtract"] * centred

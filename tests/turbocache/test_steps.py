@@ -39,7 +39,7 @@ def test_a_decode_step_is_planned_once_and_masks_are_never_built_for_lanes_that_
         for layer in range(2):
             batch.decode(layer, step, token, token)
             batch.attend_decode(layer, step, mx.ones((2, 4, 1, 16)), 0.1, None)
-        assert step.slots_for(token) is step.slots_for(token)
+        assert step.rows.slots(token.shape) is step.rows.slots(token.shape)
     one, _, two, _ = lanes.steps
     assert one.offsets == (90, 70)
     assert two.offsets == (91, 71)
