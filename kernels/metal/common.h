@@ -112,7 +112,7 @@ kernel_fn void load_scales(thread float (&scales)[8], const device half* page, i
 
 kernel_fn int clamp_int(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
-// The pages of one split, from `begin` up to `end`. A block of raw tokens, which the last splits have one each of, takes as
+// The pages of one split, from `begin` up to `end`. A block of raw tokens, of which the last splits have one each, takes as
 // long as RAW_PAGES pages (measured on one H100).
 struct Share {
   int begin, end;
@@ -165,7 +165,8 @@ kernel_fn void write_part(
   }
 }
 
-// One query row's parts added up, by one simdgroup: `parts` [n_parts, PART_STRIDE] as write_part leaves them. The first RAW_BLOCKS parts are in the model's basis, the others in the rotated one; these are brought back once.
+// One query row's parts added up, by one simdgroup: `parts` [n_parts, PART_STRIDE] as write_part leaves them. The first
+// RAW_BLOCKS parts are in the model's basis, the others in the rotated one; these are brought back once.
 // `sink` is a logit without a value, in units of log2 e. `scratch`: n_parts + DV floats.
 template <typename T, int DV, int RAW_BLOCKS, int MAX_PARTS>
 kernel_fn void merge_row(

@@ -45,7 +45,8 @@ kernel_fn float simd_total(float x) {
 }
 
 // PAIRED: the table is a pair code's, not a scalar code's. `rows` [WARPS, 2, D], `levels` [2 << PB] and
-// `codes` [64 * D / 2] (bytes of scalar pairs of 8 bits: ushort) are scratch. Two tokens of a page go together, since a value's pairs are of two tokens.
+// `codes` [64 * D / 2] (bytes of scalar pairs of 8 bits: ushort) are scratch. Two tokens of a page go together, since a
+// value's pairs are of two tokens.
 template <typename T, int D, int PB, bool PAIRED, bool KEYS, int WARPS>
 kernel_fn void encode_page(
     const device T* tokens, const device float* signs, const device half* table, TG(float) all_rows, TG(float) levels,
