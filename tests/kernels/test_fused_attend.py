@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kernels.lanes import RowIndex, store_token
 from tests.kernels.fused_cases import (
     BY_NAME,
+    LANES,
     SETTINGS,
     WRITABLE,
     Language,
@@ -20,6 +21,7 @@ from tests.kernels.fused_cases import (
     emulated,
     make_step,
     need,
+    random_pages,
     row_lengths,
     tolerance,
 )
@@ -174,18 +176,43 @@ def test_a_simd_operation_in_divergent_code_is_caught() -> None:
         attend_with("mask <<= 1) total[r] +=", "mask <<= 1) if (c > 0) total[r] +=")
 
 
-@every_setting
-@both
-def test_a_new_token_goes_to_its_slot_and_nothing_else_changes(setting: Setting, language: Language) -> None:
+CHECKED = [
+    *((language, "plain", setting.name) for language in LANES for setting in SETTINGS),
+    *((language, mode, name) for language in LANES for mode in ("asan", "tsan") for name in ("k4v4", "k2v3")),
+]
+
+
+@pytest.mark.parametrize(("language", "mode", "name"), CHECKED)
+def test_a_new_token_goes_to_its_slot_and_nothing_else_changes(language: Language, mode: Mode, name: str) -> None:
     """In the sink, at its edge, at a window's last slot and after a turn of the ring; against MLX's own operation."""
-    need("plain")
+    need(mode)
+    setting = BY_NAME[name]
     n, keep = setting.window_slots, setting.keep
     rows = RowIndex(((),) * 5, (0, keep, keep + n - 1, keep + n, keep + 5 * n + 3), (0,) * 5, 1, keep, n, None)
     shapes = [
         (5, setting.n_kv_heads, length, dim) for length in (keep + n, 1) for dim in (setting.key_dim, setting.value_dim)
     ]
     arrays = [mx.random.normal(shape, key=mx.random.key(i)).astype(setting.dtype) for i, shape in enumerate(shapes)]
-    with emulated():
+    with emulated(mode):
         got = setting.lanes(language).store(*arrays, rows)
     for mine, right in zip(got, store_token(*arrays, rows), strict=True):
         assert mx.array_equal(mine, right)
+
+
+@pytest.mark.parametrize(("language", "mode", "name"), CHECKED)
+def test_raw_tokens_follow_expanded_pages(language: Language, mode: Mode, name: str) -> None:
+    """A number of them that no slice of 16 fits, behind two rows' pages, as a concatenation has them."""
+    need(mode)
+    setting, rng = BY_NAME[name], np.random.default_rng(0)
+    pages = tuple(mx.array(x[:3]) for x in random_pages(setting, 4, rng))
+    table = mx.array([[2, 0], [1, 2]], dtype=mx.int32)
+    raw = [
+        mx.array(rng.normal(size=(2, setting.n_kv_heads, 21, dim))).astype(setting.dtype)
+        for dim in (setting.key_dim, setting.value_dim)
+    ]
+    lanes = setting.lanes(language)
+    with emulated(mode):
+        got = lanes.expand_rows(pages, table, setting.dtype, raw)
+        alone = lanes.expand_rows(pages, table, setting.dtype)
+    for mine, expanded, tokens in zip(got, alone, raw, strict=True):
+        assert mx.array_equal(mine, mx.concatenate([expanded, tokens], axis=2))

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kernels.lanes import RowIndex
 from kernels.layout import PAGE
 from tests.kernels.fused_cases import SETTINGS, Language, Setting, emulated, make_step, need
 from tests.metal import Kernel, check
@@ -38,7 +39,12 @@ def texts(setting: Setting, language: Language) -> list[Kernel]:
     ]
     with emulated(zeros) as launches:
         lanes = setting.lanes(language)
-        lanes.expand(lanes.encode(*tokens), setting.dtype)
+        pages = lanes.encode(*tokens)
+        lanes.expand(pages, setting.dtype)
+        lanes.expand_rows(pages, mx.zeros((1, 1), dtype=mx.int32), setting.dtype, tokens)
+        slots = [mx.zeros((1, x.shape[1], setting.keep + setting.window_slots, x.shape[3]), x.dtype) for x in tokens]
+        one = RowIndex(((),), (0,), (0,), 1, setting.keep, setting.window_slots, setting.max_size)
+        lanes.store(*slots, *(x[:, :, :1] for x in tokens), one)
         step.attend(lanes)
     return list(launches.texts().values())
 
@@ -47,7 +53,7 @@ def texts(setting: Setting, language: Language) -> list[Kernel]:
 def test_metal_takes_the_text(setting: Setting) -> None:
     need("plain")
     kernels = texts(setting, "metal")
-    assert len(kernels) == 4
+    assert len(kernels) == 6  # encode, expand with and without raw tokens, store, attend, merge
     for kernel in kernels:
         check(kernel)
 
