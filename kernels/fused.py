@@ -176,10 +176,10 @@ class FusedLanes:
     def store(
         self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
     ) -> tuple[mx.array, mx.array]:
-        launch = rows.launches.get((self, "store"))
+        key = self, raw_keys.dtype
+        launch = rows.launches.get(key)
         if launch is None:
-            launch = self._store_launch(raw_keys.dtype, rows)
-            rows.launches[self, "store"] = launch
+            launch = rows.launches[key] = self._store_launch(raw_keys.dtype, rows)
         stored = launch(inputs=[raw_keys, raw_values, keys, values, rows.rows])
         return stored[0], stored[1]
 
@@ -218,10 +218,10 @@ class FusedLanes:
         if queries.dtype != raw_keys.dtype:
             same = queries.astype(raw_keys.dtype)
             return self.attend_step(same, raw_keys, raw_values, pages, rows, scale, sinks).astype(queries.dtype)
-        launch = rows.launches.get((self, scale, sinks is None))
+        key = self, queries.dtype, scale, sinks is None
+        launch = rows.launches.get(key)
         if launch is None:
-            launch = self._launch(queries.dtype, rows, scale, sinks is not None)
-            rows.launches[self, scale, sinks is None] = launch
+            launch = rows.launches[key] = self._launch(queries.dtype, rows, scale, sinks is not None)
         inputs = [queries, raw_keys, raw_values, *launch.shared, *(launch.no_pages or pages), *launch.constants]
         if launch.merge is None:
             if sinks is not None:
