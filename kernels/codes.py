@@ -81,7 +81,7 @@ def nearest_pair(table: mx.array) -> Nearest:
     matrix product's |c|^2 - 2 <c, u>. NaN and infinity count as 0, so that a broken row does not spoil the one that it
     is paired with.
     """
-    points: list[list[float]] = table.tolist()  # type: ignore[assignment]
+    points: list[list[float]] = np.array(table).tolist()
 
     def search(units: mx.array) -> tuple[mx.array, mx.array]:
         units = mx.where(mx.isfinite(units), units, 0.0)

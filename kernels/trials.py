@@ -224,14 +224,18 @@ def decode_microseconds(lanes: Lanes, dtype: mx.Dtype) -> float:
     blocks = [_normal(40 + i, 4, shape.n_kv_heads, PAGE, d) for i, d in enumerate((shape.key_dim, shape.value_dim))]
     some = lanes.encode(*(x.astype(dtype) for x in blocks))
     pages = tuple(mx.concatenate([array] * (n_pages // 4)) for array in some)
-    rows = RowIndex((tuple(range(n_pages)),), (PAGE + SPEED_TOKENS + PAGE,), (0,), 1, PAGE, 2 * PAGE, None)
+    # A step for each call: calls that do not follow each other may run at once, and a step has one workspace.
+    tables = (tuple(range(n_pages)),)
+    steps = [RowIndex(tables, (PAGE + SPEED_TOKENS + PAGE,), (0,), 1, PAGE, 2 * PAGE, None) for _ in range(_CALLS)]
     _, keys, values = random_step(shape, dtype, 50, 1, 1, 3 * PAGE)
     queries = [random_step(shape, dtype, 60 + i, 1, 1, 1)[0] for i in range(_CALLS)]
     mx.eval(pages, keys, values, queries)
     scale = shape.key_dim**-0.5
 
     def calls() -> list[mx.array]:
-        return [lanes.attend_step(q, keys, values, pages, rows, scale, None) for q in queries]
+        return [
+            lanes.attend_step(q, keys, values, pages, rows, scale, None) for q, rows in zip(queries, steps, strict=True)
+        ]
 
     mx.eval(calls())
     rounds = []

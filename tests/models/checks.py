@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
@@ -105,8 +106,8 @@ def complaints(outcome: Outcome) -> list[str]:
 
 def tokens(n: int, seed: int = SEED) -> list[int]:
     """The first `n` tokens of a random text."""
-    text = mx.random.randint(0, VOCABULARY, (512,), key=mx.random.key(seed)).tolist()
-    return [int(token) for token in text[:n]]  # type: ignore[union-attr,arg-type]
+    text: list[int] = np.array(mx.random.randint(0, VOCABULARY, (512,), key=mx.random.key(seed))).tolist()
+    return text[:n]
 
 
 def read(model: Module, cache: list[Any], seed: int = SEED) -> mx.array:
