@@ -56,11 +56,14 @@ class LaneShape:
 @dataclass(frozen=True, slots=True)
 class Codebooks:
     """Reconstruction levels of N(0, 1) for keys and for values, float32 with float16's values, each `[2**bits]` and
-    sorted, or `[2**(2 * bits), 2]` for pairs of coordinates (kernels/codes.py).
+    sorted, or `[2**(2 * bits), 2]` for pairs of coordinates (kernels/codes.py). Zooms are factors beside 1 that
+    encoding tries on each row (kernels/reference.py).
     """
 
     keys: np.ndarray
     values: np.ndarray
+    key_zooms: tuple[float, ...] = ()
+    value_zooms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

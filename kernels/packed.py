@@ -120,6 +120,7 @@ class PackedLanes:
         self.shape = shape
         self._key_rotation, self._value_rotation = Rotation(shape.key_dim), Rotation(shape.value_dim)
         self._keys, self._values = _Grid(codebooks.keys), _Grid(codebooks.values)
+        self._zooms = codebooks.key_zooms, codebooks.value_zooms
         self._value_pad = -shape.value_dim % 32
         padded = shape.value_dim + self._value_pad
         self._value_group = next(g for g in _GROUPS if padded % g == 0)
@@ -144,8 +145,8 @@ class PackedLanes:
 
     def encode(self, keys: mx.array, values: mx.array) -> Pages:
         keys, values = self._key_rotation.apply(keys), self._value_rotation.apply(values)
-        key_codes, key_scales = quantise(keys, self._keys.nearest, unbiased=True)
-        value_codes, value_scales = quantise(values, self._values.nearest, unbiased=False)
+        key_codes, key_scales = quantise(keys, self._keys.nearest, unbiased=True, zooms=self._zooms[0])
+        value_codes, value_scales = quantise(values, self._values.nearest, unbiased=False, zooms=self._zooms[1])
         value_codes = mx.pad(value_codes, [(0, 0)] * (value_codes.ndim - 1) + [(0, self._value_pad)])
         return (
             pack(key_codes.swapaxes(-1, -2), self._keys.bits),

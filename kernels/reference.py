@@ -7,6 +7,9 @@ x' = a * levels[c] and rotated back. The levels are those of N(0, 1), which is w
     keys:    a = |x|^2 / <r, x>          so that <x', x> = |x|^2: inner products have no bias (EDEN, arXiv 2604.18555)
     values:  a = <r, x> / <r, r>         the least-squares scale
 
+Where codebooks have zooms z, c is that of u or of one of the z u: the one whose r makes the smallest angle with u. Rows
+are read the same way, because a does not depend on z.
+
 Page bytes, layout 2 (kernels/layout.py has the bit streams), for each KV head:
 
     key codes     uint32 [PAGE, words_for(key_dim, key_bits)]         a stream per token along the head dim
@@ -47,7 +50,9 @@ from kernels.rotation import Rotation
 _FLOAT16_MAX = 65504.0
 
 
-def quantise(rows: mx.array, nearest: Nearest, *, unbiased: bool) -> tuple[mx.array, mx.array]:
+def quantise(
+    rows: mx.array, nearest: Nearest, *, unbiased: bool, zooms: Sequence[float] = ()
+) -> tuple[mx.array, mx.array]:
     """Rotated rows `[..., dim]` to codes of the nearest entries (uint32, as `nearest` lays them) and scales `[...]`
     (float16).
 
@@ -59,12 +64,27 @@ def quantise(rows: mx.array, nearest: Nearest, *, unbiased: bool) -> tuple[mx.ar
     norms = mx.linalg.norm(rows, axis=-1, keepdims=True)
     # Divided first: the root of the dimension would take the largest rows past float32.
     units = rows / mx.maximum(norms, 1e-30) * math.sqrt(rows.shape[-1])
-    codes, read_back = nearest(units)
-    along = (read_back * units).sum(axis=-1)
-    scales = rows.shape[-1] / along if unbiased else along / (read_back * read_back).sum(axis=-1)
+    codes, levels = nearest(units * _best_zoom(units, zooms, nearest) if zooms else units)
+    along = (levels * units).sum(axis=-1)
+    scales = rows.shape[-1] / along if unbiased else along / mx.square(levels).sum(axis=-1)
     norms = norms.squeeze(-1)
     scales = mx.where(norms == 0, 0.0, mx.minimum(norms / math.sqrt(rows.shape[-1]) * scales, _FLOAT16_MAX))
     return codes, scales.astype(mx.float16)
+
+
+def _best_zoom(units: mx.array, zooms: Sequence[float], nearest: Nearest) -> mx.array:
+    """For each row the factor, 1 or one of `zooms`, whose levels lie closest to the row's direction: `[..., 1]`."""
+
+    def fit(zoom: float) -> mx.array:
+        levels = nearest(units * zoom)[1]
+        along = (levels * units).sum(axis=-1, keepdims=True)
+        return along * mx.abs(along) / mx.square(levels).sum(axis=-1, keepdims=True)
+
+    best, most = mx.ones((*units.shape[:-1], 1)), fit(1.0)
+    for zoom in zooms:
+        here = fit(zoom)
+        best, most = mx.where(here > most, zoom, best), mx.maximum(here, most)
+    return best
 
 
 class ReferenceLanes:
@@ -81,6 +101,7 @@ class ReferenceLanes:
         self.shape = shape
         self._key_rotation, self._value_rotation = Rotation(shape.key_dim), Rotation(shape.value_dim)
         self._keys, self._values = Code(codebooks.keys, shape.key_bits), Code(codebooks.values, shape.value_bits)
+        self._zooms = codebooks.key_zooms, codebooks.value_zooms
 
     @classmethod
     def unsupported(cls, shape: LaneShape) -> str | None:
@@ -93,8 +114,9 @@ class ReferenceLanes:
 
     def encode(self, keys: mx.array, values: mx.array) -> Pages:
         keys, values = self._key_rotation.apply(keys), self._value_rotation.apply(values)
-        key_codes, key_scales = quantise(keys, self._keys.nearest, unbiased=True)
-        value_codes, value_scales = quantise(values, down_columns(self._values.nearest), unbiased=False)
+        key_codes, key_scales = quantise(keys, self._keys.nearest, unbiased=True, zooms=self._zooms[0])
+        down = down_columns(self._values.nearest)
+        value_codes, value_scales = quantise(values, down, unbiased=False, zooms=self._zooms[1])
         return self._keys.pack(key_codes), self._values.pack(value_codes), key_scales, value_scales
 
     def expand(self, pages: Pages, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:

@@ -12,7 +12,7 @@ from kernels.profiles import MissingDeviceKey
 from kernels.reference import ReferenceLanes
 from kernels.trials import SPEED_TOKENS
 from turbocache.backend import make_lanes
-from turbocache.codebook import levels_for
+from turbocache.codebook import levels_for, zooms_for
 
 COMPILER = "[metal::Device] Unable to build metal library from source\nprogram_source:12:3: error: use of " + "x" * 5000
 MANY = SPEED_TOKENS // 64
@@ -114,8 +114,9 @@ def candidate(name: str, lanes: Any, **options: Any) -> Candidate:
     """A fused candidate with these lanes, whose pages have the reference's bytes unless told otherwise."""
 
     def build(shape: LaneShape) -> Any:
-        levels = (levels_for(lanes.codebook, bits) for bits in (shape.key_bits, shape.value_bits))
-        return lanes(shape, Codebooks(*levels))
+        widths = shape.key_bits, shape.value_bits
+        levels = (levels_for(lanes.codebook, bits) for bits in widths)
+        return lanes(shape, Codebooks(*levels, *(zooms_for(lanes.codebook, bits) for bits in widths)))
 
     def oracle(shape: LaneShape) -> Any:
         return make_lanes("reference", shape, lanes.codebook)

@@ -43,25 +43,27 @@ def visible_positions(position: int, keep: int, max_size: int | None) -> Array:
     return everything[(everything < keep) | (everything > position - (max_size - keep))]
 
 
-def quantise_row(row: Array, levels: Array, *, unbiased: bool) -> Array:
+def quantise_row(row: Array, levels: Array, *, unbiased: bool, zooms: tuple[float, ...] = ()) -> Array:
     """What a rotated row `[dim]` is read back as, by the definition (TurboQuant's codes of levels of N(0, 1); EDEN's or
-    the least-squares scale).
+    the least-squares scale). Of the row and the row times each of `zooms` the one is coded whose levels point most the
+    row's way.
     """
     row, levels = row.astype(np.float64), levels.astype(np.float64)
     rms = np.sqrt((row**2).mean())
     if rms == 0:
         return np.zeros_like(row)
-    read = levels[np.abs(row[:, None] / rms - levels).argmin(axis=1)]
+    tried = [levels[np.abs(zoom * row[:, None] / rms - levels).argmin(axis=1)] for zoom in (1.0, *zooms)]
+    read = max(tried, key=lambda read: (read @ row) / np.linalg.norm(read))
     scale = (row @ row) / (read @ row) if unbiased else (read @ row) / (read @ read)
     return float(np.float16(min(scale, 65504.0))) * read
 
 
-def quantise_page(rows: Array, table: Array, *, unbiased: bool) -> Array:
+def quantise_page(rows: Array, table: Array, *, unbiased: bool, zooms: tuple[float, ...] = ()) -> Array:
     """`quantise_row` for one head's rotated page `[PAGE, dim]` and any codebook: levels `[n]`, or pairs `[n, 2]`, which
     stand for neighbouring dims of a key (`unbiased`) and for one dim of neighbouring tokens' values.
     """
     if table.ndim == 1:
-        return np.stack([quantise_row(row, table, unbiased=unbiased) for row in rows])
+        return np.stack([quantise_row(row, table, unbiased=unbiased, zooms=zooms) for row in rows])
     rows, table = rows.astype(np.float64), table.astype(np.float64)
     rms = np.sqrt((rows**2).mean(axis=1, keepdims=True))
     units = rows / np.where(rms == 0, 1, rms)
@@ -74,13 +76,13 @@ def quantise_page(rows: Array, table: Array, *, unbiased: bool) -> Array:
     return np.asarray(np.minimum(scales, 65504.0).astype(np.float16).astype(np.float64)[:, None] * read)
 
 
-def rotated_codec(table: Array, dim: int, *, unbiased: bool) -> BlockCodec:
+def rotated_codec(table: Array, dim: int, *, unbiased: bool, zooms: tuple[float, ...] = ()) -> BlockCodec:
     """Rotate, quantise, rotate back. Takes the rotation as a matrix from `Rotation`, which has its own tests."""
     matrix = np.array(Rotation(dim).apply(mx.eye(dim)), dtype=np.float64)
 
     def codec(block: Array) -> Array:
         heads = (block @ matrix).astype(np.float32).swapaxes(0, 1)
-        read = np.stack([quantise_page(rows, table, unbiased=unbiased) for rows in heads])
+        read = np.stack([quantise_page(rows, table, unbiased=unbiased, zooms=zooms) for rows in heads])
         return np.asarray((read @ matrix.T).swapaxes(0, 1))
 
     return codec

@@ -15,7 +15,7 @@ from kernels.probe import BackendUnavailable, Candidate, probe
 from kernels.qjl import QjlLanes
 from kernels.reference import ReferenceLanes
 from kernels.verdict import Backend, LayerUse, ReasonCode
-from turbocache.codebook import levels_for
+from turbocache.codebook import levels_for, zooms_for
 from turbocache.plan import LayerGeometry, LayerPlan
 from turbocache.presets import PROTECTED_BITS, Preset
 
@@ -85,7 +85,8 @@ def make_lanes(backend: str, shape: LaneShape, codebook: CodebookKind | None = N
     key_kind: CodebookKind = "lloyd_max" if kind == "pair" and shape.key_dim % 2 else kind
     key_levels = levels_for(key_kind, shape.key_bits - shape.qjl)  # a QJL code's last bit has no level
     made = QjlLanes if shape.qjl else lanes
-    return made(shape, Codebooks(key_levels, levels_for(kind, shape.value_bits)))
+    zooms = zooms_for(kind, shape.key_bits), zooms_for(kind, shape.value_bits)
+    return made(shape, Codebooks(key_levels, levels_for(kind, shape.value_bits), *zooms))
 
 
 def refusal(backend: str, shape: LaneShape) -> str | None:

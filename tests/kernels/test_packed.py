@@ -13,7 +13,7 @@ from kernels.packed import PackedLanes
 from kernels.rotation import Rotation
 from tests.oracles import attend_dense, quantise_row
 from turbocache.backend import make_lanes
-from turbocache.codebook import levels_for
+from turbocache.codebook import levels_for, zooms_for
 
 BITS = (2, 3, 4, 5, 6, 8)
 DIMS = (64, 80, 96, 128, 192, 256)
@@ -37,16 +37,19 @@ def read_by_definition(tokens: mx.array, bits: int, *, unbiased: bool) -> np.nda
     """In the rotated basis."""
     rows = np.array(Rotation(tokens.shape[-1]).apply(tokens)).reshape(-1, tokens.shape[-1])
     levels = levels_for("uniform", bits)
-    return np.stack([quantise_row(row, levels, unbiased=unbiased) for row in rows]).reshape(tokens.shape)
+    read = [quantise_row(row, levels, unbiased=unbiased, zooms=zooms_for("uniform", bits)) for row in rows]
+    return np.stack(read).reshape(tokens.shape)
 
 
 def agree_but_for_ties(got: np.ndarray, want: np.ndarray, bits: int) -> None:
-    """A coordinate on a boundary may get either level, a scale either of two float16 neighbours; nothing else."""
+    """A coordinate on a boundary may get either level, a scale either of two float16 neighbours, a row either of two
+    zooms that serve it equally well, which moves what is beyond the levels' ends; nothing else.
+    """
     rms = np.linalg.norm(want, axis=-1, keepdims=True) / want.shape[-1] ** 0.5
     close = (np.abs(got - want) <= 1e-3 * (rms + np.abs(want))).all(axis=-1)
     assert close.mean() > 0.99
     gap = levels_for("uniform", bits)[-1] * 2 / ((1 << bits) - 1)
-    assert (np.abs(got - want) <= 1.6 * gap * rms).all()
+    assert (np.abs(got - want) <= 3 * gap * rms).all()
 
 
 @pytest.mark.parametrize("bits", BITS)

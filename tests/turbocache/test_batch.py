@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.lanes import CodebookKind
 from kernels.layout import PAGE
 from tests.oracles import (
     BlockCodec,
@@ -24,7 +25,7 @@ from tests.oracles import (
     rotated_codec,
 )
 from turbocache.batch import CacheBatch
-from turbocache.codebook import levels_for
+from turbocache.codebook import levels_for, zooms_for
 from turbocache.pool import PoolExhausted
 from turbocache.ring import RingConfig
 
@@ -151,18 +152,15 @@ def test_after_a_trim(ring: RingConfig, cut: int) -> None:
 
 
 def codecs_of(
-    layers: tuple[Heads, ...], kind: str, key_bits: float, value_bits: float
+    layers: tuple[Heads, ...], kind: CodebookKind, key_bits: float, value_bits: float
 ) -> list[tuple[BlockCodec, BlockCodec]]:
+    def codec(dim: int, bits: float, *, unbiased: bool) -> BlockCodec:
+        return rotated_codec(levels_for(kind, bits), dim, unbiased=unbiased, zooms=zooms_for(kind, bits))
+
     made = []
     for heads in layers:
-        key_levels = levels_for(kind, key_bits)  # type: ignore[arg-type]
-        value_levels = levels_for(kind, value_bits)  # type: ignore[arg-type]
-        made.append(
-            (
-                rotated_codec(key_levels, heads.key_dim, unbiased=True),
-                rotated_codec(value_levels, heads.value_dim, unbiased=False),
-            )
-        )
+        keys, values = codec(heads.key_dim, key_bits, unbiased=True), codec(heads.value_dim, value_bits, unbiased=False)
+        made.append((keys, values))
     return made
 
 
@@ -176,7 +174,7 @@ def codecs_of(
 )
 @pytest.mark.parametrize("ring", [RingConfig(3, 64, 220), RingConfig(0, 0, None), RingConfig(64, 128, 300)], ids=str)
 def test_each_token_is_read_in_the_form_its_position_calls_for(
-    backend: str, kind: str, bits: float, name: str, ring: RingConfig
+    backend: str, kind: CodebookKind, bits: float, name: str, ring: RingConfig
 ) -> None:
     """The same with a codec at two bits, where the forms are far apart. A coordinate that lies on a boundary to within
     float32 may fall to either side, which moves an output by less than the tolerance; one token in the wrong form

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.identity import IdentityLanes
-from kernels.lanes import LaneShape
+from kernels.lanes import CodebookKind, LaneShape
 from kernels.layout import PAGE
 from tests.oracles import Heads, History, Paged, extended, extracted, filtered, make_spec, merged
 from tests.turbocache.test_batch import RINGS, codecs_of
@@ -136,7 +136,9 @@ SCRIPT: list[tuple[str, int]] = [
 
 @pytest.mark.parametrize(("backend", "kind"), [("reference", "pair"), ("packed", "uniform")])
 @pytest.mark.parametrize("ring", [RingConfig(3, 64, 220), RingConfig(0, 0, None), RingConfig(64, 128, 400)], ids=str)
-def test_pages_hold_keys_without_the_mean_of_the_first_tokens(backend: str, kind: str, ring: RingConfig) -> None:
+def test_pages_hold_keys_without_the_mean_of_the_first_tokens(
+    backend: str, kind: CodebookKind, ring: RingConfig
+) -> None:
     """With a codec: a page has the codes of the keys less the mean. One coordinate in a hundred thousand may lie
     between two levels, so tokens are counted here; attention is compared where pages are exact.
     """
