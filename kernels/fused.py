@@ -19,7 +19,6 @@ from kernels.lanes import (
     CodebookKind,
     Codebooks,
     LaneShape,
-    Mask,
     PageIndex,
     Pages,
     RowIndex,
@@ -27,6 +26,7 @@ from kernels.lanes import (
 )
 from kernels.launch import Constants, Language, kernel
 from kernels.layout import PAGE
+from kernels.masks import Mask, MaskForm, roomy
 from kernels.profiles import PROFILES, Profile, choose_profile
 from kernels.rotation import Rotation
 
@@ -73,7 +73,7 @@ class FusedLanes:
 
     name: ClassVar[str]
     language: ClassVar[Language]
-    adds_masks: ClassVar[bool] = False
+    masks: ClassVar[MaskForm] = MaskForm()
     codebook: ClassVar[CodebookKind] = "pair"
 
     def __init__(self, shape: LaneShape, codebooks: Codebooks, profile: Profile | None = None) -> None:
@@ -162,6 +162,10 @@ class FusedLanes:
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
+        n_tokens, n_paged = queries.shape[2], index.n_pages * PAGE
+        if isinstance(mask, mx.array):  # may be for more of both
+            queries = roomy(queries, mask.shape[2])
+            raw_keys, raw_values = (roomy(x, mask.shape[3] - n_paged) for x in (raw_keys, raw_values))
         keys, values = raw_keys, raw_values
         if index.pageless is not None:
             page_keys, page_values = self.expand_rows(pages, index.table, raw_keys.dtype)
@@ -171,7 +175,8 @@ class FusedLanes:
         elif index.n_pages:
             keys, values = self.expand_rows(pages, index.table, raw_keys.dtype, (raw_keys, raw_values))
         sinks = sinks if sinks is None else sinks.astype(queries.dtype)
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        return out[:, :, :n_tokens]
 
     def store(
         self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
@@ -384,5 +389,6 @@ class MetalLanes(FusedLanes):
 class CudaLanes(FusedLanes):
     name: ClassVar[str] = "cuda"
     language: ClassVar[Language] = "cuda"
-    # MLX makes numbers of bools there, once for each layer.
-    adds_masks: ClassVar[bool] = True
+    # MLX makes numbers of bools there, once for each layer, and cuDNN plans each pair of lengths anew, which takes some
+    # 50 ms: without rounding, every prompt that goes on from a cache would wait for that.
+    masks: ClassVar[MaskForm] = MaskForm(added=True, rounded=True)

@@ -9,7 +9,6 @@ from kernels.lanes import (
     AttentionPath,
     CodebookKind,
     LaneShape,
-    Mask,
     PageIndex,
     Pages,
     RowIndex,
@@ -18,6 +17,7 @@ from kernels.lanes import (
     store_token,
 )
 from kernels.layout import PAGE
+from kernels.masks import Mask, MaskForm
 
 
 class IdentityLanes:
@@ -25,7 +25,7 @@ class IdentityLanes:
 
     name: ClassVar[str] = "identity"
     codebook: ClassVar[CodebookKind] = "none"
-    adds_masks: ClassVar[bool] = False
+    masks: ClassVar[MaskForm] = MaskForm()
 
     def __init__(self, shape: LaneShape, dtype: mx.Dtype) -> None:
         self.shape = shape

@@ -15,12 +15,11 @@ import numpy as np
 
 from kernels.device import resident
 from kernels.layout import PAGE, words_for
+from kernels.masks import Mask, MaskForm
 from kernels.softmax import attention
 
 Pages = tuple[mx.array, ...]
 """The arrays of one layer's pages, each `[n_pages, ...]`, in the order of `Lanes.page_arrays`."""
-
-Mask = mx.array | Literal["causal"] | None
 
 CodebookKind = Literal["lloyd_max", "pair", "uniform", "none"]
 """`lloyd_max`: the best levels, and points for pairs of coordinates where a coordinate has a half bit. `pair`: points
@@ -241,9 +240,12 @@ class Lanes(Protocol):
 
     name: ClassVar[str]
     codebook: ClassVar[CodebookKind]
-    adds_masks: ClassVar[bool]
-    """Whether `attend` is faster with a mask that is added, 0 or -inf in the queries' dtype, than with one of bools."""
     shape: LaneShape
+
+    @property
+    def masks(self) -> MaskForm:
+        """How `attend` likes its masks best. Plain ones it takes as well."""
+        ...
 
     @classmethod
     def unsupported(cls, shape: LaneShape) -> str | None:
@@ -278,10 +280,10 @@ class Lanes(Protocol):
         """Attention of `L` query tokens per row over the row's pages and raw tokens.
 
         `queries` `[B, n_heads, L, key_dim]` in the model's dtype; `raw_keys`/`raw_values` `[B, n_kv_heads, S, dim]`;
-        `pages` the whole pool; `mask` `[B, 1, L, P * PAGE + S]` with the pages first, bools or to be added, or "causal"
-        when the last L raw tokens are the queries' own and every page is older, or None when everything is visible;
-        `scale` multiplies the products; `sinks` `[n_heads]` extra logits without a value, or None. Returns the queries'
-        dtype, `[B, n_heads, L, value_dim]`.
+        `pages` the whole pool; `mask` `[B, 1, L, P * PAGE + S]` with the pages first, in plain form or that of `masks`,
+        or "causal" when the last L raw tokens are the queries' own and every page is older, or None when everything is
+        visible; `scale` multiplies the products; `sinks` `[n_heads]` extra logits without a value, or None. Returns the
+        queries' dtype, `[B, n_heads, L, value_dim]`.
         """
         ...
 

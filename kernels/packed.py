@@ -22,7 +22,6 @@ from kernels.lanes import (
     CodebookKind,
     Codebooks,
     LaneShape,
-    Mask,
     PageIndex,
     Pages,
     RowIndex,
@@ -30,6 +29,7 @@ from kernels.lanes import (
     store_token,
 )
 from kernels.layout import PAGE, pack, words_for
+from kernels.masks import Mask, MaskForm
 from kernels.reference import quantise
 from kernels.rotation import Rotation
 from kernels.softmax import causal_mask, divided, on_cpu, product, weigh
@@ -111,7 +111,7 @@ class PackedLanes:
 
     name: ClassVar[str] = "packed"
     codebook: ClassVar[CodebookKind] = "uniform"
-    adds_masks: ClassVar[bool] = False
+    masks: ClassVar[MaskForm] = MaskForm()
 
     def __init__(self, shape: LaneShape, codebooks: Codebooks) -> None:
         reason = self.unsupported(shape)

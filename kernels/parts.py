@@ -10,13 +10,13 @@ from kernels.lanes import (
     CodebookKind,
     Lanes,
     LaneShape,
-    Mask,
     PageIndex,
     Pages,
     RowIndex,
     attend_expanded,
     store_token,
 )
+from kernels.masks import Mask, MaskForm
 
 
 class PartedLanes:
@@ -27,12 +27,12 @@ class PartedLanes:
 
     name: ClassVar[str] = "parted"
     codebook: ClassVar[CodebookKind] = "none"
-    adds_masks: ClassVar[bool] = False
 
     def __init__(self, lanes: Lanes, expanded: Collection[str]) -> None:
         self.shape = lanes.shape
         self.lanes = lanes
         self._expanded = frozenset(expanded)
+        self.masks = MaskForm() if "attend" in expanded else lanes.masks
 
     @classmethod
     def unsupported(cls, shape: LaneShape) -> str | None:

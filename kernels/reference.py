@@ -35,7 +35,6 @@ from kernels.lanes import (
     CodebookKind,
     Codebooks,
     LaneShape,
-    Mask,
     PageIndex,
     Pages,
     RowIndex,
@@ -45,6 +44,7 @@ from kernels.lanes import (
     store_token,
 )
 from kernels.layout import PAGE
+from kernels.masks import Mask, MaskForm
 from kernels.rotation import Rotation
 
 _FLOAT16_MAX = 65504.0
@@ -92,7 +92,7 @@ class ReferenceLanes:
 
     name: ClassVar[str] = "reference"
     codebook: ClassVar[CodebookKind] = "pair"
-    adds_masks: ClassVar[bool] = False
+    masks: ClassVar[MaskForm] = MaskForm()
 
     def __init__(self, shape: LaneShape, codebooks: Codebooks) -> None:
         reason = self.unsupported(shape)

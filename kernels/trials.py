@@ -12,8 +12,9 @@ from typing import Literal, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import Lanes, LaneShape, Mask, PageIndex, Pages, RowIndex, attend_expanded, store_token
+from kernels.lanes import Lanes, LaneShape, PageIndex, Pages, RowIndex, attend_expanded, store_token
 from kernels.layout import PAGE
+from kernels.masks import Mask
 
 T = TypeVar("T")
 

@@ -23,7 +23,6 @@ class FakeFused(ReferenceLanes):
 
     name: ClassVar[str] = "cuda"
     codebook: ClassVar[CodebookKind] = "pair"
-    adds_masks: ClassVar[bool] = False
 
     def attend_step(
         self, queries: Any, keys: Any, values: Any, pages: Any, rows: RowIndex, scale: float, sinks: Any

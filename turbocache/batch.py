@@ -321,7 +321,7 @@ class CacheBatch:
                 for kept, tokens in zip(self.raw[layer], body, strict=True)
             )
             chosen = queries[here, :, : chunk.n]
-            mask = chunk.added_mask(queries.dtype) if lanes.adds_masks else chunk.mask
+            mask = chunk.mask_in(lanes.masks, queries.dtype)
             out = lanes.attend(chosen, keys, values, pages, chunk.index, mask, scale, sinks)
             if chunk.n < n_columns:
                 out = mx.pad(out, [(0, 0), (0, 0), (0, n_columns - chunk.n), (0, 0)])

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import Mask, PageIndex, RowIndex
+from kernels.lanes import PageIndex, RowIndex
 from kernels.layout import PAGE
+from kernels.masks import Mask, MaskForm
 from turbocache.conditioning import KeyCentre
 from turbocache.pool import PagePool
 from turbocache.ring import PageRing
@@ -58,15 +59,18 @@ class ChunkStep:
     index: PageIndex
     to_slots: mx.array
     mask: Mask
-    _added: dict[mx.Dtype, mx.array] = field(default_factory=dict)
+    _masks: dict[tuple[MaskForm, mx.Dtype], Mask] = field(default_factory=dict)
 
-    def added_mask(self, dtype: mx.Dtype) -> Mask:
-        """`mask` as 0 and -inf, which are added to the scores; made once for all layers."""
-        if not isinstance(self.mask, mx.array):
-            return self.mask
-        if dtype not in self._added:
-            self._added[dtype] = mx.where(self.mask, mx.array(0.0, dtype), mx.array(-mx.inf, dtype))
-        return self._added[dtype]
+    @property
+    def n_keys(self) -> int:
+        n_body = self.old_slots.size + self.n - self.sink_taken
+        return self.index.n_pages * PAGE + self.n_sink + n_body
+
+    def mask_in(self, form: MaskForm, dtype: mx.Dtype) -> Mask:
+        """`mask` in the form that lanes like best for queries of `dtype`; made once for all layers."""
+        if (form, dtype) not in self._masks:
+            self._masks[form, dtype] = form.of(self.mask, self.n, self.n_keys, dtype)
+        return self._masks[form, dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.lanes import RowIndex, store_token
+from kernels.lanes import PageIndex, RowIndex, store_token
+from kernels.layout import PAGE
+from kernels.trials import random_step
 from tests.kernels.fused_cases import (
     BY_NAME,
     LANES,
@@ -216,3 +218,25 @@ def test_raw_tokens_follow_expanded_pages(language: Language, mode: Mode, name: 
         alone = lanes.expand_rows(pages, table, setting.dtype)
     for mine, expanded, tokens in zip(got, alone, raw, strict=True):
         assert mx.array_equal(mine, mx.concatenate([expanded, tokens], axis=2))
+
+
+@pytest.mark.parametrize("language", LANES)
+@pytest.mark.parametrize("n_tokens", [3, 5, 70])
+def test_a_chunk_s_mask_may_be_for_more_queries_and_keys(language: Language, n_tokens: int) -> None:
+    """Any mask gives the same answer in the form that the lanes like best as in the plain one."""
+    need("plain")
+    setting, rng = BY_NAME["k4v4"], np.random.default_rng(n_tokens)
+    pages = tuple(mx.array(x[:3]) for x in random_pages(setting, 4, rng))
+    index, n_raw = PageIndex(((2, 0, 1),)), n_tokens + 21
+    queries, keys, values = random_step(setting.shape, setting.dtype, 1, 1, n_tokens, n_raw)
+    n_keys = 3 * PAGE + n_raw
+    some = mx.array(rng.random((1, 1, n_tokens, n_keys)) < 0.5)
+    lanes = setting.lanes(language)
+    for mask in (some, "causal", None):
+        form = lanes.masks.of(mask, n_tokens, n_keys, setting.dtype)
+        with emulated("plain"):
+            got, want = (
+                lanes.attend(queries, keys, values, pages, index, m, 0.1, None).astype(mx.float32) for m in (form, mask)
+            )
+            assert got.shape == want.shape
+            assert mx.allclose(got, want, rtol=0, atol=2e-3)
