@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from kernels.device import resident
 from turbocache.batch import CacheBatch, CacheSpec
 from turbocache.steps import DecodeStep, PrefillStep
 
@@ -43,12 +44,12 @@ class PendingAttention:
 
         Queries that a model has widened go back to the layer's dtype, the one that kernels are made for.
         """
-        asked, queries = queries.dtype, queries.astype(self.dtype)
+        if queries.dtype != self.dtype:
+            return self.attend(queries.astype(self.dtype), scale, sinks).astype(queries.dtype)
         if isinstance(self._step, DecodeStep):
-            return self._batch.attend_decode(self._layer, self._step, queries, scale, sinks).astype(asked)
+            return self._batch.attend_decode(self._layer, self._step, queries, scale, sinks)
         assert self._bodies is not None
-        out = self._batch.attend_prefill(self._layer, self._step, self._bodies, queries, scale, sinks)
-        return out.astype(asked)
+        return self._batch.attend_prefill(self._layer, self._step, self._bodies, queries, scale, sinks)
 
 
 class _Shared:
@@ -61,6 +62,15 @@ class _Shared:
         self.before: list[int] = []
         self.trimmed = 0
         self.derived: dict[Any, weakref.ref[_Shared]] = {}
+        self._offsets: list[int] | None = None
+        self._position: int | mx.array = 0
+
+    def position(self, offsets: list[int]) -> int | mx.array:
+        """What models take for these offsets: made once for all layers of a step."""
+        if offsets != self._offsets:
+            self._offsets = offsets
+            self._position = offsets[0] if len(offsets) == 1 else resident(mx.array(offsets, dtype=mx.int32))
+        return self._position
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
         other = _Shared(self.batch.select(range(self.batch.n_rows)))
@@ -107,8 +117,7 @@ class PagedKVCache:
     def offset(self) -> int | mx.array:
         """Position of the next token: an int for one row, else int32 `[B]`."""
         shared = self._shared
-        offsets = shared.before if self._n_steps < shared.n_steps else shared.batch.offsets
-        return offsets[0] if len(offsets) == 1 else mx.array(offsets, dtype=mx.int32)
+        return shared.position(shared.before if self._n_steps < shared.n_steps else shared.batch.offsets)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PendingAttention, PendingAttention]:
         """Store `[B, n_kv_heads, L, dim]` and return the handle for their attention, twice."""
