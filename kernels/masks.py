@@ -12,6 +12,8 @@ Mask = mx.array | Literal["causal"] | None
 _FEW = 4
 """Up to here, less one, MLX's attention on CUDA is its own kernel, which plans nothing."""
 _LEAST_QUERIES, _LEAST_KEYS = 64, 256
+_QUERY_SIZES, _KEY_SIZES = 1, 4
+"""Sizes in each doubling: what is too much of keys costs more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +34,17 @@ class MaskForm:
                 mask = mx.ones((1, 1, n_queries, n_keys), dtype=mx.bool_)
             elif isinstance(mask, str):
                 mask = causal_mask(n_queries, n_keys)
-            more = [rounded_up(n, least) - n for n, least in ((n_queries, _LEAST_QUERIES), (n_keys, _LEAST_KEYS))]
-            mask = mx.pad(mask, [(0, 0), (0, 0), *((0, n) for n in more)])
+            more_queries = rounded_up(n_queries, _LEAST_QUERIES, _QUERY_SIZES) - n_queries
+            more_keys = rounded_up(n_keys, _LEAST_KEYS, _KEY_SIZES) - n_keys
+            mask = mx.pad(mask, [(0, 0), (0, 0), (0, more_queries), (0, more_keys)])
         if self.added and isinstance(mask, mx.array):
             mask = mx.where(mask, mx.array(0.0, dtype), mx.array(-mx.inf, dtype))
         return mask
 
 
-def rounded_up(n: int, least: int) -> int:
-    """The first multiple from `n` on of an eighth of the power of two below it, or of `least` if that is more."""
-    step = max(least, (1 << (n.bit_length() - 1)) // 8)
+def rounded_up(n: int, least: int, n_sizes: int) -> int:
+    """The next of the sizes `least`, `2 * least`, ..., of which there are at most `n_sizes` in each doubling."""
+    step = max(least, (1 << ((n - 1).bit_length() - 1)) // n_sizes) if n > 1 else least
     return -(-n // step) * step
 
 

@@ -20,13 +20,12 @@ def main() -> int:
     result = {"device": mx.device_info(), "mlx": mx.__version__, "date": time.strftime("%Y-%m-%d")}
     failed = 0
     if "correctness" in parts:
-        result["correctness"] = correctness.run_all(options.every)
-        for row in result["correctness"]:
+        result["correctness"] = []
+        for row in correctness.run_all(options.every):
+            result["correctness"].append(row)
             failed += not row["passed"]
-            print(
-                "ok  " if row["passed"] else "FAIL",
-                {k: (f"{v:.2e}" if isinstance(v, float) else v) for k, v in row.items() if k != "passed"},
-            )
+            shown = {k: (f"{v:.2e}" if isinstance(v, float) else v) for k, v in row.items() if k != "passed"}
+            print("ok  " if row["passed"] else "FAIL", shown, flush=True)
     if "attention" in parts:
         bandwidth = attention.copy_bandwidth()
         print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")

@@ -169,9 +169,8 @@ def rms(got: mx.array, want: mx.array) -> float:
     return float(mx.sqrt(mx.square(got - want).mean() / mx.square(want).mean()))
 
 
-def run_all(every: int = 1) -> list[dict[str, Any]]:
-    """Every case (or each `every`-th one); `passed` says whether its errors are within limits."""
-    results = []
+def run_all(every: int = 1) -> Iterator[dict[str, Any]]:
+    """Every case (or each `every`-th one) as it is done; `passed` says whether its errors are within limits."""
     for case in list(cases())[::every]:
         try:
             result = check(case)
@@ -180,5 +179,4 @@ def run_all(every: int = 1) -> list[dict[str, Any]]:
             )
         except Exception as error:
             result = {"case": case.label, "passed": False, "error": f"{type(error).__name__}: {error}"[:2000]}
-        results.append(result)
-    return results
+        yield result

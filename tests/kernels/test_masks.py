@@ -38,9 +38,10 @@ def test_a_form_sees_the_same(n_queries: int, more: int, form: MaskForm, kind: i
     assert (seen(got, n_queries, n_keys) == seen(mask, n_queries, n_keys)).all()
 
 
-@pytest.mark.parametrize("least", [64, 256])
-def test_there_are_few_rounded_sizes(least: int) -> None:
+@pytest.mark.parametrize(("least", "n_sizes"), [(64, 1), (256, 4)])
+def test_there_are_few_rounded_sizes(least: int, n_sizes: int) -> None:
     """So that a plan is there for the next prompt, whatever its length, and little is computed in vain."""
-    sizes = {n: rounded_up(n, least) for n in range(1, 1 << 17)}
-    assert len(set(sizes.values())) <= 96
-    assert all(n <= size < n + max(least, n / 8) for n, size in sizes.items())
+    sizes = {n: rounded_up(n, least, n_sizes) for n in range(1, (1 << 17) + 1)}
+    assert len(set(sizes.values())) <= n_sizes * (18 - least.bit_length() + 1)
+    assert all(n <= size < n + max(least, n / n_sizes) for n, size in sizes.items())
+    assert all(sizes[size] == size for size in sizes.values())
