@@ -390,5 +390,5 @@ class CudaLanes(FusedLanes):
     name: ClassVar[str] = "cuda"
     language: ClassVar[Language] = "cuda"
     # MLX makes numbers of bools there, once for each layer, and cuDNN plans each pair of lengths anew, which takes some
-    # 50 ms: without rounding, every prompt that goes on from a cache would wait for that.
+    # 40 ms: without rounding, every prompt that goes on from a cache would wait for that.
     masks: ClassVar[MaskForm] = MaskForm(added=True, rounded=True)
