@@ -14,16 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.device import resident
-from kernels.lanes import (
-    AttentionPath,
-    CodebookKind,
-    Codebooks,
-    LaneShape,
-    PageIndex,
-    Pages,
-    RowIndex,
-    coded_page_arrays,
-)
+from kernels.index import PageIndex, RowIndex
+from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, Pages, coded_page_arrays
 from kernels.launch import Constants, Language, kernel
 from kernels.layout import PAGE
 from kernels.masks import Mask, MaskForm, roomy

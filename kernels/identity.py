@@ -5,13 +5,12 @@ from typing import ClassVar
 
 import mlx.core as mx
 
+from kernels.index import PageIndex, RowIndex
 from kernels.lanes import (
     AttentionPath,
     CodebookKind,
     LaneShape,
-    PageIndex,
     Pages,
-    RowIndex,
     attend_expanded,
     attend_step_masked,
     store_token,

@@ -17,17 +17,8 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import (
-    AttentionPath,
-    CodebookKind,
-    Codebooks,
-    LaneShape,
-    PageIndex,
-    Pages,
-    RowIndex,
-    attend_expanded,
-    store_token,
-)
+from kernels.index import PageIndex, RowIndex
+from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, Pages, attend_expanded, store_token
 from kernels.layout import PAGE, pack, words_for
 from kernels.masks import Mask, MaskForm
 from kernels.reference import quantise

@@ -5,17 +5,8 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from kernels.lanes import (
-    AttentionPath,
-    CodebookKind,
-    Lanes,
-    LaneShape,
-    PageIndex,
-    Pages,
-    RowIndex,
-    attend_expanded,
-    store_token,
-)
+from kernels.index import PageIndex, RowIndex
+from kernels.lanes import AttentionPath, CodebookKind, Lanes, LaneShape, Pages, attend_expanded, store_token
 from kernels.masks import Mask, MaskForm
 
 

@@ -30,14 +30,13 @@ from typing import ClassVar
 import mlx.core as mx
 
 from kernels.codes import Code, Nearest, down_columns
+from kernels.index import PageIndex, RowIndex
 from kernels.lanes import (
     AttentionPath,
     CodebookKind,
     Codebooks,
     LaneShape,
-    PageIndex,
     Pages,
-    RowIndex,
     attend_expanded,
     attend_step_masked,
     coded_page_arrays,

@@ -12,7 +12,8 @@ from typing import Literal, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import Lanes, LaneShape, PageIndex, Pages, RowIndex, attend_expanded, store_token
+from kernels.index import PageIndex, RowIndex
+from kernels.lanes import Lanes, LaneShape, Pages, attend_expanded, store_token
 from kernels.layout import PAGE
 from kernels.masks import Mask
 

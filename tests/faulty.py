@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, RowIndex, attend_expanded
+from kernels.index import RowIndex
+from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, attend_expanded
 from kernels.probe import Candidate
 from kernels.profiles import MissingDeviceKey
 from kernels.reference import ReferenceLanes

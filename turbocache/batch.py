@@ -11,7 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from kernels.lanes import Lanes, RowIndex, gather_expanded
+from kernels.index import RowIndex
+from kernels.lanes import Lanes, gather_expanded
 from kernels.layout import PAGE
 from turbocache.chunks import Pair, body_of, centred, page_blocks, raw_after
 from turbocache.conditioning import RowCentres

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import PageIndex, RowIndex
+from kernels.index import PageIndex, RowIndex
 from kernels.layout import PAGE
 from kernels.masks import Mask, MaskForm
 from turbocache.conditioning import KeyCentre

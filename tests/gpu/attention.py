@@ -8,7 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from kernels.lanes import LaneShape, RowIndex
+from kernels.index import RowIndex
+from kernels.lanes import LaneShape
 from kernels.layout import PAGE
 from kernels.profiles import Profile
 from tests.gpu.lanes import fused

@@ -7,7 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from kernels.lanes import LaneShape, RowIndex
+from kernels.index import RowIndex
+from kernels.lanes import LaneShape
 from kernels.layout import PAGE
 from tests.gpu.lanes import fused, reference
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from kernels import launch
 from kernels.fused import CudaLanes, FusedLanes, MetalLanes
-from kernels.lanes import Codebooks, LaneShape, Pages, RowIndex
+from kernels.index import RowIndex
+from kernels.lanes import Codebooks, LaneShape, Pages
 from kernels.layout import PAGE
 from kernels.rotation import Rotation
 from tests.metal import Kernel, Launches, Mode, emulate, run, why_not

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.lanes import PageIndex, RowIndex, store_token
+from kernels.index import PageIndex, RowIndex
+from kernels.lanes import store_token
 from kernels.layout import PAGE
 from kernels.trials import random_step
 from tests.kernels.fused_cases import (

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernels.lanes import RowIndex
+from kernels.index import RowIndex
 from kernels.layout import PAGE
 from tests.kernels.fused_cases import SETTINGS, Language, Setting, emulated, make_step, need
 from tests.metal import Kernel, check

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.identity import IdentityLanes
-from kernels.lanes import Lanes, LaneShape, RowIndex
+from kernels.index import RowIndex
+from kernels.lanes import Lanes, LaneShape
 from kernels.layout import PAGE
 from kernels.packed import PackedLanes
 from tests.oracles import attend_dense, visible_positions

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels.lanes import Codebooks, Lanes, LaneShape, Mask, PageIndex
+from kernels.index import PageIndex
+from kernels.lanes import Codebooks, Lanes, LaneShape, Mask
 from kernels.layout import PAGE
 from kernels.packed import PackedLanes
 from kernels.rotation import Rotation

@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from kernels.lanes import LaneShape, PageIndex, RowIndex
+from kernels.index import PageIndex, RowIndex
+from kernels.lanes import LaneShape
 from kernels.packed import PackedLanes
 from kernels.parts import PartedLanes
 from kernels.probe import BackendUnavailable, Candidate, probe

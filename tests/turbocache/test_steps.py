@@ -3,7 +3,8 @@ from typing import ClassVar
 import mlx.core as mx
 
 from kernels.identity import IdentityLanes
-from kernels.lanes import LaneShape, RowIndex
+from kernels.index import RowIndex
+from kernels.lanes import LaneShape
 from turbocache.batch import CacheBatch, CacheSpec, CompressedLayer
 from turbocache.pool import PagePool
 from turbocache.ring import RingConfig
