@@ -1,8 +1,8 @@
 """The fused kernels' sources, assembled for a language and handed to MLX.
 
-A kernel is a body (`metal/NAME.metal`), written once in Metal's words. In front of it go the language's prelude, what
-all kernels share (`metal/shapes.h`, `metal/common.h`) and, where there is one, the kernel's own functions
-(`metal/NAME.h`).
+A kernel is a body (`metal/NAME.metal`, a long one in several files), written once in Metal's words. In front of it go
+the language's prelude, what all kernels share (`metal/shapes.h`, `metal/common.h`) and, where there is one, the
+kernel's own functions (`metal/NAME.h`).
 """
 
 import re
@@ -21,30 +21,31 @@ _SOURCES = Path(__file__).parent / "metal"
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A kernel's source, and its inputs and outputs by name, in order."""
+    """A kernel's sources, and its inputs and outputs by name, in order."""
 
-    source: str
+    sources: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
 
 _PAGES = ("key_words", "value_words", "key_scales", "value_scales")
+_ATTEND = ("attend", "attend_raw", "attend_pages")
 _STEP = ("queries", "raw_keys", "raw_values", "table", "rows", *_PAGES, "constants")
 
 # Every array that a launch names costs the host time, so what does not change is one array (metal/shapes.h), and
 # attention sinks are only there for models that have them.
 KERNELS = {
-    "encode": Signature("encode", ("keys", "values", "constants"), _PAGES),
-    "expand": Signature("expand", (*_PAGES, "table", "constants"), ("keys", "values")),
-    "expand_raw": Signature("expand", (*_PAGES, "table", "constants", "raw_keys", "raw_values"), ("keys", "values")),
-    "store": Signature("store", ("raw_keys", "raw_values", "keys", "values", "rows"), ("new_keys", "new_values")),
-    "attend": Signature("attend", _STEP, ("parts",)),
-    "merge": Signature("merge", ("parts", "constants"), ("out",)),
-    "merge_sinks": Signature("merge", ("parts", "constants", "sinks"), ("out",)),
+    "encode": Signature(("encode",), ("keys", "values", "constants"), _PAGES),
+    "expand": Signature(("expand",), (*_PAGES, "table", "constants"), ("keys", "values")),
+    "expand_raw": Signature(("expand",), (*_PAGES, "table", "constants", "raw_keys", "raw_values"), ("keys", "values")),
+    "store": Signature(("store",), ("raw_keys", "raw_values", "keys", "values", "rows"), ("new_keys", "new_values")),
+    "attend": Signature(_ATTEND, _STEP, ("parts",)),
+    "merge": Signature(("merge",), ("parts", "constants"), ("out",)),
+    "merge_sinks": Signature(("merge",), ("parts", "constants", "sinks"), ("out",)),
     # attend and merge in one launch; needs threadgroups that see each other's memory, which Metal does not promise. Its
     # parts are in `workspace`, an input that it writes to, behind its counters.
-    "attend_merged": Signature("attend", (*_STEP, "workspace"), ("out",)),
-    "attend_merged_sinks": Signature("attend", (*_STEP, "workspace", "sinks"), ("out",)),
+    "attend_merged": Signature(_ATTEND, (*_STEP, "workspace"), ("out",)),
+    "attend_merged_sinks": Signature(_ATTEND, (*_STEP, "workspace", "sinks"), ("out",)),
 }
 
 Constant = int | bool | mx.Dtype
@@ -65,14 +66,15 @@ def body(name: str, language: Language, constants: Constants) -> str:
     lines += [f"#define {option.upper()}\n" for option in ("raw", "merged", "sinks") if f"_{option}" in name]
     if language == "cuda":
         lines.insert(0, f"#undef {_symbol(name)}\n")
-    return "".join(lines) + _text(_SOURCES / f"{KERNELS[name].source}.metal", language)
+    parts = (_text(_SOURCES / f"{source}.metal", language) for source in KERNELS[name].sources)
+    return "".join([*lines, *parts])
 
 
 def header(name: str, language: Language, bounds: tuple[int, int] | None = None) -> str:
     """What stands in front of the kernel's function. `bounds`, on CUDA: threads of a threadgroup, and how many of them
     one multiprocessor must be able to hold, which limits a thread's registers.
     """
-    own = _SOURCES / f"{KERNELS[name].source}.h"
+    own = _SOURCES / f"{KERNELS[name].sources[0]}.h"
     shared = [_SOURCES / file for file in ("shapes.h", f"prelude_{language}.h", "common.h")]
     parts = [*shared, *([own] if own.exists() else [])]
     text = "".join(_text(part, language) for part in parts)
