@@ -35,11 +35,11 @@ class KeyCentre:
     part of what their pages mean.
     """
 
-    __slots__ = ("_settled", "means")
+    __slots__ = ("_n_heads", "means")
 
     def __init__(self) -> None:
         self.means: dict[int, mx.array] = {}
-        self._settled = False
+        self._n_heads: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -56,10 +56,18 @@ class KeyCentre:
 
     def settle(self) -> None:
         """Forget the layers that need nothing, so that they cost nothing. Waits for the device, once a row."""
-        if not self._settled and self.means:
-            needed = np.array(mx.stack([mx.any(mean != 0) for mean in self.means.values()]))
-            self.means = {layer: self.means[layer] for layer, some in zip(self.means, needed, strict=True) if some}
-        self._settled = True
+        if self._n_heads is not None:
+            return
+        centred = [mx.any(mean != 0, axis=-1).sum() for mean in self.means.values()]
+        counts = np.array(mx.stack(centred)) if centred else np.zeros(0, dtype=int)
+        self.means = {layer: self.means[layer] for layer, n in zip(self.means, counts, strict=True) if n}
+        self._n_heads = int(counts.sum())
+
+    @property
+    def n_heads(self) -> int:
+        """KV heads that are conditioned, over all layers; settles."""
+        self.settle()
+        return self._n_heads or 0
 
 
 class RowCentres:

@@ -15,6 +15,7 @@ def test_a_long_conversation_goes_on_in_flat_memory_and_keeps_its_sink(small_ser
         )
         row = small_server.sessions()["long"]
         assert row["tokens_held"] == min(row["tokens_seen"], 512)
+        assert row["centred_heads"] == 0
         sizes.append(small_server.cache_bytes())
         rotations.append(small_server.metric("rotations_total"))
         positions.append(row["tokens_seen"])

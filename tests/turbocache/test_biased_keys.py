@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -35,9 +35,11 @@ def divergence(full: np.ndarray, other: np.ndarray) -> float:
     return float((np.exp(full) * (full - other)).sum(axis=-1).mean())
 
 
-def store_of(model: Module, condition: bool, name: str = DEFAULT_PRESET, ring: RingConfig | None = None) -> CacheStore:
-    chosen = replace(preset(name), condition=condition)
-    return CacheStore(model, plan_layers(model), chosen, "reference", ring or RingConfig(), 200)
+def store_of(
+    model: Module, condition: bool, ring: RingConfig | None = None, lanes: Literal["reference", "packed"] = "reference"
+) -> CacheStore:
+    chosen = replace(preset(DEFAULT_PRESET), condition=condition)
+    return CacheStore(model, plan_layers(model), chosen, lanes, ring or RingConfig(), 200)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,7 @@ def test_the_damage_of_a_bias_is_undone(biased: Module) -> None:
     damaged = divergence(full, log_probabilities(biased, tokens, store_of(biased, condition=False).new_cache()))
     assert damaged > 20 * conditioned
     centre = cache[0].batch.rings[0].centre
+    assert centre.n_heads == 1
     assert set(centre.means) == {0}
     heads = np.abs(np.array(centre.means[0])).max(axis=(0, 2, 3))
     assert heads[0] > 90
@@ -121,8 +124,14 @@ def test_tiny_keybias_at_the_default_preset() -> None:
     text = (SHARED / "texts" / "wiki.test.raw").read_text(encoding="utf8")[:8000]
     tokens = loaded.tokenizer.encode(text)[:1280]
     full = log_probabilities(loaded.model, tokens, make_prompt_cache(loaded.model))
-    cache = store_of(loaded.model, condition=True).new_cache()
-    assert divergence(full, log_probabilities(loaded.model, tokens, cache)) < 0.002
-    assert set(cache[0].batch.rings[0].centre.means) == {0, 5}
+    found = []
+    for lanes in ("reference", "packed"):
+        cache = store_of(loaded.model, condition=True, lanes=lanes).new_cache()
+        found.append(divergence(full, log_probabilities(loaded.model, tokens, cache)))
+        centre = cache[0].batch.rings[0].centre
+        assert centre.n_heads == 4  # both of the two layers with planted biases
+        assert set(centre.means) == {0, 5}
+    assert found[0] < 0.002
+    assert found[1] < 1.5 * found[0]
     damaged = log_probabilities(loaded.model, tokens, store_of(loaded.model, condition=False).new_cache())
     assert divergence(full, damaged) > 0.2
