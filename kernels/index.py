@@ -7,7 +7,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from kernels.device import resident
+from kernels.device import constant, resident, steps_on_device
 from kernels.layout import PAGE
 
 
@@ -61,7 +61,7 @@ class RowIndex:
     The step's own tokens are in the raw slots already; window and step together have to fit into `window_slots`. Query
     i of a row is at q = offset + i and sees p if p <= q, and p < keep or p > q - (max_size - keep).
 
-    `previous` is the step before, whose page table is kept if it is the same.
+    `previous` is the step before: where only offsets have moved, by one each, its arrays are taken further.
     """
 
     tables: tuple[tuple[int, ...], ...]
@@ -74,8 +74,12 @@ class RowIndex:
     previous: InitVar["RowIndex | None"] = None
 
     def __post_init__(self, previous: "RowIndex | None") -> None:
-        if previous is not None and previous.tables == self.tables:
-            self.__dict__["index"] = previous.index
+        if previous is None or previous.tables != self.tables:
+            return
+        self.__dict__["index"] = previous.index
+        moved = tuple(offset + 1 for offset in previous.offsets)
+        if "rows" in previous.__dict__ and self.first == previous.first and self.offsets == moved:
+            self.__dict__["_rows_before"] = previous.rows
 
     def slots(self, shape: tuple[int, ...]) -> mx.array:
         """Raw slots of the rows' first queries in the shape of their tokens `[B, n_kv_heads, 1, dim]`, int32."""
@@ -103,6 +107,8 @@ class RowIndex:
     @cached_property
     def rows(self) -> mx.array:
         """int32 `[B, 4]`: offset, first, number of pages, 0."""
+        if steps_on_device() and (before := self.__dict__.get("_rows_before")) is not None:
+            return cast(mx.array, before + constant((1, 0, 0, 0)))
         counts = zip(self.offsets, self.first, self.tables, strict=True)
         return resident(mx.array([[offset, first, len(table), 0] for offset, first, table in counts], dtype=mx.int32))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from kernels.device import resident
+from kernels.device import constant, resident, steps_on_device
 from turbocache.batch import CacheBatch, CacheSpec
 from turbocache.steps import DecodeStep, PrefillStep
 
@@ -67,9 +67,15 @@ class _Shared:
 
     def position(self, offsets: list[int]) -> int | mx.array:
         """What models take for these offsets: made once for all layers of a step."""
-        if offsets != self._offsets:
+        before = self._offsets
+        if offsets != before:
             self._offsets = offsets
-            self._position = offsets[0] if len(offsets) == 1 else resident(mx.array(offsets, dtype=mx.int32))
+            if len(offsets) == 1:
+                self._position = offsets[0]
+            elif before is not None and steps_on_device() and offsets == [offset + 1 for offset in before]:
+                self._position = self._position + constant((1,))
+            else:
+                self._position = resident(mx.array(offsets, dtype=mx.int32))
         return self._position
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":

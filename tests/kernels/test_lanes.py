@@ -139,6 +139,22 @@ def test_the_page_table_is_made_again_only_when_it_changes() -> None:
     assert other.table.tolist()[0] == [5, 3, 1]
 
 
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_rows_of_a_step_that_follows_another(on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted further where only offsets have moved; made again after pages, rotation, other rows, or a jump."""
+    monkeypatch.setattr("kernels.index.steps_on_device", lambda: on_device)
+    tables = [((5, 3), (9,))] * 3 + [((5, 3, 1), (9,))] * 2 + [((3, 1), (9,))] * 2 + [((9,), (3, 1))] + [((9,),)] * 3
+    first = [(1, 1)] * 5 + [(2, 1)] * 2 + [(1, 2)] + [(1,)] * 3
+    offsets = [(300 + i, 260 + i) for i in range(7)] + [(267, 307), (268,), (269,), (271,)]
+    previous, counted = None, 0
+    for table, begun, offset in zip(tables, first, offsets, strict=True):
+        step = index_of(table, offsets=offset, first=begun, previous=previous)
+        counted += "_rows_before" in step.__dict__
+        assert step.rows.tolist() == [[o, f, len(t), 0] for o, f, t in zip(offset, begun, table, strict=True)]
+        previous = step
+    assert counted == 5
+
+
 def test_masks_are_made_only_where_something_is_hidden() -> None:
     full = index_of(((5, 3),), offsets=(4 + 64 * 3 + 191,))
     assert full.page_mask is full.raw_mask is full.mask is None

@@ -163,6 +163,8 @@ class Pair:
         a, b = through_mlx_lm(self.ours, q, k, v), through_mlx_lm(self.theirs, q, k, v)
         for row, length in enumerate(lengths or [n] * self.n_rows):
             np.testing.assert_allclose(a[row, :, :length], b[row, :, :length], atol=TOLERANCE, rtol=0)
+        if lengths is None:
+            self.offsets_agree()
 
     def padded(self, lengths: list[int], chunk: int = 1 << 20) -> None:
         for cache in (self.ours, self.theirs):
@@ -187,9 +189,13 @@ class Pair:
         return Pair(self.ours.extract(row), self.theirs.extract(row), self.rng)
 
 
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
 @pytest.mark.parametrize(("window", "max_size"), [(0, 101), (64, 190), (64, None)])
-def test_batches(window: int, max_size: int | None) -> None:
-    """A life in the generator: ragged prompts, decoding, rows that come and go, a second turn of an extracted row."""
+def test_batches(window: int, max_size: int | None, on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A life in the generator: ragged prompts, decoding, rows that come and go, a second turn of an extracted row.
+    Positions are counted on the host or, as on CUDA, on the device.
+    """
+    monkeypatch.setattr("turbocache.view.steps_on_device", lambda: on_device)
     rng = np.random.default_rng(6)
     spec = make_spec(RingConfig(0, window, max_size), [HEADS], n_pages=200)
 
