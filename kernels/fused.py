@@ -14,7 +14,7 @@ import numpy as np
 from kernels.device import resident
 from kernels.fused_step import THREADS, StepLauncher, code_constants
 from kernels.index import PageIndex, RowIndex
-from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, Pages, coded_page_arrays
+from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, Pages, Pair, coded_page_arrays
 from kernels.launch import Language, kernel
 from kernels.layout import PAGE
 from kernels.masks import Mask, MaskForm, roomy
@@ -149,42 +149,34 @@ class FusedLanes:
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         return out[:, :, :n_tokens]
 
-    def store(
-        self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
-    ) -> tuple[mx.array, mx.array]:
-        key = self, raw_keys.dtype
-        launch = rows.launches.get(key)
-        if launch is None:
-            launch = rows.launches[key] = self._launcher.store(raw_keys.dtype, rows)
-        stored = launch(inputs=[raw_keys, raw_values, keys, values, rows.rows])
-        return stored[0], stored[1]
-
     def attend_step(
         self,
         queries: mx.array,
-        raw_keys: mx.array,
-        raw_values: mx.array,
+        tokens: Pair,
+        raw: Pair,
         pages: Pages,
         rows: RowIndex,
         scale: float,
         sinks: mx.array | None,
-    ) -> mx.array:
-        if queries.dtype != raw_keys.dtype:
-            same = queries.astype(raw_keys.dtype)
-            return self.attend_step(same, raw_keys, raw_values, pages, rows, scale, sinks).astype(queries.dtype)
+    ) -> tuple[mx.array, Pair]:
+        if queries.dtype != raw[0].dtype:
+            out, raw = self.attend_step(queries.astype(raw[0].dtype), tokens, raw, pages, rows, scale, sinks)
+            return out.astype(queries.dtype), raw
         key = self, queries.dtype, scale, sinks is None
         launch = rows.launches.get(key)
         if launch is None:
             constants = self._constants_for(scale)
             launch = self._launcher.attend(queries.dtype, rows, constants, has_sinks=sinks is not None)
             rows.launches[key] = launch
-        inputs = [queries, raw_keys, raw_values, *launch.shared, *(launch.no_pages or pages), *launch.constants]
+        inputs = [queries, *tokens, *raw, *launch.shared, *(launch.no_pages or pages), *launch.constants]
         if launch.merge is None:
             if sinks is not None:
                 inputs.append(sinks)
-            return launch.attend(inputs=inputs)[0]
-        parts = launch.attend(inputs=inputs)
-        return launch.merge(inputs=[*parts, *launch.constants, *(() if sinks is None else (sinks,))])[0]
+            out, keys, values = launch.attend(inputs=inputs)
+            return out, (keys, values)
+        parts, keys, values = launch.attend(inputs=inputs)
+        out = launch.merge(inputs=[parts, *launch.constants, *(() if sinks is None else (sinks,))])[0]
+        return out, (keys, values)
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         return "fused" if n_tokens is None else "expanded"

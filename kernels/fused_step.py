@@ -22,8 +22,6 @@ MAX_QUERIES = 8
 """Query tokens of a row that one step may have."""
 
 _TILE = 8
-_STORE_THREADS, _STORE_EACH = 256, 4
-"""Threads of a threadgroup of store, and units of 16 bytes that each takes."""
 _AT_FIRST = -1
 """In every word of a workspace: what its counters count from, and NaN as a part that nobody wrote."""
 _SHARED_BYTES = 48 << 10
@@ -73,29 +71,6 @@ class StepLauncher:
         self._language, self._shape, self._profile, self._two_tables = language, shape, profile, two_tables
         self._kernels: dict[Any, _Kernels] = {}
 
-    def store(self, dtype: mx.Dtype, rows: RowIndex) -> Callable[..., list[mx.array]]:
-        """The store kernel for raw buffers of this dtype."""
-        s, n_rows, n_slots = self._shape, len(rows.offsets), rows.keep + rows.window_slots
-        constants: Constants = (
-            ("T", dtype),
-            ("DK", s.key_dim),
-            ("DV", s.value_dim),
-            ("KV_HEADS", s.n_kv_heads),
-            ("KEEP", rows.keep),
-            ("SLOTS", rows.window_slots),
-            ("THREADS", _STORE_THREADS),
-            ("PER_THREAD", _STORE_EACH),
-        )
-        units = n_slots * max(s.key_dim, s.value_dim) * dtype.size // 16
-        chunks = -(-units // (_STORE_THREADS * _STORE_EACH))
-        return partial(
-            kernel("store", self._language, constants),
-            grid=(_STORE_THREADS * chunks * s.n_kv_heads, n_rows, 2),
-            threadgroup=(_STORE_THREADS, 1, 1),
-            output_shapes=[(n_rows, s.n_kv_heads, n_slots, dim) for dim in (s.key_dim, s.value_dim)],
-            output_dtypes=[dtype, dtype],
-        )
-
     def attend(self, dtype: mx.Dtype, rows: RowIndex, constants: mx.array, *, has_sinks: bool) -> Launch:
         """The kernels of a step with its sizes and the inputs that all layers share; `constants` as in shapes.h."""
         s, n_pages, n_rows = self._shape, rows.index.n_pages, len(rows.offsets)
@@ -104,13 +79,14 @@ class StepLauncher:
         n_splits = self._profile.splits(n_pages, n_groups, step.raw_blocks)
         lead = (n_rows, s.n_heads, rows.n_queries)
         parts_shape, out_shape = (*lead, step.raw_blocks + n_splits, s.value_dim + 4), (*lead, s.value_dim)
+        raw_shapes = [(n_rows, s.n_kv_heads, rows.keep + rows.window_slots, dim) for dim in (s.key_dim, s.value_dim)]
         merged, threadgroup = step.merge is None, (THREADS, 1, 1)
         attend = partial(
             step.attend,
             grid=(THREADS * n_splits, s.n_kv_heads * step.groups, n_rows),
             threadgroup=threadgroup,
-            output_shapes=[out_shape if merged else parts_shape],
-            output_dtypes=[dtype if merged else mx.float32],
+            output_shapes=[out_shape if merged else parts_shape, *raw_shapes],
+            output_dtypes=[dtype if merged else mx.float32, dtype, dtype],
         )
         fixed: tuple[mx.array, ...] = (constants,)
         if merged:

@@ -58,8 +58,8 @@ class RowIndex:
         raw slot s >= keep               the position p from keep + PAGE * (first + n_pages) on, the window's start, for
                                          which s = keep + (p - keep) % window_slots
 
-    The step's own tokens are in the raw slots already; window and step together have to fit into `window_slots`. Query
-    i of a row is at q = offset + i and sees p if p <= q, and p < keep or p > q - (max_size - keep).
+    Window and step together have to fit into `window_slots`. Query i of a row is at q = offset + i and sees p if
+    p <= q, and p < keep or p > q - (max_size - keep).
 
     `previous` is the step before: where only offsets have moved, by one each, its arrays are taken further.
     """
@@ -82,12 +82,12 @@ class RowIndex:
             self.__dict__["_rows_before"] = previous.rows
 
     def slots(self, shape: tuple[int, ...]) -> mx.array:
-        """Raw slots of the rows' first queries in the shape of their tokens `[B, n_kv_heads, 1, dim]`, int32."""
+        """Raw slots of the step's tokens in their shape `[B, n_kv_heads, L, dim]`, int32."""
         key = "slots", shape
         if key not in self.launches:
-            behind = [self.keep + (offset - self.keep) % self.window_slots for offset in self.offsets]
-            slots = [o if o < self.keep else s for o, s in zip(self.offsets, behind, strict=True)]
-            self.launches[key] = mx.broadcast_to(mx.array(slots, dtype=mx.int32)[:, None, None, None], shape)
+            at = self._queries
+            slots = np.where(at < self.keep, at, self.keep + (at - self.keep) % self.window_slots).astype(np.int32)
+            self.launches[key] = mx.broadcast_to(mx.array(slots)[:, None, :, None], shape)
         return cast(mx.array, self.launches[key])
 
     @cached_property

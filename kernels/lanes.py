@@ -64,6 +64,9 @@ class Codebooks:
     value_zooms: tuple[float, ...] = ()
 
 
+Pair = tuple[mx.array, mx.array]
+"""Keys and values of the same tokens, `[B, n_kv_heads, n, dim]` each."""
+
 AttentionPath = Literal["fused", "packed", "expanded"]
 """How attention reads pages: in a kernel of its own, by products on packed codes, or expanded first."""
 
@@ -131,27 +134,20 @@ class Lanes(Protocol):
         """
         ...
 
-    def store(
-        self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
-    ) -> tuple[mx.array, mx.array]:
-        """The raw buffers `[B, n_kv_heads, keep + window_slots, dim]` with each row's new token (`keys` and `values`
-        `[B, n_kv_heads, 1, dim]` of the same dtype) in the slot of the row's offset. The given arrays stay as they are.
-        """
-        ...
-
     def attend_step(
         self,
         queries: mx.array,
-        raw_keys: mx.array,
-        raw_values: mx.array,
+        tokens: Pair,
+        raw: Pair,
         pages: Pages,
         rows: RowIndex,
         scale: float,
         sinks: mx.array | None,
-    ) -> mx.array:
-        """`attend` for a decode step of 1 to 8 query tokens per row, causal among themselves, without a mask: `rows`
-        says where everything is. `raw_keys`/`raw_values` `[B, n_kv_heads, keep + window_slots, dim]` are the whole raw
-        buffers, the step's tokens included.
+    ) -> tuple[mx.array, Pair]:
+        """`attend` for a decode step of L = 1 to 8 tokens per row, causal among themselves, without a mask: `rows` says
+        where everything is. `tokens` are the step's own, n = L, and `raw` the whole raw buffers, n = keep +
+        window_slots, of the same dtype; these may hold anything in the slots of `tokens`. Returns the output in the
+        queries' dtype, and the raw buffers with the tokens in their slots; what was given stays as it is.
         """
         ...
 
@@ -160,18 +156,19 @@ class Lanes(Protocol):
         ...
 
 
-def store_token(
-    raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
-) -> tuple[mx.array, mx.array]:
-    """`Lanes.store` in MLX operations."""
-    return (
-        mx.put_along_axis(raw_keys, rows.slots(keys.shape), keys, axis=2),
-        mx.put_along_axis(raw_values, rows.slots(values.shape), values, axis=2),
+def store_tokens(tokens: Pair, raw: Pair, rows: RowIndex) -> Pair:
+    """The raw buffers with a step's tokens in their slots; all as in `Lanes.attend_step`."""
+    keys, values = (
+        mx.put_along_axis(kept, rows.slots(new.shape), new, axis=2) for new, kept in zip(tokens, raw, strict=True)
     )
+    return keys, values
 
 
 Expand = Callable[[Pages, mx.Dtype], tuple[mx.array, mx.array]]
 """`Lanes.expand`, or the same in another basis."""
+
+Attend = Callable[[mx.array, mx.array, mx.array, Pages, PageIndex, Mask, float, mx.array | None], mx.array]
+"""`Lanes.attend`."""
 
 
 def gather_expanded(expand: Expand, pages: Pages, table: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -212,15 +209,16 @@ def attend_expanded(
 
 
 def attend_step_masked(
-    lanes: Lanes,
+    attend: Attend,
     queries: mx.array,
-    raw_keys: mx.array,
-    raw_values: mx.array,
+    tokens: Pair,
+    raw: Pair,
     pages: Pages,
     rows: RowIndex,
     scale: float,
     sinks: mx.array | None,
-) -> mx.array:
-    """`Lanes.attend_step` by the lanes' own `attend` and a mask."""
-    raw_keys, raw_values = raw_keys[:, :, : rows.n_raw], raw_values[:, :, : rows.n_raw]
-    return lanes.attend(queries, raw_keys, raw_values, pages, rows.index, rows.mask, scale, sinks)
+) -> tuple[mx.array, Pair]:
+    """`Lanes.attend_step` in MLX operations: store, then `attend` with a mask."""
+    stored = store_tokens(tokens, raw, rows)
+    keys, values = (array[:, :, : rows.n_raw] for array in stored)
+    return attend(queries, keys, values, pages, rows.index, rows.mask, scale, sinks), stored

@@ -30,7 +30,8 @@ class Signature:
 
 _PAGES = ("key_words", "value_words", "key_scales", "value_scales")
 _ATTEND = ("attend", "attend_raw", "attend_pages")
-_STEP = ("queries", "raw_keys", "raw_values", "table", "rows", *_PAGES, "constants")
+_STEP = ("queries", "step_keys", "step_values", "raw_keys", "raw_values", "table", "rows", *_PAGES, "constants")
+_STORED = ("new_keys", "new_values")
 
 # Every array that a launch names costs the host time, so what does not change is one array (metal/shapes.h), and
 # attention sinks are only there for models that have them.
@@ -38,14 +39,13 @@ KERNELS = {
     "encode": Signature(("encode",), ("keys", "values", "constants"), _PAGES),
     "expand": Signature(("expand",), (*_PAGES, "table", "constants"), ("keys", "values")),
     "expand_raw": Signature(("expand",), (*_PAGES, "table", "constants", "raw_keys", "raw_values"), ("keys", "values")),
-    "store": Signature(("store",), ("raw_keys", "raw_values", "keys", "values", "rows"), ("new_keys", "new_values")),
-    "attend": Signature(_ATTEND, _STEP, ("parts",)),
+    "attend": Signature(_ATTEND, _STEP, ("parts", *_STORED)),
     "merge": Signature(("merge",), ("parts", "constants"), ("out",)),
     "merge_sinks": Signature(("merge",), ("parts", "constants", "sinks"), ("out",)),
     # attend and merge in one launch; needs threadgroups that see each other's memory, which Metal does not promise. Its
     # parts are in `workspace`, an input that it writes to, behind its counters.
-    "attend_merged": Signature(_ATTEND, (*_STEP, "workspace"), ("out",)),
-    "attend_merged_sinks": Signature(_ATTEND, (*_STEP, "workspace", "sinks"), ("out",)),
+    "attend_merged": Signature(_ATTEND, (*_STEP, "workspace"), ("out", *_STORED)),
+    "attend_merged_sinks": Signature(_ATTEND, (*_STEP, "workspace", "sinks"), ("out", *_STORED)),
 }
 
 Constant = int | bool | mx.Dtype

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.index import PageIndex, RowIndex
-from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, Pages, attend_expanded, store_token
+from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, Pages, Pair, attend_expanded, store_tokens
 from kernels.layout import PAGE, pack, words_for
 from kernels.masks import Mask, MaskForm
 from kernels.reference import quantise
@@ -185,23 +185,20 @@ class PackedLanes:
             queries, (raw_keys, raw_values, raw_mask), pages, index, page_mask, scale=scale, sinks=sinks
         )
 
-    def store(
-        self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
-    ) -> tuple[mx.array, mx.array]:
-        return store_token(raw_keys, raw_values, keys, values, rows)
-
     def attend_step(
         self,
         queries: mx.array,
-        raw_keys: mx.array,
-        raw_values: mx.array,
+        tokens: Pair,
+        raw: Pair,
         pages: Pages,
         rows: RowIndex,
         scale: float,
         sinks: mx.array | None,
-    ) -> mx.array:
-        raw = raw_keys[:, :, : rows.n_raw], raw_values[:, :, : rows.n_raw], rows.raw_mask
-        return self._attend_packed(queries, raw, pages, rows.index, rows.page_mask, scale=scale, sinks=sinks)
+    ) -> tuple[mx.array, Pair]:
+        stored = store_tokens(tokens, raw, rows)
+        live = stored[0][:, :, : rows.n_raw], stored[1][:, :, : rows.n_raw], rows.raw_mask
+        out = self._attend_packed(queries, live, pages, rows.index, rows.page_mask, scale=scale, sinks=sinks)
+        return out, stored
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         return "packed" if n_tokens is None or n_tokens <= _FEW_TOKENS else "expanded"

@@ -1,12 +1,22 @@
 """Lanes of which only some parts can be trusted: what attends wrongly is done over expanded pages instead."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import ClassVar
 
 import mlx.core as mx
 
 from kernels.index import PageIndex, RowIndex
-from kernels.lanes import AttentionPath, CodebookKind, Lanes, LaneShape, Pages, attend_expanded, store_token
+from kernels.lanes import (
+    AttentionPath,
+    CodebookKind,
+    Lanes,
+    LaneShape,
+    Pages,
+    Pair,
+    attend_expanded,
+    attend_step_masked,
+)
 from kernels.masks import Mask, MaskForm
 
 
@@ -53,27 +63,20 @@ class PartedLanes:
             return attend_expanded(self.expand, queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
         return self.lanes.attend(queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
 
-    def store(
-        self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
-    ) -> tuple[mx.array, mx.array]:
-        if "attend_step" in self._expanded:
-            return store_token(raw_keys, raw_values, keys, values, rows)
-        return self.lanes.store(raw_keys, raw_values, keys, values, rows)
-
     def attend_step(
         self,
         queries: mx.array,
-        raw_keys: mx.array,
-        raw_values: mx.array,
+        tokens: Pair,
+        raw: Pair,
         pages: Pages,
         rows: RowIndex,
         scale: float,
         sinks: mx.array | None,
-    ) -> mx.array:
+    ) -> tuple[mx.array, Pair]:
         if "attend_step" in self._expanded:
-            raw = raw_keys[:, :, : rows.n_raw], raw_values[:, :, : rows.n_raw]
-            return attend_expanded(self.expand, queries, *raw, pages, rows.index, rows.mask, scale, sinks)
-        return self.lanes.attend_step(queries, raw_keys, raw_values, pages, rows, scale, sinks)
+            attend = partial(attend_expanded, self.expand)
+            return attend_step_masked(attend, queries, tokens, raw, pages, rows, scale, sinks)
+        return self.lanes.attend_step(queries, tokens, raw, pages, rows, scale, sinks)
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         part = "attend_step" if n_tokens is None else "attend"

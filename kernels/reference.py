@@ -37,10 +37,10 @@ from kernels.lanes import (
     Codebooks,
     LaneShape,
     Pages,
+    Pair,
     attend_expanded,
     attend_step_masked,
     coded_page_arrays,
-    store_token,
 )
 from kernels.layout import PAGE
 from kernels.masks import Mask, MaskForm
@@ -142,22 +142,17 @@ class ReferenceLanes:
     ) -> mx.array:
         return attend_expanded(self.expand, queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
 
-    def store(
-        self, raw_keys: mx.array, raw_values: mx.array, keys: mx.array, values: mx.array, rows: RowIndex
-    ) -> tuple[mx.array, mx.array]:
-        return store_token(raw_keys, raw_values, keys, values, rows)
-
     def attend_step(
         self,
         queries: mx.array,
-        raw_keys: mx.array,
-        raw_values: mx.array,
+        tokens: Pair,
+        raw: Pair,
         pages: Pages,
         rows: RowIndex,
         scale: float,
         sinks: mx.array | None,
-    ) -> mx.array:
-        return attend_step_masked(self, queries, raw_keys, raw_values, pages, rows, scale, sinks)
+    ) -> tuple[mx.array, Pair]:
+        return attend_step_masked(self.attend, queries, tokens, raw, pages, rows, scale, sinks)
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         return "expanded"

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.index import PageIndex, RowIndex
-from kernels.lanes import Lanes, LaneShape, Pages, attend_expanded, store_token
+from kernels.lanes import Lanes, LaneShape, Pages, Pair, attend_expanded, store_tokens
 from kernels.layout import PAGE
 from kernels.masks import Mask
 
@@ -158,27 +158,25 @@ class Trial:
 
     def attend_step(self, rows: RowIndex, with_sinks: bool = False) -> Measured:
         n_rows, n_raw = len(rows.tables), rows.keep + rows.window_slots
-        # Slots that no query may see hold random numbers as well.
+        # Slots that no query may see hold random numbers as well, and so do those of the step's own tokens.
         queries, keys, values = random_step(self._shape, self.dtype, 30, n_rows, rows.n_queries, n_raw)
+        tokens = random_step(self._shape, self.dtype, 33, n_rows, rows.n_queries, rows.n_queries)[1:]
+        raw = keys, values
         sinks = mx.linspace(-1, 2, self._shape.n_heads).astype(self.dtype) if with_sinks else None
         scale = self._shape.key_dim**-0.5
         pages = self._pages
-        got, microseconds = timed(lambda: self.lanes.attend_step(queries, keys, values, pages, rows, scale, sinks))
+        (got, kept), microseconds = timed(
+            lambda: self.lanes.attend_step(queries, tokens, raw, pages, rows, scale, sinks)
+        )
         with mx.stream(mx.cpu):
+            stored = store_tokens(tokens, raw, rows)
             q = queries.astype(mx.float32)
-            k, v = (x[:, :, : rows.n_raw].astype(mx.float32) for x in (keys, values))
+            k, v = (x[:, :, : rows.n_raw].astype(mx.float32) for x in stored)
             want = attend_expanded(self._judge.expand, q, k, v, pages, rows.index, rows.mask, scale, sinks)
             error = self._error(got, want)
-        if rows.n_queries == 1 and not self._stores(keys, values, rows):
-            error = float("inf")
+            if not all(bool(mx.array_equal(a, b)) for a, b in zip(kept, stored, strict=True)):
+                error = float("inf")
         return Measured(error, self._limits.attend_step, microseconds)
-
-    def _stores(self, raw_keys: mx.array, raw_values: mx.array, rows: RowIndex) -> bool:
-        """Whether `store` puts a token of every row exactly where `attend_step` looks for it."""
-        keys, values = (raw[:, :, :1] + 1 for raw in (raw_keys, raw_values))
-        got = self.lanes.store(raw_keys, raw_values, keys, values, rows)
-        want = store_token(raw_keys, raw_values, keys, values, rows)
-        return all(bool(mx.array_equal(a, b)) for a, b in zip(got, want, strict=True))
 
     def _error(self, got: mx.array, want: mx.array) -> float:
         if got.shape != want.shape or got.dtype != self.dtype:
@@ -229,14 +227,14 @@ def decode_microseconds(lanes: Lanes, dtype: mx.Dtype) -> float:
     # A step for each call: calls that do not follow each other may run at once, and a step has one workspace.
     tables = (tuple(range(n_pages)),)
     steps = [RowIndex(tables, (PAGE + SPEED_TOKENS + PAGE,), (0,), 1, PAGE, 2 * PAGE, None) for _ in range(_CALLS)]
-    _, keys, values = random_step(shape, dtype, 50, 1, 1, 3 * PAGE)
+    raw, tokens = (random_step(shape, dtype, 50 + n, 1, 1, n)[1:] for n in (3 * PAGE, 1))
     queries = [random_step(shape, dtype, 60 + i, 1, 1, 1)[0] for i in range(_CALLS)]
-    mx.eval(pages, keys, values, queries)
+    mx.eval(pages, raw, tokens, queries)
     scale = shape.key_dim**-0.5
 
-    def calls() -> list[mx.array]:
+    def calls() -> list[tuple[mx.array, Pair]]:
         return [
-            lanes.attend_step(q, keys, values, pages, rows, scale, None) for q, rows in zip(queries, steps, strict=True)
+            lanes.attend_step(q, tokens, raw, pages, rows, scale, None) for q, rows in zip(queries, steps, strict=True)
         ]
 
     mx.eval(calls())

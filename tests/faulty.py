@@ -2,12 +2,21 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import mlx.core as mx
 
 from kernels.index import RowIndex
-from kernels.lanes import AttentionPath, CodebookKind, Codebooks, LaneShape, attend_expanded
+from kernels.lanes import (
+    AttentionPath,
+    CodebookKind,
+    Codebooks,
+    LaneShape,
+    Pair,
+    attend_expanded,
+    attend_step_masked,
+)
 from kernels.probe import Candidate
 from kernels.profiles import MissingDeviceKey
 from kernels.reference import ReferenceLanes
@@ -26,12 +35,12 @@ class FakeFused(ReferenceLanes):
     codebook: ClassVar[CodebookKind] = "pair"
 
     def attend_step(
-        self, queries: Any, keys: Any, values: Any, pages: Any, rows: RowIndex, scale: float, sinks: Any
-    ) -> mx.array:
+        self, queries: Any, tokens: Pair, raw: Pair, pages: Any, rows: RowIndex, scale: float, sinks: Any
+    ) -> tuple[mx.array, Pair]:
         if rows.index.n_pages >= MANY:
-            return mx.zeros((*queries.shape[:-1], self.shape.value_dim), dtype=queries.dtype)
-        raw = keys[:, :, : rows.n_raw], values[:, :, : rows.n_raw]
-        return attend_expanded(super().expand, queries, *raw, pages, rows.index, rows.mask, scale, sinks)
+            return mx.zeros((*queries.shape[:-1], self.shape.value_dim), dtype=queries.dtype), raw
+        attend = partial(attend_expanded, super().expand)
+        return attend_step_masked(attend, queries, tokens, raw, pages, rows, scale, sinks)
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         return "fused" if n_tokens is None else "expanded"
@@ -86,10 +95,20 @@ def where_timed(fault: Fault) -> Fault:
 
 
 def faulty(part: str, fault: Fault) -> type[FakeFused]:
-    """`FakeFused` with a fault in one method."""
+    """`FakeFused` with a fault in one method; where that stores tokens as well, only its answer is at fault."""
 
     def method(self: Any, *arguments: Any) -> Any:
-        return fault(lambda *args: getattr(FakeFused, part)(self, *args), arguments)
+        kept = []
+
+        def right(*args: Any) -> Any:
+            result = getattr(FakeFused, part)(self, *args)
+            if part != "attend_step":
+                return result
+            kept.append(result[1])
+            return result[0]
+
+        result = fault(right, arguments)
+        return (result, *kept) if kept else result
 
     return type("Faulty", (FakeFused,), {part: method})
 

@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 
 from kernels.index import RowIndex
-from kernels.lanes import Lanes, gather_expanded
+from kernels.lanes import Lanes, Pair, gather_expanded, store_tokens
 from kernels.layout import PAGE
-from turbocache.chunks import Pair, body_of, centred, page_blocks, raw_after
+from turbocache.chunks import body_of, centred, page_blocks, raw_after
 from turbocache.conditioning import RowCentres
 from turbocache.paths import PathCounts
 from turbocache.pool import PagePool
@@ -97,7 +97,8 @@ class CacheBatch:
     def __init__(self, spec: CacheSpec, n_rows: int = 1) -> None:
         self.spec = spec
         self.rings = [PageRing(spec.ring, spec.pool) for _ in range(n_rows)]
-        self.raw = [self._empty_raw(layer, n_rows) for layer in spec.layers]
+        self._raw = [self._empty_raw(layer, n_rows) for layer in spec.layers]
+        self._unstored: dict[int, tuple[Pair, RowIndex]] = {}
         self._remaining: list[int] | None = None
         self._rows: RowIndex | None = None
         self._in_flight: mx.array | None = None
@@ -115,6 +116,21 @@ class CacheBatch:
     def offsets(self) -> list[int]:
         """Tokens ever seen by each row."""
         return [ring.offset for ring in self.rings]
+
+    @property
+    def raw(self) -> list[Pair]:
+        """Raw keys and values of each layer with every token that was given: attention stores a step's tokens, and what
+        a layer did not attend to is stored here.
+        """
+        for layer, (tokens, rows) in self._unstored.items():
+            self._raw[layer] = store_tokens(tokens, self._raw[layer], rows)
+        self._unstored.clear()
+        return self._raw
+
+    @raw.setter
+    def raw(self, raw: list[Pair]) -> None:
+        self._unstored.clear()
+        self._raw = raw
 
     @property
     def raw_nbytes(self) -> int:
@@ -236,6 +252,8 @@ class CacheBatch:
         Waits for the device if pages will be written, because a write under a reader copies the whole pool.
         """
         step: DecodeStep | PrefillStep
+        if self._unstored:
+            _ = self.raw
         self._centres.update([ring.centre for ring in self.rings])
         if n_tokens == 1 and self._remaining is None:
             step, rotated = plan_decode(self.rings, self.spec.pool, self._rows)
@@ -257,13 +275,16 @@ class CacheBatch:
             mx.synchronize()
         return step
 
-    def decode(self, layer: int, step: DecodeStep, keys: mx.array, values: mx.array) -> None:
-        """Store one token per row: compress the blocks that are due, then write the token into its slot."""
-        raw_keys, raw_values = self.raw[layer]
+    def decode(self, layer: int, step: DecodeStep, keys: mx.array, values: mx.array) -> Pair:
+        """Take one token per row: compress the blocks that are due. Returns the tokens as they are kept, which
+        `attend_decode` stores.
+        """
+        raw_keys, raw_values = self._raw[layer]
         keys, above = keys.astype(raw_keys.dtype), self.spec.layers[layer].centre_above
         if step.decides and above is not None:
             deciding = {row: centre for row in step.decides if (centre := self.rings[row].centre) is not None}
             raw_keys = self._centres.decide(layer, deciding, raw_keys, above)
+            self._raw[layer] = raw_keys, raw_values
         if (centres := self._centres.of(layer)) is not None:
             keys = keys - centres
         if step.flushes:
@@ -273,15 +294,18 @@ class CacheBatch:
             ]
             content = self.spec.layers[layer].lanes.encode(*blocks)
             self.spec.pool.write(layer, [f.page for f in step.flushes], content)
-        values = values.astype(raw_values.dtype)
-        self.raw[layer] = self.spec.layers[layer].lanes.store(raw_keys, raw_values, keys, values, step.rows)
+        tokens = keys, values.astype(raw_values.dtype)
+        self._unstored[layer] = tokens, step.rows
+        return tokens
 
     def attend_decode(
-        self, layer: int, step: DecodeStep, queries: mx.array, scale: float, sinks: mx.array | None
+        self, layer: int, step: DecodeStep, tokens: Pair, queries: mx.array, scale: float, sinks: mx.array | None
     ) -> mx.array:
-        """`[B, n_heads, 1, key_dim]` to `[B, n_heads, 1, value_dim]` in the queries' dtype."""
+        """`[B, n_heads, 1, key_dim]` to `[B, n_heads, 1, value_dim]` in the queries' dtype; stores the tokens."""
         lanes, pages = self.spec.layers[layer].lanes, self.spec.pool.pages(layer)
-        return lanes.attend_step(queries, *self.raw[layer], pages, step.rows, scale, sinks)
+        out, self._raw[layer] = lanes.attend_step(queries, tokens, self._raw[layer], pages, step.rows, scale, sinks)
+        self._unstored.pop(layer, None)
+        return out
 
     def prefill(self, layer: int, step: PrefillStep, keys: mx.array, values: mx.array) -> list[Pair]:
         """Store a chunk: full blocks become pages, the rest goes to sink and window. Returns for each chunk step the

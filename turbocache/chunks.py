@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from kernels.lanes import Pair
 from kernels.layout import PAGE
 from turbocache.conditioning import KeyCentre
 from turbocache.steps import ChunkStep
-
-Pair = tuple[mx.array, mx.array]
 
 
 def centred(

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from kernels.device import constant, resident, steps_on_device
+from kernels.lanes import Pair
 from turbocache.batch import CacheBatch, CacheSpec
 from turbocache.steps import DecodeStep, PrefillStep
 
@@ -19,16 +20,12 @@ from turbocache.steps import DecodeStep, PrefillStep
 class PendingAttention:
     """Returned by `update_and_fetch` in the place of keys and values; the seam asks it for the attention's output."""
 
-    __slots__ = ("_batch", "_bodies", "_layer", "_step")
+    __slots__ = ("_batch", "_layer", "_step", "_tokens")
 
     def __init__(
-        self,
-        batch: CacheBatch,
-        layer: int,
-        step: DecodeStep | PrefillStep,
-        bodies: list[tuple[mx.array, mx.array]] | None,
+        self, batch: CacheBatch, layer: int, step: DecodeStep | PrefillStep, tokens: Pair | list[Pair]
     ) -> None:
-        self._batch, self._layer, self._step, self._bodies = batch, layer, step, bodies
+        self._batch, self._layer, self._step, self._tokens = batch, layer, step, tokens
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -47,9 +44,10 @@ class PendingAttention:
         if queries.dtype != self.dtype:
             return self.attend(queries.astype(self.dtype), scale, sinks).astype(queries.dtype)
         if isinstance(self._step, DecodeStep):
-            return self._batch.attend_decode(self._layer, self._step, queries, scale, sinks)
-        assert self._bodies is not None
-        return self._batch.attend_prefill(self._layer, self._step, self._bodies, queries, scale, sinks)
+            assert isinstance(self._tokens, tuple)
+            return self._batch.attend_decode(self._layer, self._step, self._tokens, queries, scale, sinks)
+        assert isinstance(self._tokens, list)
+        return self._batch.attend_prefill(self._layer, self._step, self._tokens, queries, scale, sinks)
 
 
 class _Shared:
@@ -135,12 +133,12 @@ class PagedKVCache:
         self._n_steps += 1
         if self._n_steps != shared.n_steps or shared.step is None:
             raise RuntimeError("layers of a cache must be updated once per forward pass, in order")
-        bodies = None
+        tokens: Pair | list[Pair]
         if isinstance(shared.step, DecodeStep):
-            shared.batch.decode(self._layer, shared.step, keys, values)
+            tokens = shared.batch.decode(self._layer, shared.step, keys, values)
         else:
-            bodies = shared.batch.prefill(self._layer, shared.step, keys, values)
-        pending = PendingAttention(shared.batch, self._layer, shared.step, bodies)
+            tokens = shared.batch.prefill(self._layer, shared.step, keys, values)
+        pending = PendingAttention(shared.batch, self._layer, shared.step, tokens)
         return pending, pending
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:

@@ -40,7 +40,10 @@ const int split = int(threadgroup_position_in_grid.x), n_splits = int(threadgrou
 const int group = int(threadgroup_position_in_grid.y) / KV_HEADS, head = int(threadgroup_position_in_grid.y) % KV_HEADS;
 const int row = int(threadgroup_position_in_grid.z);
 const int r0 = group * ROWS, n_rows = min(ROWS, N_QUERIES - r0);
-const int first_query = (row * KV_HEADS + head) * N_QUERIES + r0;
+const size_t head_at = row * KV_HEADS + head;
+const int first_query = int(head_at) * N_QUERIES + r0;
+const device T* own_keys = step_keys + head_at * L * DK;
+const device T* own_values = step_values + head_at * L * DV;
 
 const int offset = rows[4 * row], n_pages = rows[4 * row + 2];
 const int page_start = KEEP + 64 * rows[4 * row + 1], window_start = page_start + 64 * n_pages;

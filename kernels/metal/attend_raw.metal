@@ -1,4 +1,5 @@
-// attend, second part: raw tokens, one block of 64 for each of the last splits, 16 tokens for each simdgroup.
+// attend, second part: raw tokens, one block of 64 for each of the last splits, 16 tokens for each simdgroup. The step's
+// own tokens are read from where they came in; with them the blocks become those of the next step, new_keys and new_values.
 
 for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
   const int n_sink = min(KEEP, offset + L), sink_blocks = (KEEP + 63) / 64;
@@ -6,8 +7,24 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
   const int start = in_sink ? 64 * block : window_start + 64 * (block - sink_blocks);
   const int count = clamp_int((in_sink ? n_sink : offset + L) - start, 0, 64);
   const int slot = in_sink ? start : KEEP + (start - KEEP) % SLOTS;
-  const size_t base = size_t(row * KV_HEADS + head) * (KEEP + SLOTS) + slot + 16 * warp;
-  const int mine = clamp_int(count - 16 * int(warp), 0, 16); // tokens of this simdgroup
+  const size_t block_at = head_at * (KEEP + SLOTS) + slot, base = block_at + 16 * warp;
+  const int mine = clamp_int(count - 16 * int(warp), 0, 16), first = start + 16 * int(warp); // tokens of this simdgroup
+  if (group == 0) {
+    const int n_slots = in_sink ? min(64, KEEP - start) : 64; // all of them, so that none is left unwritten
+    BlockUnits<DK, L, 32 * WARPS, T> key_units;
+    BlockUnits<DV, L, 32 * WARPS, T> value_units;
+    for (int turn = 0; turn < larger(key_units.TURNS, value_units.TURNS); turn++) {
+      key_units.load(raw_keys + block_at * DK, own_keys, offset - start, n_slots, turn, lane + 32 * warp);
+      value_units.load(raw_values + block_at * DV, own_values, offset - start, n_slots, turn, lane + 32 * warp);
+      key_units.store(new_keys + block_at * DK, n_slots, turn, lane + 32 * warp);
+      value_units.store(new_values + block_at * DV, n_slots, turn, lane + 32 * warp);
+    }
+  }
+  const device T* key_at[2];
+  for (int m = 0; m < 2; m++) {
+    const int t = 8 * m + g, later = clamp_int(first + t - offset, 0, L - 1);
+    key_at[m] = first + t < offset ? raw_keys + (base + t) * DK : own_keys + later * DK;
+  }
   TG(float) w = scratch + warp * 16 * 8;
   for (int n = 0; n < NT; n++) {
     float dot[2][LIVE];
@@ -22,7 +39,7 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
       PRAGMA_UNROLL
       for (int m = 0; m < 2; m++) {
         float k[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (8 * m + g < mine) load4(raw_keys + (base + 8 * m + g) * DK + at, k);
+        if (8 * m + g < mine) load4(key_at[m] + at, k);
         PRAGMA_UNROLL
         for (int r = 0; r < LIVE; r++) {
           TG(const float) x = q + (8 * n + r) * DK + at;
@@ -39,7 +56,7 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
       for (int m = 0; m < 2; m++) {
         float s = dot[m][r] + shuffle_xor(dot[m][r], 1);
         s += shuffle_xor(s, 2);
-        const int t = start + 16 * int(warp) + 8 * m + g;
+        const int t = first + 8 * m + g;
         const bool seen = 8 * m + g < mine && t <= position && (in_sink || SPAN == 0 || t > position - SPAN);
         dot[m][r] = seen ? s : HIDDEN;
         top[r] = max(top[r], dot[m][r]);
@@ -68,7 +85,8 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
         PRAGMA_UNROLL_8
         for (int t = 0; t < mine; t++) {
           float v[4];
-          load4(raw_values + (base + t) * DV + d, v);
+          const int later = first + t - offset;
+          load4((later < 0 ? raw_values + (base + t) * DV : own_values + later * DV) + d, v);
           PRAGMA_UNROLL
           for (int r = 0; r < LIVE; r++) {
             const float p = w[t * 8 + r];

@@ -165,6 +165,32 @@ kernel_fn void write_part(
   }
 }
 
+// What a block of n raw tokens becomes: `to` is `from` with the step's N tokens, of which the first is the block's token `at`
+// (outside of 0 .. n - 1 for one that is not in it). In units of 16 bytes, as many loads on their way together as registers
+// allow beside a page's codes.
+template <int D, int N, int THREADS, typename T>
+struct BlockUnits {
+  static constexpr int UNITS = D * int(sizeof(T)) / 16, AT_ONCE = 4;
+  static constexpr int TURNS = (64 * UNITS + AT_ONCE * THREADS - 1) / (AT_ONCE * THREADS);
+  uint4 held[AT_ONCE];
+
+  void load(const device T* from, const device T* own, int at, int n, int turn, uint thread_index) thread {
+    PRAGMA_UNROLL
+    for (int k = 0; k < AT_ONCE; k++) {
+      const int i = (AT_ONCE * turn + k) * THREADS + int(thread_index), j = i - at * UNITS;
+      const bool is_own = j >= 0 && j < N * UNITS;
+      if (i < n * UNITS) held[k] = is_own ? ((const device uint4*)own)[j] : ((const device uint4*)from)[i];
+    }
+  }
+  void store(device T* to, int n, int turn, uint thread_index) thread {
+    PRAGMA_UNROLL
+    for (int k = 0; k < AT_ONCE; k++) {
+      const int i = (AT_ONCE * turn + k) * THREADS + int(thread_index);
+      if (i < n * UNITS) ((device uint4*)to)[i] = held[k];
+    }
+  }
+};
+
 // One query row's parts added up, by one simdgroup: `parts` [n_parts, PART_STRIDE] as write_part leaves them. The first
 // RAW_BLOCKS parts are in the model's basis, the others in the rotated one; these are brought back once.
 // `sink` is a logit without a value, in units of log2 e. `scratch`: n_parts + DV floats.

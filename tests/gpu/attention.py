@@ -90,13 +90,14 @@ def step_of(case: Case, profile: Profile | None = None) -> tuple[Callable[[mx.ar
         WINDOW + PAGE,
         None,
     )
-    raw = [
-        mx.random.normal((case.n_rows, case.n_kv_heads, KEEP + WINDOW + PAGE, case.dim)).astype(mx.float16)
-        for _ in range(2)
-    ]
-    mx.eval(pages, raw, rows.table, rows.rows)
+    keys, values, raw_keys, raw_values = (
+        mx.random.normal((case.n_rows, case.n_kv_heads, n, case.dim)).astype(mx.float16)
+        for n in (1, 1, KEEP + WINDOW + PAGE, KEEP + WINDOW + PAGE)
+    )
+    tokens, raw = (keys, values), (raw_keys, raw_values)
+    mx.eval(pages, tokens, raw, rows.table, rows.rows)
     n_bytes = sum(p.nbytes for p in pages) + sum(r.nbytes for r in raw)
-    return lambda q: lanes.attend_step(q, *raw, tuple(pages), rows, case.dim**-0.5, None), n_bytes
+    return lambda q: lanes.attend_step(q, tokens, raw, tuple(pages), rows, case.dim**-0.5, None)[0], n_bytes
 
 
 def mlx_step(case: Case) -> Callable[[mx.array], mx.array]:

@@ -156,7 +156,9 @@ def random_pages(setting: Setting, n_pages: int, rng: np.random.Generator) -> li
 
 @dataclass(frozen=True)
 class Step:
-    """One decode step: what `attend_step` gets, as numpy arrays (float32 with the type's values)."""
+    """One decode step as numpy arrays (float32 with the type's values): what `attend_step` gets, its raw buffers with
+    the step's own tokens in them.
+    """
 
     setting: Setting
     rows: RowIndex
@@ -166,14 +168,29 @@ class Step:
     pages: list[Array]
     sinks: Array | None
 
+    def slots(self, row: int) -> Array:
+        """Where the step's own tokens of a row lie."""
+        s, at = self.setting, self.rows.offsets[row] + np.arange(self.setting.n_queries)
+        return np.where(at < s.keep, at, s.keep + (at - s.keep) % s.window_slots)
+
     def attend(self, lanes: FusedLanes) -> Array:
-        """`lanes`' answer, float64 `[B, n_heads, L, value_dim]`."""
-        dtype = self.setting.dtype
-        given = [mx.array(x).astype(dtype) for x in (self.queries, self.raw_keys, self.raw_values)]
+        """`lanes`' answer, float64 `[B, n_heads, L, value_dim]`. Tokens must be in their slots afterwards, which were
+        NaN before, and all other slots as they were.
+        """
+        dtype, n_rows = self.setting.dtype, len(self.rows.offsets)
+        raw = [x.copy() for x in (self.raw_keys, self.raw_values)]
+        tokens = [np.stack([x[b][:, self.slots(b)] for b in range(n_rows)]) for x in raw]
+        for x in raw:
+            for b in range(n_rows):
+                x[b][:, self.slots(b)] = np.nan
+        queries, keys, values, *before = (mx.array(x).astype(dtype) for x in (self.queries, *tokens, *raw))
         pages: Pages = tuple(mx.array(x) for x in self.pages)
         sinks = None if self.sinks is None else mx.array(self.sinks).astype(dtype)
-        out = lanes.attend_step(*given, pages, self.rows, self.setting.scale, sinks)
+        buffers = before[0], before[1]
+        out, after = lanes.attend_step(queries, (keys, values), buffers, pages, self.rows, self.setting.scale, sinks)
         assert out.dtype == dtype
+        for got, want in zip(after, (self.raw_keys, self.raw_values), strict=True):
+            np.testing.assert_array_equal(np.array(got.astype(mx.float32)), want)
         return np.array(out.astype(mx.float32)).astype(np.float64)
 
     def expected(self) -> Array:

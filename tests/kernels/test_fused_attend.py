@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.index import PageIndex, RowIndex
-from kernels.lanes import store_token
+from kernels.index import PageIndex
 from kernels.layout import PAGE
 from kernels.trials import random_step
 from tests.kernels.fused_cases import (
@@ -147,15 +146,20 @@ def test_the_unchanged_kernel_passes() -> None:
         ("% L - SPAN) s[n]", "% L - SPAN + 1) s[n]", "k2v3"),
         ("page_start = KEEP + 64 * rows[4 * row + 1]", "page_start = KEEP", "k2v3"),
         ("for (int t = 0; t < mine; t++)", "for (int t = 0; t < mine - 1; t++)", "k4v4"),
+        ("first + t < offset ?", "first + t <= offset ?", "k4v4"),
+        ("later < 0 ? raw_values", "later < 1 ? raw_values", "k4v4"),
+        ("clamp_int(first + t - offset, 0, L - 1)", "0", "k2.5v2.5"),
+        ("j >= 0 && j < N * UNITS", "j >= 0 && j < (N - 1) * UNITS", "k2.5v2.5"),
+        ("raw_keys + block_at * DK, own_keys, offset", "raw_keys + block_at * DK, own_keys, 1 + offset", "k4v4"),
     ],
 )
 def test_a_wrong_index_gives_a_wrong_answer(old: str, new: str, name: str) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, MemoryFaultError)):
         attend_with(old, new, name=name)
 
 
 def test_a_read_past_the_end_is_caught() -> None:
-    with pytest.raises(MemoryFaultError, match="input 'raw_values'"):
+    with pytest.raises(MemoryFaultError, match="input 'step_values'"):
         attend_with("for (int t = 0; t < mine; t++)", "for (int t = 0; t <= mine; t++)", mode="asan", full=True)
 
 
@@ -172,6 +176,8 @@ def test_a_missing_barrier_is_caught() -> None:
 def test_an_unwritten_cell_is_caught() -> None:
     with pytest.raises(UnwrittenError, match="output parts"):
         attend_with("if (r < n_rows) {\nfloat sum", "if (r < n_rows && d != 7) {\nfloat sum")
+    with pytest.raises(UnwrittenError, match="output new_keys"):
+        attend_with("if (i < n * UNITS) ((device", "if (i < n * UNITS - 1) ((device")
 
 
 def test_a_simd_operation_in_divergent_code_is_caught() -> None:
@@ -186,20 +192,16 @@ CHECKED = [
 
 
 @pytest.mark.parametrize(("language", "mode", "name"), CHECKED)
-def test_a_new_token_goes_to_its_slot_and_nothing_else_changes(language: Language, mode: Mode, name: str) -> None:
-    """In the sink, at its edge, at a window's last slot and after a turn of the ring; against MLX's own operation."""
+def test_tokens_go_to_their_slots_and_nothing_else_changes(language: Language, mode: Mode, name: str) -> None:
+    """In the sink, over its edge, at a window's end, over a turn of the ring and behind it (`Step.attend` looks)."""
     need(mode)
     setting = BY_NAME[name]
-    n, keep = setting.window_slots, setting.keep
-    rows = RowIndex(((),) * 5, (0, keep, keep + n - 1, keep + n, keep + 5 * n + 3), (0,) * 5, 1, keep, n, None)
-    shapes = [
-        (5, setting.n_kv_heads, length, dim) for length in (keep + n, 1) for dim in (setting.key_dim, setting.value_dim)
-    ]
-    arrays = [mx.random.normal(shape, key=mx.random.key(i)).astype(setting.dtype) for i, shape in enumerate(shapes)]
+    n, keep, at_once = setting.window_slots, setting.keep, setting.n_queries
+    lengths = [(0, -keep), (0, -min(1, keep)), (0, 0), (0, n - at_once), (n // PAGE - 1, PAGE - 1), (5 * n // PAGE, 3)]
+    step = make_step(setting, lengths, seed=5)
     with emulated(mode):
-        got = setting.lanes(language).store(*arrays, rows)
-    for mine, right in zip(got, store_token(*arrays, rows), strict=True):
-        assert mx.array_equal(mine, right)
+        got = step.attend(setting.lanes(language))
+    assert_close(got, step.expected(), setting, language)
 
 
 @pytest.mark.parametrize(("language", "mode", "name"), CHECKED)

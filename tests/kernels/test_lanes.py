@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kernels.identity import IdentityLanes
 from kernels.index import RowIndex
-from kernels.lanes import Lanes, LaneShape
+from kernels.lanes import Lanes, LaneShape, Pair
 from kernels.layout import PAGE
 from kernels.packed import PackedLanes
 from tests.oracles import attend_dense, visible_positions
@@ -48,6 +48,7 @@ class Step:
         read = [np.array(x).swapaxes(1, 2) for x in lanes.expand(self.pages, mx.float32)]
         shape = (n_rows, 2, self.keep + self.slots)
         self.raw = [np.full((*shape, dim), 1e4, dtype=np.float32) for dim in (64, 32)]
+        self.tokens = [np.zeros((n_rows, 2, n_queries, dim), dtype=np.float32) for dim in (64, 32)]
         self.rows = []
         for row in range(n_rows):
             offset = int(rng.integers(0, 500))
@@ -60,13 +61,31 @@ class Step:
             table, free = tuple(free[: flushed - first].tolist()), free[flushed - first :]
             end = offset + n_queries
             history = [rng.normal(size=(end, 2, dim)).astype(np.float32) for dim in (64, 32)]
-            for known, page_tokens, raw in zip(history, read, self.raw, strict=True):
+            for known, page_tokens, raw, own in zip(history, read, self.raw, self.tokens, strict=True):
                 for i, page in enumerate(table):
                     start = self.keep + PAGE * (first + i)
                     known[start : start + PAGE] = page_tokens[page]
-                for p in (*range(min(self.keep, end)), *range(self.keep + PAGE * flushed, end)):
-                    raw[row, :, p if p < self.keep else self.keep + (p - self.keep) % self.slots] = known[p]
+                for p in (*range(min(self.keep, offset)), *range(self.keep + PAGE * flushed, offset)):
+                    raw[row, :, self.slot(p)] = known[p]
+                own[row] = known[offset:].swapaxes(0, 1)
             self.rows.append(Row(history[0], history[1], offset, first, table))
+
+    def slot(self, position: int) -> int:
+        return position if position < self.keep else self.keep + (position - self.keep) % self.slots
+
+    def pairs(self, dtype: mx.Dtype = mx.float32) -> tuple[Pair, Pair]:
+        """The step's tokens and the raw buffers before it."""
+        keys, values, raw_keys, raw_values = (mx.array(x).astype(dtype) for x in (*self.tokens, *self.raw))
+        return (keys, values), (raw_keys, raw_values)
+
+    def stored(self) -> list[np.ndarray]:
+        """The raw buffers after the step."""
+        after = [x.copy() for x in self.raw]
+        for raw, tokens in zip(after, self.tokens, strict=True):
+            for b, row in enumerate(self.rows):
+                for i in range(self.n_queries):
+                    raw[b, :, self.slot(row.offset + i)] = tokens[b, :, i]
+        return after
 
     def index(self) -> RowIndex:
         return RowIndex(
@@ -107,11 +126,12 @@ def test_a_step_sees_exactly_the_tokens_it_should(
     step = Step(lanes_of(name), rng, n_rows, n_queries, (keep, window, max_size))
     queries = rng.normal(size=(n_rows, 4, n_queries, 64)).astype(np.float32)
     sinks = rng.normal(size=(4,)).astype(np.float32) if with_sinks else None
-    raw_keys, raw_values = (mx.array(x) for x in step.raw)
     given_sinks = None if sinks is None else mx.array(sinks)
     index = step.index()
-    out = lanes_of(name).attend_step(mx.array(queries), raw_keys, raw_values, step.pages, index, 0.125, given_sinks)
+    out, raw = lanes_of(name).attend_step(mx.array(queries), *step.pairs(), step.pages, index, 0.125, given_sinks)
     assert out.dtype == mx.float32
+    for got, want in zip(raw, step.stored(), strict=True):
+        np.testing.assert_array_equal(np.array(got), want)
     tolerance = 1e-3 if name == "packed" and mx.default_device().type == mx.cpu else 3e-5
     np.testing.assert_allclose(np.array(out), step.expected(queries, 0.125, sinks), atol=tolerance, rtol=0)
 
@@ -172,8 +192,10 @@ def test_masks_are_made_only_where_something_is_hidden() -> None:
 def test_outputs_have_the_queries_dtype(name: str, dtype: mx.Dtype) -> None:
     step = Step(lanes_of(name), np.random.default_rng(0), 2, 1, (3, 64, None))
     queries = mx.random.normal((2, 4, 1, 64)).astype(dtype)
-    raw = [mx.clip(mx.array(x), -9, 9).astype(dtype) for x in step.raw]
-    assert lanes_of(name).attend_step(queries, *raw, step.pages, step.index(), 0.125, None).dtype == dtype
+    for raw in step.raw:
+        raw.clip(-9, 9, out=raw)
+    out, kept = lanes_of(name).attend_step(queries, *step.pairs(dtype), step.pages, step.index(), 0.125, None)
+    assert {out.dtype, *(x.dtype for x in kept)} == {dtype}
 
 
 def test_without_pages_nothing_is_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,5 +210,7 @@ def test_without_pages_nothing_is_rotated(monkeypatch: pytest.MonkeyPatch) -> No
         raw = mx.ones((1, 2, 196, 64)), mx.ones((1, 2, 196, 32))
         for n in (1, 60):
             index = index_of(((),), offsets=(20,), first=(0,), n_queries=n)
-            assert lanes.attend_step(mx.ones((1, 4, n, 64)), *raw, pages, index, 0.125, None).shape == (1, 4, n, 32)
+            tokens = mx.ones((1, 2, n, 64)), mx.ones((1, 2, n, 32))
+            out, _ = lanes.attend_step(mx.ones((1, 4, n, 64)), tokens, raw, pages, index, 0.125, None)
+            assert out.shape == (1, 4, n, 32)
     assert isinstance(lanes, PackedLanes)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from kernels.index import PageIndex, RowIndex
-from kernels.lanes import LaneShape
+from kernels.lanes import LaneShape, attend_expanded, store_tokens
 from kernels.packed import PackedLanes
 from kernels.parts import PartedLanes
 from kernels.probe import BackendUnavailable, Candidate, probe
@@ -189,12 +189,16 @@ def test_a_device_that_does_not_tell_gets_the_portable_profile(
     assert backend.profile_reason
 
 
-def subtle(change: Callable[[RowIndex], RowIndex], sinks: bool = True) -> type[FakeFused]:
-    """`FakeFused` that misreads where a step's tokens are, or forgets the sinks."""
+def subtle(change: Callable[[RowIndex], RowIndex], sinks: bool = True, own: bool = True) -> type[FakeFused]:
+    """`FakeFused` that misreads where a step's tokens are, or forgets the sinks or the step's own tokens."""
 
     class Subtle(FakeFused):
-        def attend_step(self, q: Any, k: Any, v: Any, pages: Any, rows: RowIndex, scale: Any, extra: Any) -> Any:
-            return super().attend_step(q, k, v, pages, change(rows), scale, extra if sinks else None)
+        def attend_step(self, q: Any, tokens: Any, raw: Any, pages: Any, rows: RowIndex, scale: Any, extra: Any) -> Any:
+            kept = store_tokens(tokens, raw, rows)
+            rows = change(rows)
+            live = (x[:, :, : rows.n_raw] for x in (kept if own else raw))
+            extra = extra if sinks else None
+            return attend_expanded(self.expand, q, *live, pages, rows.index, rows.mask, scale, extra), kept
 
     return Subtle
 
@@ -227,6 +231,7 @@ SUBTLE: dict[str, tuple[type[FakeFused], set[str]]] = {
     "ring starts at 0": (subtle(changed(max_size=lambda r: r.max_size and r.max_size + 64)), {"rotated"}),
     "never wraps": (subtle(changed(offsets=never_wraps)), {"wrapped"}),
     "no sinks": (subtle(lambda r: r, sinks=False), {"sinks"}),
+    "own tokens too late": (subtle(lambda r: r, own=False), {"one row", "ragged", "wrapped", "several queries"}),
 }
 
 
@@ -288,7 +293,8 @@ def test_results_of_a_wrong_form_fail() -> None:
             return tuple(x[:-1] for x in super().encode(keys, values))
 
         def attend_step(self, *arguments: Any) -> Any:
-            return super().attend_step(*arguments).astype(mx.float32)
+            out, raw = super().attend_step(*arguments)
+            return out.astype(mx.float32), raw
 
         def expand(self, pages: Any, dtype: Any) -> Any:
             return tuple(x[:, :1] for x in super().expand(pages, dtype))

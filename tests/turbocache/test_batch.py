@@ -220,8 +220,8 @@ def test_results_do_not_depend_on_how_a_prefill_is_cut(backend: str, name: str, 
             here = slice(start, start + length)
             step = batch.begin_step(length)
             if length == 1:
-                batch.decode(0, step, k[:, :, here], v[:, :, here])  # type: ignore[arg-type]
-                outs.append(batch.attend_decode(0, step, q[:, :, here], 0.125, None))  # type: ignore[arg-type]
+                tokens = batch.decode(0, step, k[:, :, here], v[:, :, here])  # type: ignore[arg-type]
+                outs.append(batch.attend_decode(0, step, tokens, q[:, :, here], 0.125, None))  # type: ignore[arg-type]
             else:
                 bodies = batch.prefill(0, step, k[:, :, here], v[:, :, here])  # type: ignore[arg-type]
                 outs.append(batch.attend_prefill(0, step, bodies, q[:, :, here], 0.125, None))  # type: ignore[arg-type]
@@ -266,8 +266,8 @@ def test_rows_of_a_batch_are_as_they_are_alone(backend: str) -> None:
                 for x in (q, k, v)
             ]
             step = batch.begin_step(1)
-            batch.decode(0, step, *here[1:])  # type: ignore[arg-type]
-            columns.append(np.array(batch.attend_decode(0, step, here[0], 0.125, None)))  # type: ignore[arg-type]
+            new = batch.decode(0, step, *here[1:])  # type: ignore[arg-type]
+            columns.append(np.array(batch.attend_decode(0, step, new, here[0], 0.125, None)))  # type: ignore[arg-type]
         decoded = np.concatenate(columns, axis=2)
         return [np.concatenate([chunk[i, :, : lengths[row]], decoded[i]], axis=1) for i, row in enumerate(rows)]
 
@@ -325,8 +325,8 @@ def test_trimming_into_a_page_keeps_attention_over_the_rest(backend: str) -> Non
     np.testing.assert_allclose(raw_keys[0, :, :20], keys[3, :, :20], atol=1e-6)
     np.testing.assert_allclose(raw_values[0, :, :20], values[3, :, :20], atol=1e-6)
     step = batch.begin_step(1)
-    batch.decode(0, step, k[:, :, :1], v[:, :, :1])  # type: ignore[arg-type]
-    got = np.array(batch.attend_decode(0, step, q, 0.125, None))[0, :, 0]  # type: ignore[arg-type]
+    tokens = batch.decode(0, step, k[:, :, :1], v[:, :, :1])  # type: ignore[arg-type]
+    got = np.array(batch.attend_decode(0, step, tokens, q, 0.125, None))[0, :, 0]  # type: ignore[arg-type]
     seen_k = np.concatenate([*(keys[i].swapaxes(0, 1) for i in range(4))])[:cut]
     seen_v = np.concatenate([*(values[i].swapaxes(0, 1) for i in range(4))])[:cut]
     seen_k = np.concatenate([seen_k, np.array(k[0, :, :1]).swapaxes(0, 1)])

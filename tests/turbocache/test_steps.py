@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from kernels.identity import IdentityLanes
 from kernels.index import RowIndex
-from kernels.lanes import LaneShape
+from kernels.lanes import LaneShape, Pages, Pair, store_tokens
 from turbocache.batch import CacheBatch, CacheSpec, CompressedLayer
 from turbocache.pool import PagePool
 from turbocache.ring import RingConfig
@@ -16,11 +16,12 @@ class _Integers(IdentityLanes):
 
     steps: ClassVar[list[RowIndex]] = []
 
-    def attend_step(self, queries: mx.array, *args: object) -> mx.array:
-        rows = next(arg for arg in args if isinstance(arg, RowIndex))
+    def attend_step(
+        self, queries: mx.array, tokens: Pair, raw: Pair, pages: Pages, rows: RowIndex, *rest: object
+    ) -> tuple[mx.array, Pair]:
         mx.eval(rows.rows, rows.table)
         self.steps.append(rows)
-        return queries
+        return queries, store_tokens(tokens, raw, rows)
 
 
 def test_a_decode_step_is_planned_once_and_masks_are_never_built_for_lanes_that_take_integers() -> None:
@@ -38,8 +39,8 @@ def test_a_decode_step_is_planned_once_and_masks_are_never_built_for_lanes_that_
         assert isinstance(step, DecodeStep)
         token = mx.ones((2, 2, 1, 16))
         for layer in range(2):
-            batch.decode(layer, step, token, token)
-            batch.attend_decode(layer, step, mx.ones((2, 4, 1, 16)), 0.1, None)
+            tokens = batch.decode(layer, step, token, token)
+            batch.attend_decode(layer, step, tokens, mx.ones((2, 4, 1, 16)), 0.1, None)
         assert step.rows.slots(token.shape) is step.rows.slots(token.shape)
     one, _, two, _ = lanes.steps
     assert one.offsets == (90, 70)

@@ -169,9 +169,8 @@ def test_a_kernel_that_breaks_while_serving_ends_in_an_unhealthy_server(
     pretend(FakeFused)
     with served() as server:
         good = server.chat().json()["choices"][0]["message"]["content"]
-        attend_step = FakeFused.attend_step
         with monkeypatch.context() as patch:
-            patch.setattr(FakeFused, "attend_step", lambda *arguments: attend_step(*arguments) * mx.nan)
+            patch.setattr(FakeFused, "attend_step", faulty("attend_step", nan).attend_step)
             for n in (1, 2):
                 broken = server.chat()
                 assert broken.status_code == 500
