@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
         type=_names,
         default=("all",),
         help="rows, by commas: presets, mlx-lm-BITS, mlx-vlm-BITS, full; or the groups presets, mlx-lm, mlx-vlm, all "
-        "(default all). PRESET:BACKEND and PRESET@KEEP/WINDOW set one row's own",
+        "(default all). PRESET:BACKEND and PRESET@KEEP/WINDOW or PRESET@KEEP/WINDOW/SIZE set one row's own",
     )
     parser.add_argument("--context", type=int, default=2048, help="tokens a window (default %(default)s)")
     parser.add_argument("--windows", type=int, default=3, help="windows, from the text's start; 0 for needles only")

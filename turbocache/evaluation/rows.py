@@ -4,6 +4,7 @@
     PRESET                     a preset of this project, with the backend, sink and window of the settings
     PRESET:BACKEND             with a backend of its own
     PRESET@KEEP/WINDOW         with a sink and window of its own; sweeps make these
+    PRESET@KEEP/WINDOW/SIZE    which also rotates: no query sees more than SIZE tokens
     PRESET+FIELD=VALUE         with another value of one of the preset's fields; on and off are truths
     mlx-lm-BITS                mlx-lm's QuantizedKVCache, groups of 64, from the first token
     mlx-vlm-BITS               mlx-vlm's TurboQuant cache as its generation uses it: the last layer stays raw
@@ -127,10 +128,10 @@ class RowMaker:
             layers = store.new_cache()
             return OpenCache(layers, lambda: paged_bytes(store, layers))
 
-        note = f"backend {chosen.name}, sink {ring.keep}, window {ring.window}: {chosen.reason}"
-        return Row(
-            name, f"{name.split(':')[0].split('@')[0]}:{chosen.name}@{ring.keep}/{ring.window}", open_cache, note=note
-        )
+        rotates = "" if ring.max_size is None else f", of {ring.max_size} tokens"
+        note = f"backend {chosen.name}, sink {ring.keep}, window {ring.window}{rotates}: {chosen.reason}"
+        sizes = f"{ring.keep}/{ring.window}" + ("" if ring.max_size is None else f"/{ring.max_size}")
+        return Row(name, f"{re.split('[:@]', name)[0]}:{chosen.name}@{sizes}", open_cache, note=note)
 
     def _choose(self, backend: str, preset: Preset) -> Backend:
         try:
@@ -164,11 +165,11 @@ def _foreign(layers: list[Any]) -> OpenCache:
 
 def _parsed(name: str) -> tuple[Preset, str | None, RingConfig | None] | None:
     """A preset's row name in its parts, or None for another name. Raises EvaluationError for values that can't be."""
-    match = re.fullmatch(r"([^:@+]+)((?:\+\w+=[\w.]+)*)(?::([a-z]+))?(?:@(\d+)/(\d+))?", name)
+    match = re.fullmatch(r"([^:@+]+)((?:\+\w+=[\w.]+)*)(?::([a-z]+))?(?:@(\d+)/(\d+)(?:/(\d+))?)?", name)
     if match is None or match[1] not in PRESETS:
         return None
     try:
-        ring = RingConfig(int(match[4]), int(match[5])) if match[4] else None
+        ring = RingConfig(*(int(size) for size in match.groups()[3:] if size)) if match[4] else None
         changes = dict(change.split("=") for change in match[2].split("+")[1:])
         preset = replace(PRESETS[match[1]], **{field: _value(text) for field, text in changes.items()})
     except (ValueError, TypeError) as error:

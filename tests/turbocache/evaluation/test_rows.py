@@ -55,6 +55,8 @@ def test_unknown_names_are_told_with_the_known_ones(name: str) -> None:
 def test_sizes_that_can_not_be_are_told() -> None:
     with pytest.raises(EvaluationError, match="'k4v4@4/65': window must be a multiple of 64"):
         names_of("k4v4@4/65")
+    with pytest.raises(EvaluationError, match=r"'k4v4@4/64/100': max_size must be at least .* = 132 tokens, not 100"):
+        names_of("k4v4@4/64/100")
     with pytest.raises(EvaluationError, match="--keep and --window: window must be a multiple of 64"):
         Settings(Path("text"), ("k4v4",), window=(0, 32))
 
@@ -64,15 +66,26 @@ def test_a_row_has_its_own_backend_and_sizes(maker: RowMaker) -> None:
         ("k4v4", "k4v4:reference@4/64"),
         ("k4v4:packed", "k4v4:packed@4/64"),
         ("k4v3:packed@0/128", "k4v3:packed@0/128"),
+        ("k4v4@4/64/150", "k4v4:reference@4/64/150"),
     ):
         row = maker.row(name)
         assert (row.name, row.key) == (name, key)
         ring = ring_of(row.open(100).layers)
         assert ring is not None
-        assert f"@{ring.config.keep}/{ring.config.window}" == key[key.index("@") :]
+        sizes = (ring.config.keep, ring.config.window, ring.config.max_size)
+        assert key[key.index("@") + 1 :] == "/".join(str(size) for size in sizes if size is not None)
     assert "stored as k4v3" in maker.row("turbo3_5:packed").note
     with pytest.raises(EvaluationError, match="auto, metal, cuda, packed, reference"):
         maker.row("k4v4:vulkan")
+
+
+def test_a_row_may_rotate(measured: Callable[..., Any]) -> None:
+    """Without a codec nothing but what has rotated out makes a difference."""
+    _, (_, small, large, plain) = measured("off@4/0/80", "off@4/0/200", "off", context=160)
+    assert small["kld_mean"] > 1e-3
+    assert abs(large["kld_mean"]) < 1e-9
+    assert abs(plain["kld_mean"]) < 1e-9
+    assert small["stored_bits"] < plain["stored_bits"]
 
 
 def test_a_field_of_a_preset_can_be_changed(measured: Callable[..., Any]) -> None:
