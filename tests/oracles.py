@@ -9,12 +9,12 @@ import numpy as np
 from kernels.layout import PAGE
 from kernels.rotation import Rotation
 from turbocache import seam
-from turbocache.batch import CacheSpec
 from turbocache.conditioning import CENTRE_ABOVE
 from turbocache.plan import LayerGeometry
 from turbocache.pool import PagePool
 from turbocache.presets import preset
 from turbocache.ring import PageRing, RingConfig
+from turbocache.spec import CacheSpec
 from turbocache.store import compressed_layer
 from turbocache.view import PagedKVCache
 

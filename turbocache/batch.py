@@ -4,86 +4,22 @@ A session at rest is a batch of one row. mlx-lm's generator merges, filters, ext
 move in any of these, only page lists and the small raw buffers do.
 """
 
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
 from kernels.index import RowIndex
-from kernels.lanes import Lanes, Pair, gather_expanded, store_tokens
+from kernels.lanes import Pair, gather_expanded, store_tokens
 from kernels.layout import PAGE
 from turbocache.chunks import body_of, centred, page_blocks, raw_after
 from turbocache.conditioning import RowCentres
-from turbocache.paths import PathCounts
-from turbocache.pool import PagePool
-from turbocache.ring import PageRing, RingConfig
+from turbocache.ring import PageRing
+from turbocache.spec import CacheSpec, CompressedLayer
 from turbocache.steps import DecodeStep, PrefillStep, plan_decode, plan_prefill
 
 _LONG = 64
 """Pages from which on a prefill waits for its layers (`CacheBatch._bound_scratch`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompressedLayer:
-    """How one attention layer is stored. `dtype` is that of the raw tokens: the model's own cache dtype. Keys are
-    centred in heads whose mean dominates by `centre_above` (turbocache/conditioning.py); None never does.
-    """
-
-    lanes: Lanes
-    dtype: mx.Dtype
-    centre_above: float | None = None
-
-
-@dataclass(slots=True)
-class RotationCount:
-    """Pages that rotated out of rings since the start."""
-
-    pages: int = 0
-    tokens_per_page: int = PAGE
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSpec:
-    """What all sessions of a process share: ring sizes, the pool and the layers' storage.
-
-    `live` knows every batch that exists, at rest or running, so that bytes and page owners can be counted; `paths`
-    counts which way attention went.
-    """
-
-    ring: RingConfig
-    pool: PagePool
-    layers: tuple[CompressedLayer, ...]
-    rotations: RotationCount = field(default_factory=RotationCount)
-    live: "weakref.WeakSet[CacheBatch]" = field(default_factory=weakref.WeakSet)
-    paths: PathCounts = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "paths", PathCounts([layer.lanes for layer in self.layers]))
-
-    @property
-    def raw_token_nbytes(self) -> int:
-        """Bytes of one raw token over all layers."""
-        return sum(
-            layer.lanes.shape.n_kv_heads * (layer.lanes.shape.key_dim + layer.lanes.shape.value_dim) * layer.dtype.size
-            for layer in self.layers
-        )
-
-    @property
-    def raw_nbytes(self) -> int:
-        """Bytes of one session's sink and window over all layers."""
-        return self.raw_token_nbytes * self.ring.raw_slots
-
-    @property
-    def centre_nbytes(self) -> int:
-        """Most bytes of what is taken off one session's keys."""
-        centred = [layer for layer in self.layers if layer.centre_above is not None]
-        return sum(layer.lanes.shape.n_kv_heads * layer.lanes.shape.key_dim * layer.dtype.size for layer in centred)
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError unless every page's count is exactly its number of owners among the live batches."""
-        self.pool.check_integrity(ring.pages for batch in self.live for ring in batch.rings)
 
 
 class CacheBatch:

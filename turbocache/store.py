@@ -14,13 +14,13 @@ from kernels.identity import IdentityLanes
 from kernels.layout import PAGE
 from turbocache import seam
 from turbocache.backend import Backend, lane_shape, lanes_for
-from turbocache.batch import CacheSpec, CompressedLayer
 from turbocache.conditioning import CENTRE_ABOVE
 from turbocache.leaves import leaves, with_leaves
 from turbocache.plan import LayerGeometry, LayerPlan, all_native, plan_layers
 from turbocache.pool import PagePool
 from turbocache.presets import PRESETS, Preset
 from turbocache.ring import PageRing, RingConfig
+from turbocache.spec import CacheSpec, CompressedLayer
 from turbocache.view import PagedKVCache
 
 _SAME_LOGITS = 0.02

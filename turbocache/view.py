@@ -13,7 +13,8 @@ import mlx.core as mx
 
 from kernels.device import constant, resident, steps_on_device
 from kernels.lanes import Pair
-from turbocache.batch import CacheBatch, CacheSpec
+from turbocache.batch import CacheBatch
+from turbocache.spec import CacheSpec
 from turbocache.steps import DecodeStep, PrefillStep
 
 

@@ -16,12 +16,13 @@ from kernels.lanes import CodebookKind, LaneShape
 from kernels.layout import PAGE
 from tests.oracles import Heads, History, Paged, extended, extracted, filtered, make_spec, merged
 from tests.turbocache.test_batch import RINGS, codecs_of
-from turbocache.batch import CacheBatch, CacheSpec, CompressedLayer
+from turbocache.batch import CacheBatch
 from turbocache.conditioning import CENTRE_ABOVE, KeyCentre, RowCentres
 from turbocache.plan import LayerGeometry
 from turbocache.pool import PagePool
 from turbocache.presets import preset
 from turbocache.ring import RingConfig
+from turbocache.spec import CacheSpec, CompressedLayer
 from turbocache.store import compressed_layer
 
 LAYERS = (Heads(4, 2, 16, 8), Heads(3, 1, 8, 16))

@@ -17,10 +17,10 @@ from kernels.layout import PAGE
 from tests.oracles import Heads, make_spec
 from turbocache import batch as batch_module
 from turbocache import seam
-from turbocache.batch import CacheSpec
 from turbocache.plan import plan_layers
 from turbocache.presets import preset
 from turbocache.ring import RingConfig
+from turbocache.spec import CacheSpec
 from turbocache.store import CacheStore
 from turbocache.view import PagedKVCache
 

@@ -9,11 +9,12 @@ import pytest
 from kernels.fused import MetalLanes
 from kernels.lanes import Codebooks, LaneShape
 from kernels.layout import PAGE
-from turbocache.batch import CacheBatch, CacheSpec, CompressedLayer
+from turbocache.batch import CacheBatch
 from turbocache.codebook import levels_for
 from turbocache.conditioning import KeyCentre
 from turbocache.pool import PagePool
 from turbocache.ring import RingConfig
+from turbocache.spec import CacheSpec, CompressedLayer
 
 SHAPE = LaneShape(8, 2, 64, 64, 4, 4)
 

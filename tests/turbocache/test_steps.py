@@ -5,9 +5,10 @@ import mlx.core as mx
 from kernels.identity import IdentityLanes
 from kernels.index import RowIndex
 from kernels.lanes import LaneShape, Pages, Pair, store_tokens
-from turbocache.batch import CacheBatch, CacheSpec, CompressedLayer
+from turbocache.batch import CacheBatch
 from turbocache.pool import PagePool
 from turbocache.ring import RingConfig
+from turbocache.spec import CacheSpec, CompressedLayer
 from turbocache.steps import DecodeStep
 
 
