@@ -28,6 +28,7 @@ from turbocache.batch import CacheBatch
 from turbocache.codebook import levels_for, zooms_for
 from turbocache.pool import PoolExhausted
 from turbocache.ring import RingConfig
+from turbocache.steps import DecodeStep
 
 LAYERS = (Heads(4, 2, 16, 8), Heads(3, 1, 8, 16))
 """Two layers that differ in everything."""
@@ -274,6 +275,31 @@ def test_rows_of_a_batch_are_as_they_are_alone(backend: str) -> None:
     together = outputs([0, 1, 2, 3])
     for row in range(4):
         np.testing.assert_allclose(together[row], outputs([row])[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+@pytest.mark.parametrize("backend", ["packed", "reference"])
+def test_a_token_is_kept_however_often_its_layer_attends(backend: str, times: int) -> None:
+    """Attention stores a step's tokens. Layers that do not attend keep theirs as well, and further layers may attend
+    to a step again."""
+    rng = np.random.default_rng(7)
+    layers = (Heads(4, 2, 64, 64),)
+    q, k, v = (mx.array(rng.normal(size=(2, heads, 210, 64)).astype(np.float32)) for heads in (4, 2, 2))
+    batches = [CacheBatch(make_spec(RingConfig(3, 64, 150), layers, 20, "k4v4", backend), 2) for _ in range(2)]
+    for i in range(210):
+        outs = []
+        for batch, attends in zip(batches, (1, 1 if i % 5 else times), strict=True):
+            here = slice(i, i + 1)
+            step = batch.begin_step(1)
+            assert isinstance(step, DecodeStep)
+            tokens = batch.decode(0, step, k[:, :, here], v[:, :, here])
+            outs.append([batch.attend_decode(0, step, tokens, q[:, :, here], 0.125, None) for _ in range(attends)])
+        mx.eval(outs)
+        for out in outs[1]:
+            np.testing.assert_array_equal(np.array(out), np.array(outs[0][0]))
+    for one, other in zip(*(batch.raw[0] for batch in batches), strict=True):
+        np.testing.assert_array_equal(np.array(one), np.array(other))
+    assert batches[0].rings[0].pages
 
 
 def test_a_fork_is_independent() -> None:
