@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from turbocache.evaluation import command as evaluation
 
@@ -30,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--preset",
         default=os.environ.get("TURBOCACHE_KV_PRESET") or "k4v4",
         help=f"cache preset to probe for ({default % ('KV_PRESET', 'k4v4')})",
+    )
+    probe.add_argument(
+        "--protect",
+        type=int,
+        default=os.environ.get("TURBOCACHE_KV_PROTECT") or "0",
+        help=f"layers at each end of the model that are stored at 8 bits ({default % ('KV_PROTECT', '0')})",
     )
     probe.add_argument(
         "--backend",
@@ -62,7 +69,7 @@ def _probe(options: argparse.Namespace) -> int:
     from turbocache.store import checked_plans
 
     try:
-        chosen = preset(options.preset)
+        chosen = replace(preset(options.preset), protect=options.protect)
         backend = choose_backend(options.backend, checked_plans(load_model(options.model).model), chosen)
     except (ValueError, ModelError, BackendUnavailable) as error:
         print(f"turbocache probe: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ class Preset:
 
     `qjl`: keys have the two-stage code of kernels/qjl.py, its sign counted among their bits. `condition`: keys are
     centred where their mean dominates (turbocache/conditioning.py). `protect`: so many layers at either end of the
-    model are stored at 8 bits.
+    model are stored at 8 bits. Raises ValueError for fewer than 0.
     """
 
     name: str
@@ -23,6 +23,10 @@ class Preset:
     qjl: bool = False
     condition: bool = True
     protect: int = 0
+
+    def __post_init__(self) -> None:
+        if self.protect < 0:
+            raise ValueError(f"protect must be 0 or more layers, not {self.protect}")
 
     def of_layer(self, index: int, n_layers: int) -> "Preset":
         """What layer `index` of a model with `n_layers` gets: this preset, or the protected layers' widths."""

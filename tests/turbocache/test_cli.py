@@ -13,7 +13,7 @@ from turbocache.model import LoadedModel
 @pytest.fixture(autouse=True)
 def _loaded(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "load_model", lambda source: bundled)
-    for name in ("BACKEND", "MODEL", "KV_PRESET"):
+    for name in ("BACKEND", "MODEL", "KV_PRESET", "KV_PROTECT"):
         monkeypatch.delenv(f"TURBOCACHE_{name}", raising=False)
 
 
@@ -50,6 +50,19 @@ def test_the_table_tells_device_profile_checks_choice_and_why(
     assert "float32: cuda, attend_step over expanded pages: cuda attend_step:" in layers
     assert "backend  cuda (asked for: auto)" in lines
     assert lines[-1].startswith("reason   cuda: attend_step differs")
+
+
+def test_protected_layers_are_checked_as_well(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TURBOCACHE_KV_PROTECT", "2")
+    assert cli.main(["probe", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    for width in ("k4v4", "k8v8"):
+        assert any(width in check["check"] for check in answer["checks"])
+    assert "the first and last 2 of 8 layers are stored at 8 bits" in answer["reason"]
+    assert cli.main(["probe", "--protect", "-1"]) == 1
+    assert "turbocache probe: protect must be 0 or more layers, not -1" in capsys.readouterr().err
 
 
 def test_what_the_environment_asks_for_is_the_default(
