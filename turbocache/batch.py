@@ -153,7 +153,7 @@ class CacheBatch:
                 self._restore_block(row, ring.pages[blocks - ring.first], blocks)
             cut = blocks - ring.first
             ring.pool.release(ring.pages[cut:])
-            del ring.pages[cut:]
+            ring.pages = ring.pages[:cut]
             ring.flushed = blocks
         ring.offset = offset
         if not offset:

@@ -69,7 +69,8 @@ class PageRing:
     """One row's token counts and page list. Owns a reference to each of its pages and gives it back when it goes.
 
     mlx-lm drops batches without telling their caches, so the references follow the object's life (`__del__`);
-    `close` ends it early. `centre` is what is taken off the row's keys, known from its first page on.
+    `close` ends it early. `pages` is another tuple whenever it changes, so that a step sees at once where it has not.
+    `centre` is what is taken off the row's keys, known from its first page on.
     """
 
     __slots__ = ("centre", "config", "first", "flushed", "offset", "pages", "pool")
@@ -80,7 +81,7 @@ class PageRing:
         self.offset = 0
         self.first = 0
         self.flushed = 0
-        self.pages: list[int] = []
+        self.pages: tuple[int, ...] = ()
         self.centre: KeyCentre | None = None
 
     def __del__(self) -> None:
@@ -88,7 +89,7 @@ class PageRing:
 
     def close(self) -> None:
         """Give every page back. The ring is empty afterwards."""
-        pages, self.pages = self.pages, []
+        pages, self.pages = self.pages, ()
         self.pool.release(pages)
         self.offset = self.first = self.flushed = 0
         self.centre = None
@@ -98,7 +99,7 @@ class PageRing:
         other = PageRing(self.config, self.pool)
         other.offset, other.first, other.flushed = self.offset, self.first, self.flushed
         self.pool.retain(self.pages)
-        other.pages = list(self.pages)
+        other.pages = self.pages
         other.centre = self.centre
         return other
 
@@ -127,7 +128,7 @@ class PageRing:
 
     def append_pages(self, pages: list[int]) -> None:
         """Take over `pages`, already referenced, as the next blocks."""
-        self.pages.extend(pages)
+        self.pages += tuple(pages)
         self.flushed += len(pages)
 
     def rotate(self) -> int:
@@ -136,7 +137,7 @@ class PageRing:
         gone = min(max(0, last_hidden - self.first), len(self.pages))
         if gone:
             self.pool.release(self.pages[:gone])
-            del self.pages[:gone]
+            self.pages = self.pages[gone:]
             self.first += gone
         return gone
 

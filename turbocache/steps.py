@@ -96,7 +96,7 @@ def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: RowIndex | 
         ring.append_pages([page])
     config = rings[0].config
     rows = RowIndex(
-        tables=tuple(tuple(ring.pages) for ring in rings),
+        tables=tuple(ring.pages for ring in rings),
         offsets=tuple(ring.offset for ring in rings),
         first=tuple(ring.first for ring in rings),
         n_queries=1,
@@ -150,7 +150,7 @@ def _plan_chunk(row: int, ring: PageRing, n: int, new_pages: list[int]) -> Chunk
         sink_taken=sink_taken,
         old_slots=mx.array((old - keep) % slots + keep, dtype=mx.int32),
         new_pages=tuple(new_pages),
-        index=PageIndex((tuple(ring.pages),)),
+        index=PageIndex((ring.pages,)),
         to_slots=mx.array(to_slots),
         mask=_chunk_mask(ring, n, n_sink, flushed_before),
     )

@@ -228,7 +228,7 @@ def test_results_do_not_depend_on_how_a_prefill_is_cut(backend: str, name: str, 
                 outs.append(batch.attend_prefill(0, step, bodies, q[:, :, here], 0.125, None))  # type: ignore[arg-type]
             mx.eval(outs[-1], batch.raw)
             start += length
-        pages = [np.array(array)[batch.rings[0].pages] for array in spec.pool.pages(0)]
+        pages = [np.array(array)[list(batch.rings[0].pages)] for array in spec.pool.pages(0)]
         raw_at = raw_positions(batch.rings[0]) >= 0
         raw = [np.array(array)[:, :, raw_at] for array in batch.raw[0]]
         results.append((pages, raw, np.array(mx.concatenate(outs, axis=2)), batch.rings[0]))

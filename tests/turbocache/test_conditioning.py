@@ -192,7 +192,7 @@ def test_what_is_taken_off_does_not_depend_on_how_tokens_came(ring: RingConfig, 
         batch.begin_step(1)
         centre = batch.rings[0].centre
         assert centre is not None
-        pages = [np.array(x.astype(mx.float32))[batch.rings[0].pages] for x in spec.pool.pages(0)]
+        pages = [np.array(x.astype(mx.float32))[list(batch.rings[0].pages)] for x in spec.pool.pages(0)]
         results.append((np.array(centre.means[0].astype(mx.float32)), pages))
     mean, pages = results[0]
     first = np.array(keys.astype(mx.float32))[:, :, : ring.raw_slots].astype(np.float64).mean(axis=2, keepdims=True)
