@@ -17,10 +17,11 @@ MODEL, TEXT = SHARED / "models" / "tiny-recall", SHARED / "texts" / "wiki.test.r
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not (MODEL.exists() and TEXT.exists()), reason="needs ../shared")
 def test_presets_stay_within_their_share_of_mlx_lm(tmp_path: Path) -> None:
     names = ("k4v4", "turbo3_5", "turbo2_5", "k4v4:packed", "mlx-lm-4")
-    settings = Settings(TEXT, names, context=1792, windows=1, score_from=1024)
+    settings = Settings(TEXT, names, context=1536, windows=1, score_from=1024)
     work = prepare(load_model(str(MODEL)), settings)
     with Journal(tmp_path / "journal", work.circumstances()) as journal:
         kld = {row["preset"]: row["kld_mean"] for row in run(work, journal, Silent())}
