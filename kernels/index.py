@@ -30,10 +30,12 @@ class PageIndex:
 
     @cached_property
     def pageless(self) -> mx.array | None:
-        """Rows without a page, bool `[B, 1, 1, 1]`, or None when there is none among rows with pages. What `table`
-        makes them read belongs to others, so its values must not even be multiplied by 0: they may be NaN.
+        """Rows without a page among rows with pages, bool `[B, 1, 1, 1]`, or None when there is none. What `table` makes
+        them read belongs to others, so its values must not even be multiplied by 0: they may be NaN.
         """
-        return None if all(self.tables) else mx.array([not t for t in self.tables])[:, None, None, None]
+        if self.n_pages == 0 or all(self.tables):
+            return None
+        return mx.array([not t for t in self.tables])[:, None, None, None]
 
     @cached_property
     def _by_head(self) -> dict[int, mx.array]:

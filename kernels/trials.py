@@ -93,6 +93,7 @@ def steps() -> dict[str, RowIndex]:
         "rotated": _rows(((4, 0, 5, 2), (1, 3, 5, 0)), (761, 520), (7, 3), max_size=291),
         "wrapped": _rows(((0, 1, 2),), (4 + 3 * PAGE + 99,)),
         "no sink": _rows(((5, 4),), (2 * PAGE + 20,), keep=0),
+        "no pages": _rows(((), ()), (9, 2)),
         "several queries": _rows(((1, 3), (0,)), (4 + 2 * PAGE + 30, 4 + PAGE + 60), n_queries=4),
         "sinks": _rows(ragged, offsets),
     }
@@ -115,8 +116,9 @@ class Trial:
         """Part, form and the trial itself, in the order in which a failure makes the later ones pointless."""
         yield "encode", "", self.encode
         yield "expand", "", self.expand
-        yield "attend", "few tokens", partial(self.attend, 5, None)
-        yield "attend", "chunk", partial(self.attend, PAGE, "causal")
+        yield "attend", "few tokens", partial(self.attend, 5, ((0, 2, 1), (3,)))
+        yield "attend", "chunk", partial(self.attend, PAGE, ((0, 2, 1),))
+        yield "attend", "no pages", partial(self.attend, 5, ((),))
         for name, rows in steps().items():
             yield "attend_step", name, partial(self.attend_step, rows, name == "sinks")
 
@@ -139,12 +141,12 @@ class Trial:
             error = max(self._error(g, w) for g, w in zip(got, want, strict=True))
         return Measured(error, self._limits.expand, microseconds)
 
-    def attend(self, n_tokens: int, mask: Mask) -> Measured:
-        """A prefill chunk: `causal` over one row, or a mask over two rows of different lengths."""
-        index = PageIndex(((0, 2, 1),) if mask else ((0, 2, 1), (3,)))
-        n_rows = len(index.tables)
+    def attend(self, n_tokens: int, tables: tuple[tuple[int, ...], ...]) -> Measured:
+        """A prefill chunk: causal over one row, or with a mask over two rows of three pages and one page."""
+        index, n_rows = PageIndex(tables), len(tables)
         queries, keys, values = random_step(self._shape, self.dtype, 20, n_rows, n_tokens, n_raw=2 * PAGE)
-        if mask is None:
+        mask: Mask = "causal"
+        if n_rows == 2:
             columns = mx.arange(5 * PAGE)
             visible = mx.stack([columns >= 5, (columns < PAGE) | (columns >= 3 * PAGE)])[:, None, None]
             mask = mx.repeat(visible, n_tokens, axis=2)

@@ -7,22 +7,26 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from tests.gpu import attention, correctness, end_to_end
+from tests.gpu import attention, correctness, end_to_end, generation
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
-    parser.add_argument("--only", default="correctness,attention,end_to_end", help="parts to run")
+    parser.add_argument("--only", default="correctness,generation,attention,end_to_end", help="parts to run")
     parser.add_argument("--every", type=int, default=1, help="check each N-th case only")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     parts = options.only.split(",")
     result = {"device": mx.device_info(), "mlx": mx.__version__, "date": time.strftime("%Y-%m-%d")}
     failed = 0
-    if "correctness" in parts:
-        result["correctness"] = []
-        for row in correctness.run_all(options.every):
-            result["correctness"].append(row)
+    checks = {
+        "correctness": lambda: correctness.run_all(options.every),
+        "generation": lambda: generation.run_all("metal" if mx.metal.is_available() else "cuda"),
+    }
+    for part in (part for part in checks if part in parts):
+        result[part] = []
+        for row in checks[part]():
+            result[part].append(row)
             failed += not row["passed"]
             shown = {k: (f"{v:.2e}" if isinstance(v, float) else v) for k, v in row.items() if k != "passed"}
             print("ok  " if row["passed"] else "FAIL", shown, flush=True)

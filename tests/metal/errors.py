@@ -9,6 +9,10 @@ class CompileError(HarnessError):
     """The text is not what the language allows."""
 
 
+class LaunchError(HarnessError):
+    """The launch itself is one that devices refuse."""
+
+
 class DivergedError(HarnessError):
     """A barrier or simd operation is not reached by all its threads alike."""
 

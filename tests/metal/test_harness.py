@@ -12,6 +12,7 @@ from tests.metal import (
     DivergedError,
     HarnessError,
     Kernel,
+    LaunchError,
     MemoryFaultError,
     Mode,
     OrderError,
@@ -160,6 +161,17 @@ def test_inputs_may_keep_their_strides() -> None:
     x = np.arange(60, dtype=np.int32).reshape(6, 10)[1:5, ::2]
     (kernel,) = capture(launch, mx.array(x))
     np.testing.assert_array_equal(run(kernel, [x])[0], x + 2)
+
+
+def test_a_launch_without_threads_is_refused_as_by_devices() -> None:
+    need("plain")
+
+    def launch(x: mx.array) -> list[mx.array]:
+        fill = mx.fast.metal_kernel(name="fill", input_names=["x"], output_names=["out"], source="out[0] = x[0];")
+        return fill(inputs=[x], grid=(0, 1, 1), threadgroup=(4, 1, 1), output_shapes=[(0,)], output_dtypes=[mx.int32])
+
+    with emulate(), pytest.raises(LaunchError, match="no threads"):
+        launch(mx.zeros((1,), mx.int32))
 
 
 def test_an_answer_that_looks_like_the_fill_is_not_unwritten() -> None:
