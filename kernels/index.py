@@ -30,8 +30,8 @@ class PageIndex:
 
     @cached_property
     def pageless(self) -> mx.array | None:
-        """Rows without a page among rows with pages, bool `[B, 1, 1, 1]`, or None when there is none. What `table` makes
-        them read belongs to others, so its values must not even be multiplied by 0: they may be NaN.
+        """Rows without a page among rows with pages, bool `[B, 1, 1, 1]`, or None when there is none. What `table`
+        makes them read belongs to others, so its values must not even be multiplied by 0: they may be NaN.
         """
         if self.n_pages == 0 or all(self.tables):
             return None

@@ -35,9 +35,9 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A backend that could run. `missing` says why it can't be tried at all; `build` and `oracle` make its lanes and
-    reference lanes on the same codebook. `fused`: it has kernels of its own, so it gets a profile and is timed against
-    the fallback. `shared`: its pages have the reference's bytes.
+    """A backend that could run. `missing` says why it can't be tried at all, or that it has failed after its checks;
+    `build` and `oracle` make its lanes and reference lanes on the same codebook. `fused`: it has kernels of its own, so
+    it gets a profile and is timed against the fallback. `shared`: its pages have the reference's bytes.
     """
 
     name: str
@@ -81,8 +81,9 @@ class _Probe:
         self._fallbacks: list[Fallback] = []
         self._missing = [(c.name, c.missing) for c in chosen if c.missing]
         self._able = [c for c in chosen if not c.missing]
-        for name, (_, reason) in self._missing:
-            self._checks.append(Check(name, "device", "", False, reason=reason))
+        for name, (code, reason) in self._missing:
+            part: Part = "device" if code == "no_device" else "answer"
+            self._checks.append(Check(name, part, "", False, reason=reason))
         if not self._able:
             raise self._unavailable([f"{name}: {reason}" for name, (_, reason) in self._missing])
 
@@ -153,7 +154,7 @@ class _Probe:
         except ValueError as error:
             raise self._note(candidate, "shape", use, _Failed("unsupported_shape", str(error))) from error
         except Exception as error:  # whatever a device throws is this candidate's failure, not the server's
-            raise self._note(candidate, "shape", use, _translated(error)) from error
+            raise self._note(candidate, "shape", use, _Failed(*reason_of(error))) from error
         failed: dict[Part, _Failed] = {}
         for part, form, run in trial.parts():
             if part in failed:
@@ -172,7 +173,7 @@ class _Probe:
         try:
             measured = run()
         except Exception as error:
-            failure = _translated(error)
+            failure = _Failed(*reason_of(error))
             self._checks.append(Check(candidate.name, part, detail, False, reason=str(failure)))
             raise failure from error
         reason = None
@@ -191,7 +192,7 @@ class _Probe:
         try:
             own = decode_microseconds(lanes, use.dtype)
         except Exception as error:
-            raise self._note(candidate, "speed", use, _translated(error)) from error
+            raise self._note(candidate, "speed", use, _Failed(*reason_of(error))) from error
         theirs = decode_microseconds(packed.build(use.shape), use.dtype)
         reason = None
         if own > SLOWEST * theirs:
@@ -214,12 +215,15 @@ class _Probe:
         return BackendUnavailable(f"{what} Set TURBOCACHE_BACKEND=auto to let the probe choose.")
 
 
-def _translated(error: Exception) -> _Failed:
+def reason_of(error: Exception) -> tuple[ReasonCode, str]:
+    """What an exception that a backend has thrown says, in one word and in one line."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if len(text) > _LONGEST_REASON:  # compilers print whole sources
         text = f"{text[:_LONGEST_REASON]}..."
     if isinstance(error, MissingDeviceKey):
-        return _Failed("missing_device_key", text)
+        return "missing_device_key", text
+    if isinstance(error, FloatingPointError):
+        return "wrong_result", text
     if isinstance(error, RuntimeError) and _COMPILER.search(str(error)):
-        return _Failed("does_not_compile", text)
-    return _Failed("exception", text)
+        return "does_not_compile", text
+    return "exception", text

@@ -19,8 +19,10 @@ from kernels.masks import Mask
 
 T = TypeVar("T")
 
-Part = Literal["device", "shape", "encode", "expand", "attend", "attend_step", "speed"]
-"""Everything that a check can be about. `device` and `shape`: can it be tried at all?"""
+Part = Literal["device", "shape", "encode", "expand", "attend", "attend_step", "speed", "answer"]
+"""Everything that a check can be about. `device` and `shape`: can it be tried at all? `answer`: a whole model's, which
+whoever serves it tries when the rest has passed.
+"""
 
 
 @dataclass(frozen=True, slots=True)

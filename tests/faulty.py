@@ -94,6 +94,15 @@ def where_timed(fault: Fault) -> Fault:
     return choose
 
 
+def where_odd(fault: Fault) -> Fault:
+    """The fault only in a chunk over a number of raw tokens that the probe does not try."""
+
+    def choose(method: Any, arguments: Any) -> Any:
+        return fault(method, arguments) if arguments[1].shape[2] % 64 else method(*arguments)
+
+    return choose
+
+
 def faulty(part: str, fault: Fault) -> type[FakeFused]:
     """`FakeFused` with a fault in one method; where that stores tokens as well, only its answer is at fault."""
 

@@ -1,7 +1,7 @@
 """Backends: their lanes, their candidates for the probe, and the choice for a loaded model."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,10 +11,10 @@ from kernels.fused import CudaLanes, MetalLanes
 from kernels.lanes import CodebookKind, Codebooks, Lanes, LaneShape
 from kernels.packed import PackedLanes
 from kernels.parts import PartedLanes
-from kernels.probe import BackendUnavailable, Candidate, probe
+from kernels.probe import BackendUnavailable, Candidate, probe, reason_of
 from kernels.qjl import QjlLanes
 from kernels.reference import ReferenceLanes
-from kernels.verdict import Backend, LayerUse, ReasonCode
+from kernels.verdict import Backend, Check, LayerUse, ReasonCode
 from turbocache.codebook import levels_for, zooms_for
 from turbocache.plan import LayerGeometry, LayerPlan
 from turbocache.presets import PROTECTED_BITS, Preset
@@ -24,6 +24,7 @@ __all__ = [
     "LANES",
     "Backend",
     "BackendUnavailable",
+    "answered",
     "choose_backend",
     "lane_shape",
     "lanes_for",
@@ -114,8 +115,11 @@ def lanes_for(backend: Backend | str, shape: LaneShape, dtype: mx.Dtype) -> Lane
     return PartedLanes(lanes, verdict.expanded) if verdict.expanded else lanes
 
 
-def choose_backend(requested: str, plans: Sequence[LayerPlan], preset: Preset) -> Backend:
-    """Probe this machine for the layers that will be compressed.
+def choose_backend(
+    requested: str, plans: Sequence[LayerPlan], preset: Preset, failed: Mapping[str, Exception] | None = None
+) -> Backend:
+    """Probe this machine for the layers that will be compressed. `failed`: backends that were chosen before and could
+    not answer, with what they raised.
 
     With nothing to compress (preset `off`, or no layer that can be) there is nothing to probe, and the answer says so.
     Raises BackendUnavailable as `probe` does.
@@ -125,7 +129,8 @@ def choose_backend(requested: str, plans: Sequence[LayerPlan], preset: Preset) -
         for i, plan in enumerate(plans)
         if plan.geometry is not None
     ]
-    backend = probe(requested, [_candidate(name) for name in BACKENDS], uses if preset.compressed else ())
+    candidates = [_candidate(name, (failed or {}).get(name)) for name in BACKENDS]
+    backend = probe(requested, candidates, uses if preset.compressed else ())
     if not preset.compressed:
         reason = "preset off: pages hold keys and values as they are, no codec runs"
     elif not uses:
@@ -151,10 +156,19 @@ def _changed_widths(backend: str, shapes: Sequence[LaneShape]) -> list[str]:
     return list(dict.fromkeys(said))
 
 
-def _candidate(name: str) -> Candidate:
+def answered(backend: Backend, seconds: float) -> Backend:
+    """The backend with the check that a whole model's first answers are, which took so long."""
+    check = Check(backend.name, "answer", "short and long prompt", True, None, seconds * 1e6)
+    return replace(backend, checks=(*backend.checks, check))
+
+
+def _candidate(name: str, failure: Exception | None) -> Candidate:
     missing: tuple[ReasonCode, str] | None = None
     if name in FUSED and not DEVICES[name]():
         missing = "no_device", f"no {FUSED[name]} device"
+    elif failure is not None:
+        code, reason = reason_of(failure)
+        missing = code, f"its checks passed, but a first answer failed: {reason}"
     if missing:
         return Candidate(name, _unreachable, _unreachable, missing)
     return Candidate(

@@ -1,16 +1,19 @@
 """What the engine runs on: the model, the chosen backend and the cache store, loaded by the engine's thread."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import turbocache
+from server.engine.rehearsal import rehearse
 from server.errors import StartupError
 from server.settings import Settings
-from turbocache.backend import Backend, BackendUnavailable, choose_backend
+from turbocache.backend import FUSED, Backend, BackendUnavailable, answered, choose_backend
 from turbocache.memory import available_memory, device_memory
 from turbocache.model import LoadedModel, ModelError, load_model
-from turbocache.presets import preset
+from turbocache.plan import LayerPlan
+from turbocache.presets import Preset, preset
 from turbocache.ring import RingConfig
 from turbocache.store import CacheStore, checked_plans
 
@@ -20,6 +23,8 @@ _DEFAULT_SHARE = 0.25
 """Share of the device's memory, and twice this share of what is free, that the cache may use unless told otherwise."""
 
 _GIB = 2**30
+_SHORT, _PAGED = 5, 160
+"""Tokens of the first prompts: few, and so many more than are kept raw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +66,7 @@ def load_host(settings: Settings) -> Host:
         raise StartupError(f"TURBOCACHE_KV_PRESET: {error}.") from error
     try:
         model = load_model(settings.model)
-        plans = checked_plans(model.model)
-        backend = choose_backend(settings.backend, plans, chosen)
-    except (ModelError, BackendUnavailable) as error:
+    except ModelError as error:
         raise StartupError(str(error)) from error
     max_size = settings.max_size
     if max_size is not None and max_size >= model.max_positions:
@@ -72,6 +75,8 @@ def load_host(settings: Settings) -> Host:
         ring = RingConfig(settings.keep, settings.window, max_size)
     except ValueError as error:
         raise StartupError(f"TURBOCACHE_MAX_SIZE, TURBOCACHE_KEEP, TURBOCACHE_WINDOW: {error}.") from error
+    plans = checked_plans(model.model)
+    backend = _proven_backend(model, plans, chosen, ring, settings)
     budget = _budget(settings)
     layout = CacheStore(model.model, plans, chosen, backend, ring, n_pages=1)
     n_pages = max(1, budget // max(1, layout.spec.pool.page_nbytes))
@@ -89,6 +94,34 @@ def load_host(settings: Settings) -> Host:
             "Raise it, or lower TURBOCACHE_KEEP and TURBOCACHE_WINDOW."
         )
     return host
+
+
+def _proven_backend(
+    model: LoadedModel, plans: Sequence[LayerPlan], chosen: Preset, ring: RingConfig, settings: Settings
+) -> Backend:
+    """The backend that the probe chooses, once it has answered. One that can't is passed over as after a failed check.
+    Raises StartupError.
+    """
+    failed: dict[str, Exception] = {}
+    while True:
+        try:
+            backend = choose_backend(settings.backend, plans, chosen, failed)
+        except BackendUnavailable as error:
+            raise StartupError(str(error)) from error
+        # Pages need kernels of their own, whose compilation nobody should wait for later.
+        longest = min(ring.raw_slots + _PAGED, model.max_positions // 2)
+        lengths = (_SHORT, longest) if backend.name in FUSED else (_SHORT,)
+        try:
+            n_pages = ring.pages_needed(longest, settings.prefill_chunk) + 1
+            seconds = rehearse(
+                model, CacheStore(model.model, plans, chosen, backend, ring, n_pages), settings.prefill_chunk, lengths
+            )
+        except Exception as error:  # whatever a model or a device throws
+            if backend.code == "nothing_to_compress":
+                raise StartupError(f"The model can't answer: {type(error).__name__}: {error}.") from error
+            failed[backend.name] = error
+            continue
+        return answered(backend, seconds) if backend.checks else backend
 
 
 def announce(host: Host) -> None:

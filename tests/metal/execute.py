@@ -101,7 +101,9 @@ def _launch(
     if int(np.prod(kernel.threadgroup)) > 1024:
         raise errors.CompileError(f"{kernel.name}: threadgroup {kernel.threadgroup} has more than 1024 threads")
     if min(*kernel.grid, *kernel.threadgroup) < 1:
-        raise errors.LaunchError(f"{kernel.name}: grid {kernel.grid} in threadgroups {kernel.threadgroup} has no threads")
+        raise errors.LaunchError(
+            f"{kernel.name}: grid {kernel.grid} in threadgroups {kernel.threadgroup} has no threads"
+        )
     try:
         program = build(executable(kernel).text, mode, (_PRELUDE[kernel.language],), kernel.language)
     except errors.CompileError as error:

@@ -24,6 +24,7 @@ from tests.faulty import (
     faulty,
     nan,
     slow,
+    where_odd,
     where_timed,
     wrong,
 )
@@ -93,10 +94,12 @@ FAULTS: dict[str, tuple[Any, dict[str, str] | None, str, str, str, dict[str, flo
     "step is NaN": (faulty("attend_step", nan), None, "cuda", "wrong_result", "expanded", {"attend_step": 0}),
     "chunk raises": (faulty("attend", exception), None, "cuda", "exception", "expanded", {"attend": 0}),
     "too slow": (faulty("attend_step", where_timed(slow)), None, "packed", "too_slow", "packed", {"speed": 0}),
+    "answer raises": (faulty("attend", where_odd(exception)), None, "packed", "exception", "packed", {"answer": 0}),
+    "answer is NaN": (faulty("attend", where_odd(nan)), None, "packed", "wrong_result", "packed", {"answer": 0}),
     "lanes miss a key": (KeyIsMissing, None, "packed", "missing_device_key", "packed", {"shape": 0}),
     "profile misses a key": (FakeFused, {"device_name": "Odd"}, "cuda", "missing_device_key", "portable", {}),
 }
-PARTS = ("encode", "expand", "attend", "attend_step", "speed")
+PARTS = ("encode", "expand", "attend", "attend_step", "speed", "answer")
 
 
 @pytest.mark.parametrize("name", FAULTS)
