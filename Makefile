@@ -69,7 +69,7 @@ run: $(RUNTIME)
 	$(BIN)/uvicorn server.app:app --host $(HOST) --port $(PORT) --no-access-log
 
 test: $(DEV)
-	$(BIN)/python -m pytest --timeout 120 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 300 $(ARGS)
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

@@ -275,7 +275,7 @@ class Paged:
         tokens, keep = tokens.copy(), self.spec.ring.keep
         for block in range(n_blocks):
             here = slice(keep + PAGE * block, keep + PAGE * (block + 1))
-            tokens[here] = _cached(codec, tokens[here])
+            tokens[here] = coded(codec, tokens[here])
         return tokens
 
     def trim(self, n: int) -> None:
@@ -292,7 +292,7 @@ class Paged:
                             centre = row.centre(i, self.spec.ring.raw_slots) if tokens is row.keys else 0
                             tokens[i] = tokens[i].copy()
                             tokens[i][start : start + PAGE] = (
-                                _cached(codec, tokens[i][start : start + PAGE] - centre) + centre
+                                coded(codec, tokens[i][start : start + PAGE] - centre) + centre
                             )
                 row.flushed = blocks
             row.keys = [tokens[: len(tokens) - n] for tokens in row.keys]
@@ -304,7 +304,8 @@ class Paged:
 _pages: dict[tuple[BlockCodec, bytes], Array] = {}
 
 
-def _cached(codec: BlockCodec, block: Array) -> Array:
+def coded(codec: BlockCodec, block: Array) -> Array:
+    """`codec(block)`, worked out once: drivers ask for the same pages after every step."""
     key = (codec, block.tobytes())
     if key not in _pages:
         if len(_pages) > 4096:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kernels.identity import IdentityLanes
 from kernels.lanes import CodebookKind, LaneShape
 from kernels.layout import PAGE
-from tests.oracles import Heads, History, Paged, extended, extracted, filtered, make_spec, merged
+from tests.oracles import Heads, History, Paged, coded, extended, extracted, filtered, make_spec, merged
 from tests.turbocache.test_batch import RINGS, codecs_of
 from turbocache.batch import CacheBatch
 from turbocache.conditioning import CENTRE_ABOVE, KeyCentre, RowCentres
@@ -164,9 +164,8 @@ def share_of_right_keys(batch: Paged, row: int, layer: int, history: History) ->
     right = []
     for page, read in enumerate(got):
         start = keep + PAGE * (ring.first + page)
-        want = batch.codecs[layer][0](
-            history.keys[layer][start : start + PAGE] - history.centre(layer, batch.spec.ring.raw_slots)
-        )
+        centre = history.centre(layer, batch.spec.ring.raw_slots)
+        want = coded(batch.codecs[layer][0], history.keys[layer][start : start + PAGE] - centre)
         right.append(np.isclose(read, want, atol=2e-3).all(axis=-1).mean())
     return float(np.mean(right))
 
