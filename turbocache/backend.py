@@ -158,7 +158,7 @@ def _changed_widths(backend: str, shapes: Sequence[LaneShape]) -> list[str]:
 
 def answered(backend: Backend, seconds: float) -> Backend:
     """The backend with the check that a whole model's first answers are, which took so long."""
-    check = Check(backend.name, "answer", "short and long prompt", True, None, seconds * 1e6)
+    check = Check(backend.name, "answer", "short and long prompts", True, None, seconds * 1e6)
     return replace(backend, checks=(*backend.checks, check))
 
 

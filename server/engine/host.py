@@ -23,8 +23,12 @@ _DEFAULT_SHARE = 0.25
 """Share of the device's memory, and twice this share of what is free, that the cache may use unless told otherwise."""
 
 _GIB = 2**30
-_SHORT, _PAGED = 5, 160
-"""Tokens of the first prompts: few, and so many more than are kept raw."""
+_SHORT = (5, 12, 25, 60)
+"""Tokens of the first prompts. MLX on CUDA has kernels for quantised products of up to 16 rows, up to 32 and more, each
+of which an H200's host compiles in 31 s and keeps in a file.
+"""
+_PAGED = 160
+"""Tokens of the longest of them beyond those that are kept raw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +112,14 @@ def _proven_backend(
             backend = choose_backend(settings.backend, plans, chosen, failed)
         except BackendUnavailable as error:
             raise StartupError(str(error)) from error
-        # Pages need kernels of their own, whose compilation nobody should wait for later.
         longest = min(ring.raw_slots + _PAGED, model.max_positions // 2)
-        lengths = (_SHORT, longest) if backend.name in FUSED else (_SHORT,)
+        lengths = (*_SHORT, longest) if backend.name in FUSED else _SHORT[:1]
+        if backend.name in FUSED:
+            log.info("first answers over %s: kernels that this device has not run yet are compiled now", backend.name)
+        n_pages = ring.pages_needed(longest, settings.prefill_chunk) + 1
         try:
-            n_pages = ring.pages_needed(longest, settings.prefill_chunk) + 1
-            seconds = rehearse(
-                model, CacheStore(model.model, plans, chosen, backend, ring, n_pages), settings.prefill_chunk, lengths
-            )
+            store = CacheStore(model.model, plans, chosen, backend, ring, n_pages)
+            seconds = rehearse(model, store, settings.prefill_chunk, lengths)
         except Exception as error:  # whatever a model or a device throws
             if backend.code == "nothing_to_compress":
                 raise StartupError(f"The model can't answer: {type(error).__name__}: {error}.") from error
