@@ -4,7 +4,7 @@ Who writes what, so that nothing is counted twice:
 
 - the HTTP rooms: `http_requests`, `requests_finished`, `admission_refusals`, `time_to_first_token`, `request_duration`;
 - the engine: everything else (pages, bytes, sessions, queue, tokens, inter-token latency, rotations, evictions,
-  fallbacks, backend, checks of the probe, attention paths, kernel faults).
+  checkpoints, fallbacks, backend, checks of the probe, attention paths, kernel faults).
 
 Units are seconds, bytes and tokens. Labels come from closed sets or from the start-up probe; text from users never
 becomes a label.
@@ -40,7 +40,13 @@ class Metrics:
 
         self.rotations = self._counter("rotations", "Pages dropped from the old end of a full session.")
         self.rotated_tokens = self._counter("rotated_tokens", "Tokens forgotten by rotation.")
-        self.evictions = self._counter("evictions", "Sessions or checkpoints removed to make room.", ("reason",))
+        self.evictions = self._counter("evictions", "Sessions forgotten to make room.", ("reason",))
+        self.checkpoint_drops = self._counter("checkpoint_drops", "Checkpoints forgotten to make room.", ("reason",))
+        self.checkpoint_hits = self._counter(
+            "checkpoint_hits",
+            "Turns by what they went on from: session (its last turn's end), prompt or answer (a checkpoint), none.",
+            ("kind",),
+        )
         self.prompt_tokens = self._counter(
             "prompt_tokens", "Prompt tokens by source: cached (found in the cache) or prefilled.", ("source",)
         )

@@ -63,6 +63,10 @@ class PagePool:
         """The arrays of one layer, each `[n_allocated, ...]`. Do not keep them: a reader makes the next write copy."""
         return tuple(self._arrays[layer])
 
+    def n_owners(self, page: int) -> int:
+        """References to a page."""
+        return self._counts[page]
+
     def take(self, n: int) -> list[int]:
         """Take `n` pages with one reference each. Raises PoolExhausted, and then takes none."""
         if n > self.n_free:

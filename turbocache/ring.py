@@ -141,6 +141,12 @@ class PageRing:
             self.first += gone
         return gone
 
+    def is_same_after(self, offset: int) -> bool:
+        """Whether going back to `offset` gives what a session of just these tokens holds: no page reaches into what
+        that would have raw.
+        """
+        return self.flushed <= max(0, self.block(offset - 1) - self.config.window // PAGE)
+
     def can_trim_to(self, offset: int) -> bool:
         """Whether the state after `offset` tokens can be had: nothing that it could see has rotated out."""
         if not 0 <= offset <= self.offset:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -127,6 +128,27 @@ class CacheStore:
         native = sum(plan.native_nbytes(n_tokens) for plan in self.plans)
         return pages + 2 * (self.spec.raw_nbytes + self.spec.centre_nbytes) + native
 
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether copies of a session's cache are cheap: pages are shared, and no layer's own cache grows for ever."""
+        return all(plan.compressed or plan.max_tokens is not None or not plan.token_nbytes for plan in self.plans)
+
+    def resting_nbytes(self, caches: Iterable[Sequence[Any]]) -> int:
+        """Bytes of caches that rest, each page counted once. Pages that a running session has as well are in what that
+        was promised, unless they may rotate out of it.
+        """
+        owners: Counter[int] = Counter()
+        total = 0
+        for cache in caches:
+            ring = ring_of(cache)
+            total += self.held_nbytes(cache)
+            if ring is not None:
+                total -= len(ring.pages) * self.spec.pool.page_nbytes
+                owners.update(ring.pages)
+        rotates = self.spec.ring.max_size is not None
+        n_pages = sum(rotates or self.spec.pool.n_owners(page) == n for page, n in owners.items())
+        return total + n_pages * self.spec.pool.page_nbytes
+
     def held_nbytes(self, cache: Sequence[Any]) -> int:
         """Bytes of one session at rest; pages that it shares count in full."""
         ring = ring_of(cache)
@@ -169,6 +191,14 @@ def can_trim_to(cache: Sequence[Any], offset: int, length: int) -> bool:
     )
 
 
+def is_same_after(cache: Sequence[Any], offset: int) -> bool:
+    """Whether a session's cache that goes back to `offset` is what these tokens by themselves give. mlx-lm's own caches
+    that can be trimmed are.
+    """
+    ring = ring_of(cache)
+    return ring is None or ring.is_same_after(offset)
+
+
 def trim(cache: Sequence[Any], n: int) -> None:
     """Forget the newest `n` tokens in every layer. Ask `can_trim_to` first."""
     for layer in cache:
@@ -178,6 +208,11 @@ def trim(cache: Sequence[Any], n: int) -> None:
 def evaluate(cache: Sequence[Any]) -> None:
     """Wait until a prompt cache holds arrays instead of graphs."""
     mx.eval([layer.state for layer in cache])
+
+
+def start_evaluation(cache: Sequence[Any]) -> None:
+    """Let a prompt cache's arrays be computed, without waiting, so that they do not hold what they are made of."""
+    mx.async_eval([layer.state for layer in cache])
 
 
 def native_nbytes(cache: Sequence[Any]) -> int:

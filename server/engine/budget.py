@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from server.engine.sessions import SessionRegistry
 from server.errors import OutOfMemory
@@ -64,18 +65,30 @@ class Budget:
             self._promised.pop(request_id, None)
 
 
-def make_room(budget: Budget, registry: SessionRegistry, store: CacheStore) -> int:
-    """Evict idle sessions, if need be, until what is promised and what rests fit the budget together; returns how many.
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """What had to go."""
+
+    sessions: int = 0
+    checkpoints: int = 0
+
+
+def make_room(budget: Budget, registry: SessionRegistry, store: CacheStore) -> Evicted:
+    """Forget, if need be, checkpoints (their session's newest last), then sessions at rest (named ones last), of each
+    the longest unused first, until what is promised and what rests fit the budget together. No session is forgotten for
+    a checkpoint's sake.
 
     Runs on the engine's thread.
     """
-    idle = [(session, store.held_nbytes(session.cache or ())) for session in registry.idle()]
-    excess = budget.promised + sum(held for _, held in idle) - budget.total
-    evicted = 0
-    for session, held in idle:
-        if excess <= 0:
+    sessions = checkpoints = 0
+    while budget.promised + store.resting_nbytes(registry.caches()) > budget.total:
+        newest = {id(session.checkpoints[-1]) for session in registry if session.checkpoints}
+        if kept := registry.checkpoints():
+            registry.drop(min(kept, key=lambda checkpoint: id(checkpoint) in newest))
+            checkpoints += 1
+        elif idle := registry.idle():
+            registry.forget(idle[0])
+            sessions += 1
+        else:
             break
-        registry.forget(session)
-        evicted += 1
-        excess -= held
-    return evicted
+    return Evicted(sessions, checkpoints)

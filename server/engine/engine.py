@@ -176,7 +176,7 @@ class MlxEngine:
         self._prompts = PromptMaker(self._host.model)
         store = self._host.store
         self._budget = Budget(self._host.budget, lambda n: store.session_nbytes(n, self._host.chunk))
-        self._registry = SessionRegistry(store.new_cache)
+        self._registry = SessionRegistry(store)
         self._gauges = Gauges(self._metrics, self._host, self._registry)
         self._faults = FaultLog(self._metrics, self._host.backend.name)
         self._generator = self._new_generator()
@@ -220,11 +220,13 @@ class MlxEngine:
         text = TextAssembler(self._host.model.tokenizer, request.prompt, request.stop)
         self._runs[uid] = Run(request, entry.deliver, claim.session, claim.cached, text, entry.limit, entry.allowed)
         self._metrics.prompt_tokens.labels(source="cached").inc(claim.cached)
+        self._metrics.checkpoint_hits.labels(kind=claim.source).inc()
         return True
 
     def _make_room(self) -> None:
         evicted = make_room(self._budget, self._registry, self._host.store)
-        self._metrics.evictions.labels(reason="memory").inc(evicted)
+        self._metrics.evictions.labels(reason="memory").inc(evicted.sessions)
+        self._metrics.checkpoint_drops.labels(reason="memory").inc(evicted.checkpoints)
 
     def _step(self) -> None:
         try:
@@ -255,7 +257,8 @@ class MlxEngine:
         the rows that have no first token because their logits are not finite.
         """
         bad = []
-        for uid, token in self._generator.first_tokens(uids).items():
+        firsts = self._generator.first_tokens(uids)
+        for uid, token in firsts.items():
             run = self._runs[uid]
             self._metrics.prompt_tokens.labels(source="prefilled").inc(len(run.request.prompt) - run.cached)
             if token is None:
@@ -264,7 +267,16 @@ class MlxEngine:
                 run.send(run.text.add(token))
                 run.sent_ahead = True
                 time.sleep(_YIELD_SECONDS)
+        for uid in firsts.keys() - bad:
+            self._checkpoint_prompt(uid, self._runs[uid])
         return bad
+
+    def _checkpoint_prompt(self, uid: int, run: Run) -> None:
+        """The prompt is in the cache and nothing of the answer."""
+        if self._host.store.can_checkpoint:
+            cache = self._generator.snapshot(uid)
+            self._registry.checkpoint(run.session, "prompt", run.request.prompt, cache)
+            self._make_room()
 
     def _take(self, run: Run, response: GenerationBatch.Response) -> None:
         """One token of one run."""
@@ -329,7 +341,7 @@ class MlxEngine:
     def _drop_batch(self, kind: type[InternalError], error: Exception) -> None:
         """A step failed midway: its rows can't be trusted. Fail the runs, forget their sessions' caches, start anew."""
         self._generator = self._new_generator()
-        self._host.store.close_all_but(session.cache for session in self._registry if session.cache is not None)
+        self._host.store.close_all_but(self._registry.caches())
         runs, self._runs = self._runs, {}
         for run in runs.values():
             failure = kind.of(run.request.request_id)

@@ -94,6 +94,7 @@ class Gauges:
             "bytes": None if session.cache is None else self._host.store.held_nbytes(session.cache),
             "rotations": 0 if ring is None else ring.first,
             "centred_heads": None if ring is None else 0 if ring.centre is None else ring.centre.n_heads,
+            "checkpoints": len(session.checkpoints),
             "turns": session.turns,
             "last_used": session.last_used,
         }

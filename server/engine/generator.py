@@ -11,6 +11,7 @@ from mlx_lm.sample_utils import Sampler, make_sampler
 from server.engine.short_prompts import ShortPromptGenerator
 from server.protocol import SamplingParams
 from turbocache.model import LoadedModel
+from turbocache.store import start_evaluation
 
 _MAX_SAMPLERS = 64
 """Parameters come from users, so their samplers are not kept for ever."""
@@ -89,6 +90,12 @@ class Generator:
             for row, uid in enumerate(batch.uids)
             if uid in wanted
         }
+
+    def snapshot(self, uid: int) -> list[Any]:
+        """A copy of a row's cache as it is now; pages are shared."""
+        cache, _ = self._batch.extract_cache([uid])[uid]
+        start_evaluation(cache)
+        return list(cache)
 
     def remove(self, uid: int) -> tuple[Any, Any]:
         """Take a row out; returns its cache and the tokens that it holds."""

@@ -5,70 +5,78 @@ Everything here runs on the engine's thread.
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from turbocache import store
+from server.engine.checkpoints import MOST, Checkpoint, Kind, Start, added, common_prefix, deepest, start_at
+from turbocache.store import CacheStore
+
+_SHARED = 64
+"""Tokens that sessions must have in common for one to start from the other's state."""
+_NOTHING = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """A conversation and its cache. `tokens` are exactly the tokens that went into `cache`; a running session's cache
-    is with the generator and None here."""
+    """A conversation and its cache. `tokens`, int32, are exactly the tokens that went into `cache`; a running session's
+    cache is with the generator and None here. Checkpoints stay with the session whatever it does.
+    """
 
     id: str
     named: bool
-    tokens: list[int] = field(default_factory=list)
+    tokens: np.ndarray = field(default_factory=lambda: _NOTHING)
     cache: list[Any] | None = None
     running: bool = False
     turns: int = 0
     last_used: float = field(default_factory=time.time)
-
-    def common_prefix(self, prompt: np.ndarray) -> int:
-        """Number of leading tokens that the session and a prompt share."""
-        n = min(len(self.tokens), len(prompt))
-        differs = np.nonzero(np.asarray(self.tokens[:n]) != prompt[:n])[0]
-        return int(differs[0]) if differs.size else n
+    checkpoints: list[Checkpoint] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A session handed to a request, with a cache that holds the first `cached` tokens of its prompt."""
+    """A session handed to a request, with a cache that holds the first `cached` tokens of its prompt. `source` says
+    where that was found: `session` (where its last turn ended), the kind of a checkpoint, or `none`.
+    """
 
     session: Session
     cache: list[Any]
     cached: int
+    source: str
 
 
 class SessionRegistry:
     """All sessions of the process, by id. A turn claims one, and gives it back with what its cache then holds."""
 
-    def __init__(self, new_cache: Callable[[], list[Any]]) -> None:
-        self._new_cache = new_cache
+    def __init__(self, store: CacheStore) -> None:
+        self._store = store
         self._sessions: dict[str, Session] = {}
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Session]:
         return iter(self._sessions.values())
 
     def claim(self, name: str | None, prompt: Sequence[int]) -> Claim | None:
         """The session for a prompt, running from now on, or None while the named one still runs another turn.
 
-        A named session goes on from the longest prefix that it shares with the prompt. An unnamed prompt continues the
-        unnamed session it extends; one that only shares a prefix gets a session of its own on the shared pages.
+        A named session goes on from the deepest of its states that the prompt shares, or from another session's where
+        that is deeper and exact. An unnamed prompt continues the unnamed session it extends; one that only shares a
+        prefix gets a session of its own on the shared pages.
         """
-        tokens = np.asarray(prompt)
+        tokens = np.asarray(prompt, dtype=np.int32)
         if name is None:
             return self._claim_unnamed(tokens)
-        session = self._sessions.get(name)
-        if session is None:
-            session = Session(name, named=True)
-        elif session.running:
+        session = self._sessions.get(name) or Session(name, named=True)
+        if session.running:
             return None
-        cache, cached = self._rewound(session, tokens)
-        return self._started(session, cache, cached)
+        start = deepest([*_states(session, tokens), *self._shared(session, tokens)])
+        return self._started(session, start, tokens)
+
+    def checkpoint(self, session: Session, kind: Kind, tokens: Sequence[int] | np.ndarray, cache: list[Any]) -> None:
+        """Keep a cache of its own, which holds `tokens`, for later turns to go back to."""
+        kept = Checkpoint(kind, np.asarray(tokens, dtype=np.int32), cache)
+        session.checkpoints = added(session.checkpoints, kept)
 
     def put_back(self, session: Session, cache: list[Any] | None, tokens: Sequence[int]) -> None:
         """A turn has ended and its cache holds `tokens`; a None cache (the turn failed) forgets the session."""
@@ -77,11 +85,11 @@ class SessionRegistry:
         if cache is None or not tokens:
             self.forget(session)
             return
-        session.cache, session.tokens = cache, list(tokens)
+        session.cache, session.tokens = cache, np.asarray(tokens, dtype=np.int32)
 
     def forget(self, session: Session) -> None:
-        """Drop a session and its pages."""
-        session.cache, session.tokens = None, []
+        """Drop a session with its checkpoints and its pages."""
+        session.cache, session.tokens, session.checkpoints = None, _NOTHING, []
         self._sessions.pop(session.id, None)
 
     def idle(self) -> list[Session]:
@@ -89,37 +97,63 @@ class SessionRegistry:
         resting = [session for session in self._sessions.values() if not session.running]
         return sorted(resting, key=lambda session: (session.named, session.last_used))
 
-    def _claim_unnamed(self, tokens: np.ndarray) -> Claim:
-        best, shared = None, 0
+    def checkpoints(self) -> list[Checkpoint]:
+        """All sessions' checkpoints, each once, longest unused first."""
+        kept = {id(c): c for session in self._sessions.values() for c in session.checkpoints}
+        return sorted(kept.values(), key=lambda checkpoint: checkpoint.last_used)
+
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """Forget a checkpoint, whichever sessions have it."""
         for session in self._sessions.values():
-            if not session.named and not session.running and (n := session.common_prefix(tokens)) > shared:
-                best, shared = session, n
+            session.checkpoints = [kept for kept in session.checkpoints if kept is not checkpoint]
+
+    def caches(self) -> list[list[Any]]:
+        """Every cache that rests: sessions' and checkpoints'."""
+        resting = [session.cache for session in self._sessions.values() if session.cache is not None]
+        return [*resting, *(checkpoint.cache for checkpoint in self.checkpoints())]
+
+    def _claim_unnamed(self, tokens: np.ndarray) -> Claim:
+        unnamed = [session for session in self if not session.named and not session.running]
+        ends = {session.id: start_at("session", session.tokens, session.cache, tokens) for session in unnamed}
+        extended = [s for s in unnamed if (end := ends[s.id]) is not None and end.cached == len(s.tokens)]
+        if extended:
+            longest = max(extended, key=lambda session: len(session.tokens))
+            return self._started(longest, ends[longest.id], tokens)
         fresh = Session(f"unnamed-{uuid.uuid4().hex[:12]}", named=False)
-        if best is None or best.cache is None:
-            return self._started(fresh, self._new_cache(), 0)
-        if shared == len(best.tokens) and shared < len(tokens):
-            return self._started(best, best.cache, shared)
-        cached = min(shared, len(tokens) - 1)
-        if not cached or not store.can_trim_to(best.cache, cached, len(best.tokens)):
-            return self._started(fresh, self._new_cache(), 0)
-        cache = store.fork(best.cache)
-        store.trim(cache, len(best.tokens) - cached)
-        best.last_used = time.time()
-        return self._started(fresh, cache, cached)
+        return self._started(fresh, deepest([*ends.values(), *self._shared(fresh, tokens)]), tokens)
 
-    def _rewound(self, session: Session, tokens: np.ndarray) -> tuple[list[Any], int]:
-        # One token at least must be fed to the model to get the next one.
-        cached = min(session.common_prefix(tokens), len(tokens) - 1)
-        if session.cache is None or not cached or not store.can_trim_to(session.cache, cached, len(session.tokens)):
-            return self._new_cache(), 0
-        if cached < len(session.tokens):
-            store.trim(session.cache, len(session.tokens) - cached)
-        return session.cache, cached
+    def _shared(self, session: Session, tokens: np.ndarray) -> Iterator[Start]:
+        """States of other sessions from which the prompt can go on exactly."""
+        for other in self._sessions.values():
+            if other is not session:
+                for start in _states(other, tokens):
+                    if start is not None and start.exact and start.cached >= _SHARED:
+                        yield start
 
-    def _started(self, session: Session, cache: list[Any], cached: int) -> Claim:
-        session.cache, session.tokens = None, []
+    def _started(self, session: Session, start: Start | None, tokens: np.ndarray) -> Claim:
+        now = time.time()
+        cache, cached, source = self._store.new_cache(), 0, "none"
+        own = start is not None and start.cache is session.cache
+        if start is not None:
+            cached, source = start.cached, start.kind
+            cache = start.taken() if own and not self._store.can_checkpoint else start.forked()
+            for checkpoint in self.checkpoints():
+                if checkpoint.cache is start.cache:
+                    checkpoint.last_used = now
+        if session.cache is not None and self._store.can_checkpoint:
+            self.checkpoint(session, "answer", session.tokens, session.cache)
+        elif not session.turns:  # it began in other sessions, and may go back to where they went through
+            passed = [c for c in self.checkpoints() if common_prefix(c.tokens, tokens[:cached]) == len(c.tokens)]
+            session.checkpoints = passed[-MOST:]
+        session.cache, session.tokens = None, _NOTHING
         session.running = True
         session.turns += 1
-        session.last_used = time.time()
+        session.last_used = now
         self._sessions[session.id] = session
-        return Claim(session, cache, cached)
+        return Claim(session, cache, cached, source)
+
+
+def _states(session: Session, tokens: np.ndarray) -> list[Start | None]:
+    """From where in a session a prompt can go on: where its last turn ended, and its checkpoints."""
+    ended = start_at("session", session.tokens, session.cache, tokens)
+    return [ended, *(start_at(c.kind, c.tokens, c.cache, tokens) for c in session.checkpoints)]

@@ -42,7 +42,7 @@ def hold_conversation(server: Server, name: str, code: str, stream: bool) -> lis
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_fact_survives_long_filler_and_later_turns_prefill_only_what_is_new(server: Server, stream: bool) -> None:
     prefilled = server.metric("prompt_tokens_total", source="prefilled")
-    first, second, third = hold_conversation(server, "Anna", "5917", stream)
+    first, second, third = hold_conversation(server, "Anna", "5926" if stream else "5917", stream)
     assert first.prompt_tokens_details.cached_tokens == 0
     # What the session holds after a turn is the prompt and the answer, so the next prompt repeats all of it.
     assert second.prompt_tokens_details.cached_tokens == first.prompt_tokens + first.completion_tokens

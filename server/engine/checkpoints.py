@@ -1,0 +1,90 @@
+"""Checkpoints: states of a session's cache to which a later turn can go back.
+
+A chat template drops earlier reasoning, a client edits its last message: the new prompt then leaves the cached tokens
+somewhere, and what was cached behind that place can't be used. Pages that rotated out and recurrent states can't be had
+back by going back. A checkpoint is a cache of its own that shares its pages; a turn that starts from one is as exact as
+if nothing had ever followed.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from turbocache import store
+
+Kind = Literal["prompt", "answer"]
+"""Where a checkpoint lies: at the end of a turn's prompt or of its answer."""
+
+MOST = 4
+"""Checkpoints of one session: each holds a raw sink and window of its own."""
+
+_NEAR = 64
+"""So many tokens are prefilled again where a state a little further on would only be nearly the same."""
+
+
+@dataclass(slots=True, eq=False)
+class Checkpoint:
+    """A cache that holds exactly `tokens`, int32. Its cache is never changed: turns get a fork."""
+
+    kind: Kind
+    tokens: np.ndarray
+    cache: list[Any]
+    last_used: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A state from which a prompt can go on: a cache of `length` tokens, the first `cached` of which are the prompt's.
+    `exact` if going back there gives what a session of these tokens alone would hold.
+    """
+
+    kind: str
+    cache: list[Any]
+    length: int
+    cached: int
+    exact: bool
+
+    def forked(self) -> list[Any]:
+        """A cache of the first `cached` tokens; the state stays as it is."""
+        return self.taken(store.fork(self.cache))
+
+    def taken(self, cache: list[Any] | None = None) -> list[Any]:
+        """The state itself (or its fork `cache`), gone back to the first `cached` tokens."""
+        cache = self.cache if cache is None else cache
+        if self.cached < self.length:
+            store.trim(cache, self.length - self.cached)
+        return cache
+
+
+def common_prefix(tokens: np.ndarray, prompt: np.ndarray) -> int:
+    """Number of leading tokens that both share."""
+    n = min(len(tokens), len(prompt))
+    differs = np.nonzero(tokens[:n] != prompt[:n])[0]
+    return int(differs[0]) if differs.size else n
+
+
+def start_at(kind: str, tokens: np.ndarray, cache: list[Any] | None, prompt: np.ndarray) -> Start | None:
+    """How a prompt can go on from a cache of `tokens`, or None. One token at least is left for the model."""
+    cached = min(common_prefix(tokens, prompt), len(prompt) - 1)
+    if cache is None or not cached or not store.can_trim_to(cache, cached, len(tokens)):
+        return None
+    exact = cached == len(tokens) or store.is_same_after(cache, cached)
+    return Start(kind, cache, len(tokens), cached, exact)
+
+
+def deepest(starts: Iterable[Start | None]) -> Start | None:
+    """The start with most cached tokens; an exact one if it is near enough."""
+    found = [start for start in starts if start is not None]
+    furthest = max((start.cached for start in found), default=0)
+    near = [start for start in found if start.exact and start.cached > furthest - _NEAR]
+    return max(near or found, key=lambda start: start.cached, default=None)
+
+
+def added(checkpoints: list[Checkpoint], new: Checkpoint) -> list[Checkpoint]:
+    """With a new one, in the place of one of the same tokens; the longest unused go when there are too many."""
+    others = [old for old in checkpoints if not np.array_equal(old.tokens, new.tokens)]
+    others.sort(key=lambda checkpoint: checkpoint.last_used)
+    return [*others[-(MOST - 1) :], new]
