@@ -44,7 +44,7 @@ class Metrics:
         self.checkpoint_drops = self._counter("checkpoint_drops", "Checkpoints forgotten to make room.", ("reason",))
         self.checkpoint_hits = self._counter(
             "checkpoint_hits",
-            "Turns by what they went on from: session (its last turn's end), prompt or answer (a checkpoint), none.",
+            "Turns by what they went on from: session (its last turn's end), none, or a checkpoint's kind.",
             ("kind",),
         )
         self.prompt_tokens = self._counter(

@@ -23,15 +23,27 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation as token ids (never empty). `system_end` and `messages_end` are numbers of tokens: what a system
+    message begins, and all messages without the answer's opening; later conversations often leave each other there. 0
+    where that is not known.
+    """
+
+    tokens: Sequence[int]
+    system_end: int = 0
+    messages_end: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One accepted chat turn, tokenised.
 
-    `prompt` is the whole conversation as token ids (never empty). `max_tokens` is None for "as far as the model's
+    `prompt` is the whole conversation. `max_tokens` is None for "as far as the model's
     positions reach". `session` is the client's name for the conversation, None for an unnamed one.
     """
 
     request_id: str
-    prompt: Sequence[int]
+    prompt: Prompt
     max_tokens: int | None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
@@ -106,7 +118,7 @@ class Engine(Protocol):
     @property
     def model(self) -> ModelInfo: ...
 
-    def tokenize(self, messages: list[dict[str, Any]]) -> list[int]:
+    def tokenize(self, messages: list[dict[str, Any]]) -> Prompt:
         """Messages through the model's chat template. Raises server.errors.InvalidRequest when the template refuses."""
         ...
 

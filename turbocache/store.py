@@ -133,6 +133,11 @@ class CacheStore:
         """Whether copies of a session's cache are cheap: pages are shared, and no layer's own cache grows for ever."""
         return all(plan.compressed or plan.max_tokens is not None or not plan.token_nbytes for plan in self.plans)
 
+    @property
+    def can_go_back(self) -> bool:
+        """Whether a cache that has not rotated can go back by any number of tokens: no layer has a state that can't."""
+        return all(plan.compressed or (plan.max_tokens is None and not plan.fixed_nbytes) for plan in self.plans)
+
     def resting_nbytes(self, caches: Iterable[Sequence[Any]]) -> int:
         """Bytes of caches that rest, each page counted once. Pages that a running session has as well are in what that
         was promised, unless they may rotate out of it.

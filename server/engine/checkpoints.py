@@ -15,8 +15,8 @@ import numpy as np
 
 from turbocache import store
 
-Kind = Literal["prompt", "answer"]
-"""Where a checkpoint lies: at the end of a turn's prompt or of its answer."""
+Kind = Literal["system", "prompt", "answer"]
+"""Where a checkpoint lies: at the end of the system message, of a turn's prompt or of its answer."""
 
 MOST = 4
 """Checkpoints of one session: each holds a raw sink and window of its own."""
@@ -84,7 +84,9 @@ def deepest(starts: Iterable[Start | None]) -> Start | None:
 
 
 def added(checkpoints: list[Checkpoint], new: Checkpoint) -> list[Checkpoint]:
-    """With a new one, in the place of one of the same tokens; the longest unused go when there are too many."""
+    """With a new one, in the place of one of the same tokens. When there are too many the longest unused go, those at
+    the end of a system message last.
+    """
     others = [old for old in checkpoints if not np.array_equal(old.tokens, new.tokens)]
-    others.sort(key=lambda checkpoint: checkpoint.last_used)
-    return [*others[-(MOST - 1) :], new]
+    others.sort(key=lambda checkpoint: (checkpoint.kind == "system", checkpoint.last_used))
+    return sorted([*others[-(MOST - 1) :], new], key=lambda checkpoint: checkpoint.last_used)

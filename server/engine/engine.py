@@ -8,16 +8,17 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from mlx_lm.generate import GenerationBatch
+from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 
 from server.engine.budget import Budget, make_room
+from server.engine.checkpoints import Kind
 from server.engine.faults import FaultLog
 from server.engine.gauges import Gauges
 from server.engine.generator import Generator
 from server.engine.host import Host, announce, load_host
 from server.engine.prompt import PromptMaker
 from server.engine.run import ANSWER_STEP, Run
-from server.engine.sessions import SessionRegistry
+from server.engine.sessions import LEAST_SHARED, SessionRegistry
 from server.engine.text import TextAssembler
 from server.engine.waiting import Entry, WaitingRoom
 from server.errors import (
@@ -39,6 +40,7 @@ from server.protocol import (
     Health,
     ModelInfo,
     PrefillProgress,
+    Prompt,
 )
 from server.settings import Settings
 from turbocache.memory import keep_freed_memory
@@ -100,9 +102,9 @@ class MlxEngine:
         model = self._host.model
         return ModelInfo(model.id, model.created, model.max_positions)
 
-    def tokenize(self, messages: list[dict[str, Any]]) -> list[int]:
+    def tokenize(self, messages: list[dict[str, Any]]) -> Prompt:
         """Messages through the model's chat template. Raises InvalidRequest when the template refuses them."""
-        return self._prompts.tokens(messages)
+        return self._prompts.prompt(messages)
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Accept a request, or raise and accept nothing; see `server.protocol.Engine`."""
@@ -114,7 +116,7 @@ class MlxEngine:
         allowed = limit if request.max_tokens is not None else min(limit, ANSWER_STEP)
         self._waiting.enter()
         try:
-            self._budget.promise(request.request_id, len(request.prompt) + allowed)
+            self._budget.promise(request.request_id, len(request.prompt.tokens) + allowed)
         except OutOfMemory:
             self._waiting.leave()
             raise
@@ -140,7 +142,7 @@ class MlxEngine:
         return self._gauges.session_rows
 
     def _answer_limit(self, request: GenerationRequest) -> int:
-        positions, n_prompt = self._host.model.max_positions, len(request.prompt)
+        positions, n_prompt = self._host.model.max_positions, len(request.prompt.tokens)
         if n_prompt >= positions or n_prompt + (request.max_tokens or 0) > positions:
             raise ContextLengthExceeded(limit=positions, prompt_tokens=n_prompt, max_tokens=request.max_tokens)
         return request.max_tokens or positions - n_prompt
@@ -212,16 +214,31 @@ class MlxEngine:
 
     def _start(self, entry: Entry) -> bool:
         request = entry.request
-        claim = self._registry.claim(request.session, request.prompt)
+        claim = self._registry.claim(request.session, request.prompt.tokens)
         if claim is None:
             return False
         self._make_room()
-        uid = self._generator.insert(request.prompt, claim.cached, claim.cache, entry.limit, request.sampling)
-        text = TextAssembler(self._host.model.tokenizer, request.prompt, request.stop)
-        self._runs[uid] = Run(request, entry.deliver, claim.session, claim.cached, text, entry.limit, entry.allowed)
+        tokens, stops = request.prompt.tokens, self._stops(request.prompt, claim.cached)
+        uid = self._generator.insert(tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops)
+        text = TextAssembler(self._host.model.tokenizer, tokens, request.stop)
+        run = Run(request, entry.deliver, claim.session, claim.cached, text, entry.limit, entry.allowed, stops=stops)
+        self._runs[uid] = run
         self._metrics.prompt_tokens.labels(source="cached").inc(claim.cached)
         self._metrics.checkpoint_hits.labels(kind=claim.source).inc()
         return True
+
+    def _stops(self, prompt: Prompt, cached: int) -> dict[int, Kind]:
+        """Where in a prompt to take checkpoints while it is read. Of a state that can't go back by the few tokens that
+        open an answer one is taken before them.
+        """
+        store, stops = self._host.store, dict[int, Kind]()
+        if not store.can_checkpoint:
+            return stops
+        if prompt.system_end >= cached + LEAST_SHARED:
+            stops[prompt.system_end] = "system"
+        if prompt.messages_end > cached and not store.can_go_back:
+            stops[prompt.messages_end] = "prompt"
+        return stops
 
     def _make_room(self) -> None:
         evicted = make_room(self._budget, self._registry, self._host.store)
@@ -247,6 +264,7 @@ class MlxEngine:
                 bad.append(response.uid)
         for progress in prompts:
             if run := self._runs.get(progress.uid):
+                self._checkpoint_stop(progress, run)
                 run.deliver(PrefillProgress(*progress.progress))
         bad += self._begin_answers(progress.uid for progress in prompts if progress.end_of_prompt)
         if bad:
@@ -260,7 +278,7 @@ class MlxEngine:
         firsts = self._generator.first_tokens(uids)
         for uid, token in firsts.items():
             run = self._runs[uid]
-            self._metrics.prompt_tokens.labels(source="prefilled").inc(len(run.request.prompt) - run.cached)
+            self._metrics.prompt_tokens.labels(source="prefilled").inc(len(run.request.prompt.tokens) - run.cached)
             if token is None:
                 bad.append(uid)
             elif token not in self._host.model.tokenizer.eos_token_ids:
@@ -271,12 +289,21 @@ class MlxEngine:
             self._checkpoint_prompt(uid, self._runs[uid])
         return bad
 
+    def _checkpoint_stop(self, progress: PromptProcessingBatch.Response, run: Run) -> None:
+        """A prompt has come to a place at which it may have to stop."""
+        at = run.cached + progress.progress[0]
+        if progress.end_of_segment and not progress.end_of_prompt and (kind := run.stops.get(at)):
+            self._checkpoint(progress.uid, run, kind, at)
+
     def _checkpoint_prompt(self, uid: int, run: Run) -> None:
         """The prompt is in the cache and nothing of the answer."""
-        if self._host.store.can_checkpoint:
-            cache = self._generator.snapshot(uid)
-            self._registry.checkpoint(run.session, "prompt", run.request.prompt, cache)
-            self._make_room()
+        if self._host.store.can_checkpoint and self._host.store.can_go_back:
+            self._checkpoint(uid, run, "prompt", len(run.request.prompt.tokens))
+
+    def _checkpoint(self, uid: int, run: Run, kind: Kind, n_tokens: int) -> None:
+        cache = self._generator.snapshot(uid)
+        self._registry.checkpoint(run.session, kind, run.request.prompt.tokens[:n_tokens], cache)
+        self._make_room()
 
     def _take(self, run: Run, response: GenerationBatch.Response) -> None:
         """One token of one run."""
@@ -296,7 +323,7 @@ class MlxEngine:
 
     def _allow_more(self, run: Run) -> bool:
         allowed = min(run.limit, run.allowed + ANSWER_STEP)
-        if not self._budget.extend(run.request.request_id, len(run.request.prompt) + allowed):
+        if not self._budget.extend(run.request.request_id, len(run.request.prompt.tokens) + allowed):
             return False
         run.allowed = allowed
         self._make_room()

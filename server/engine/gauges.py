@@ -83,7 +83,7 @@ class Gauges:
         """One session as GET /v1/sessions shows it. A running session's cache is in the batch, so its bytes are not
         told apart."""
         ring = ring_of(session.cache or ())
-        seen = len(session.tokens) if run is None else len(run.request.prompt) + run.generated
+        seen = len(session.tokens) if run is None else len(run.request.prompt.tokens) + run.generated
         return {
             "id": session.id,
             "named": session.named,

@@ -1,6 +1,7 @@
 """mlx-lm's BatchGenerator as the engine uses it, with an eye on what each row's tokens were drawn from."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -45,10 +46,21 @@ class Generator:
         self._handed: _Drawn = {}
         self._ahead: _Drawn = {}
 
-    def insert(self, prompt: Sequence[int], cached: int, cache: list[Any], limit: int, sampling: SamplingParams) -> int:
-        """Queue a prompt of which `cache` holds the first `cached` tokens, for `limit` more at most; its uid."""
-        (uid,) = self._batch.insert(
-            [list(prompt[cached:])],
+    def insert(
+        self,
+        prompt: Sequence[int],
+        cached: int,
+        cache: list[Any],
+        limit: int,
+        sampling: SamplingParams,
+        stops: Iterable[int] = (),
+    ) -> int:
+        """Queue a prompt of which `cache` holds the first `cached` tokens, for `limit` more at most; its uid. `next`
+        returns with the cache at each of `stops`, numbers of the prompt's tokens, for which `end_of_segment` is set.
+        """
+        edges = [cached, *sorted(stop for stop in stops if cached < stop < len(prompt)), len(prompt)]
+        (uid,) = self._batch.insert_segments(
+            [[list(prompt[start:end]) for start, end in pairwise(edges)]],
             max_tokens=[limit],
             caches=[cache],
             all_tokens=[list(prompt[:cached])],

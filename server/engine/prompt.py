@@ -6,6 +6,7 @@ from jinja2 import TemplateError
 
 from server.engine.prompts import PromptEncoder
 from server.errors import InvalidRequest
+from server.protocol import Prompt
 from turbocache.model import LoadedModel
 
 
@@ -16,12 +17,15 @@ class PromptMaker:
         self._model = model
         self._encoder = PromptEncoder(model.tokenizer)
 
-    def tokens(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Messages as token ids. Raises InvalidRequest when the template refuses them."""
+    def prompt(self, messages: list[dict[str, Any]]) -> Prompt:
+        """Messages as token ids, with the places where conversations part. Raises InvalidRequest when the template
+        refuses them.
+        """
         if not self._model.tokenizer.has_chat_template:
             raise InvalidRequest(f"The model {self._model.id} has no chat template.", param="messages")
         try:
-            return self._encoder.encode(messages)
+            tokens = self._encoder.encode(messages)
+            return Prompt(tokens, self._encoder.system_end(messages, tokens), self._encoder.messages_end(tokens))
         except TemplateError as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"

@@ -6,6 +6,7 @@ from array import array
 from collections import OrderedDict
 from typing import Any
 
+from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 _MOST_CHARACTERS = 1 << 22
@@ -39,6 +40,7 @@ class PromptEncoder:
         self._cut = _cut_before(tokenizer) if tokenizer.has_chat_template else None
         if self._cut is not None and any(self._encode(sample) != self._plainly(sample) for sample in _SAMPLES):
             self._cut = None
+        self._opening = self._answer_opening() if tokenizer.has_chat_template else []
 
     @property
     def remembers(self) -> bool:
@@ -49,6 +51,30 @@ class PromptEncoder:
         messages = [_plain(message) for message in messages]
         with self._lock:
             return self._plainly(messages) if self._cut is None else self._encode(messages)
+
+    def messages_end(self, tokens: list[int]) -> int:
+        """Number of `tokens` without the answer's opening; 0 where the template's opening is not at the end."""
+        n = len(self._opening)
+        return len(tokens) - n if n and tokens[-n:] == self._opening else 0
+
+    def system_end(self, messages: list[dict[str, Any]], tokens: list[int]) -> int:
+        """Number of `tokens` that any conversation with the same system message begins with; 0 without one."""
+        if len(messages) < 2 or messages[0]["role"] not in ("system", "developer"):
+            return 0
+        try:
+            other = self.encode([messages[0], {"role": "user", "content": "."}])
+        except TemplateError:  # what the template minds is the other conversation
+            return 0
+        return _common(tokens, other)
+
+    def _answer_opening(self) -> list[int]:
+        """The ids with which the template opens an answer; empty if it changes what is before them."""
+        try:
+            opened = self._plainly(_SAMPLES[0])
+            closed = list(self._tokenizer.apply_chat_template(_SAMPLES[0], add_generation_prompt=False))
+        except Exception:  # foreign code, as in `_cut_before`
+            return []
+        return opened[len(closed) :] if opened[: len(closed)] == closed else []
 
     def _plainly(self, messages: list[dict[str, Any]]) -> list[int]:
         return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
@@ -73,6 +99,12 @@ class PromptEncoder:
             oldest, _ = self._pieces.popitem(last=False)
             self._n_characters -= len(oldest)
         return ids
+
+
+def _common(tokens: list[int], other: list[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(tokens, other, strict=False)) if a != b), min(len(tokens), len(other))
+    )
 
 
 def _cut_before(tokenizer: TokenizerWrapper) -> "re.Pattern[str] | None":

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
+from server.engine.checkpoints import Kind
 from server.engine.sessions import Session
 from server.engine.text import TextAssembler
 from server.protocol import Deliver, GenerationRequest, TextDelta, Usage
@@ -16,7 +17,8 @@ class Run:
     """A request, its session, and how far it has come.
 
     `allowed` is the number of answer tokens that memory is promised for; `limit` the most that the request wants.
-    `sent_ahead`: the next token's text has gone out already.
+    `sent_ahead`: the next token's text has gone out already. `stops`: after how many of the prompt's tokens to take
+    checkpoints.
     """
 
     request: GenerationRequest
@@ -28,12 +30,13 @@ class Run:
     allowed: int
     generated: int = 0
     sent_ahead: bool = False
+    stops: dict[int, Kind] = field(default_factory=dict)
     last_token: float | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.request.prompt), self.cached, self.generated)
+        return Usage(len(self.request.prompt.tokens), self.cached, self.generated)
 
     def send(self, deltas: list[TextDelta]) -> None:
         for delta in deltas:

@@ -14,7 +14,7 @@ import numpy as np
 from server.engine.checkpoints import MOST, Checkpoint, Kind, Start, added, common_prefix, deepest, start_at
 from turbocache.store import CacheStore
 
-_SHARED = 64
+LEAST_SHARED = 64
 """Tokens that sessions must have in common for one to start from the other's state."""
 _NOTHING = np.zeros(0, dtype=np.int32)
 
@@ -127,7 +127,7 @@ class SessionRegistry:
         for other in self._sessions.values():
             if other is not session:
                 for start in _states(other, tokens):
-                    if start is not None and start.exact and start.cached >= _SHARED:
+                    if start is not None and start.exact and start.cached >= LEAST_SHARED:
                         yield start
 
     def _started(self, session: Session, start: Start | None, tokens: np.ndarray) -> Claim:

@@ -13,6 +13,8 @@ _SHORT = 64
 """Prompts of at most this many new tokens go through the model in one piece."""
 _SHORT_TOGETHER = 256
 """Most tokens, padding included, of the short prompts that go together: each of them gets logits."""
+_UNCUT = 2
+"""Segments of a prompt without stops: the generator cuts off its last token."""
 
 
 class ShortPromptGenerator(BatchGenerator):
@@ -41,7 +43,7 @@ class ShortPromptGenerator(BatchGenerator):
             prompt = [token for segment in sequence[1] for token in segment]
             longest_then = max(longest, len(prompt))
             fits = len(chosen) < room and longest_then * (len(chosen) + 1) <= _SHORT_TOGETHER
-            if fits and len(prompt) <= _SHORT:
+            if fits and len(prompt) <= _SHORT and len(sequence[1]) <= _UNCUT:
                 chosen.append((sequence, prompt))
                 longest = longest_then
             else:

@@ -124,7 +124,7 @@ def sampling(chat: ChatCompletionRequest) -> SamplingParams:
 def accept(context: AppContext, chat: ChatCompletionRequest, wanted: GenerationRequest, record: RequestRecord) -> Turn:
     """Submits the request. Raises ContextLengthExceeded, or what the engine refuses with; refusals are counted."""
     turn = Turn(context.engine, context.metrics, wanted, record)
-    limit, prompt_tokens = context.engine.model.max_positions, len(wanted.prompt)
+    limit, prompt_tokens = context.engine.model.max_positions, len(wanted.prompt.tokens)
     try:
         # Without max_tokens at least one new token must fit.
         if prompt_tokens + (wanted.max_tokens or 1) > limit:

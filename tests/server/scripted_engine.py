@@ -15,6 +15,7 @@ from server.protocol import (
     Health,
     ModelInfo,
     PrefillProgress,
+    Prompt,
     TextDelta,
     Usage,
 )
@@ -87,12 +88,12 @@ class ScriptedEngine:
         self._jobs.put(None)
         self._thread.join(5.0)
 
-    def tokenize(self, messages: list[dict[str, Any]]) -> list[int]:
+    def tokenize(self, messages: list[dict[str, Any]]) -> Prompt:
         self.tokenized_in.append(threading.current_thread().name)
         if self.tokenize_error is not None:
             raise self.tokenize_error
         self.messages.append(messages)
-        return [ord(letter) % 100 for message in messages for letter in message["content"]] or [0]
+        return Prompt([ord(letter) % 100 for message in messages for letter in message["content"]] or [0])
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         if self.submit_error is not None:
@@ -114,7 +115,7 @@ class ScriptedEngine:
         return {"name": "scripted", "reason": "a test asked for it"}
 
     def sessions(self) -> list[dict[str, Any]]:
-        return [{"tokens": len(request.prompt)} for request in self.requests]
+        return [{"tokens": len(request.prompt.tokens)} for request in self.requests]
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -4,7 +4,7 @@ import queue
 from typing import Any
 
 from server.engine.engine import MlxEngine
-from server.protocol import Event, Failed, Finished, GenerationRequest, SamplingParams, TextDelta
+from server.protocol import Event, Failed, Finished, GenerationRequest, SamplingParams, TextDelta, Usage
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -12,9 +12,9 @@ GREEDY = SamplingParams(temperature=0)
 class Answer:
     """Collects one request's events."""
 
-    def __init__(self, engine: MlxEngine, text: str, name: str, **options: Any) -> None:
+    def __init__(self, engine: MlxEngine, asked: str | list[dict[str, Any]], name: str, **options: Any) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
-        prompt = engine.tokenize([{"role": "user", "content": text}])
+        prompt = engine.tokenize([{"role": "user", "content": asked}] if isinstance(asked, str) else asked)
         options = {"max_tokens": 8, "sampling": GREEDY} | options
         self.request = GenerationRequest(f"request-{name}", prompt, session=name, **options)
         engine.submit(self.request, self.events.put)
@@ -27,14 +27,18 @@ class Answer:
                 return event
 
     def text(self) -> str:
+        return self.whole()[0]
+
+    def whole(self) -> tuple[str, Usage]:
+        """Its text and what it took."""
         text = ""
         while not isinstance(event := self.events.get(timeout=60), Finished):
             assert not isinstance(event, Failed), event
             text += event.text if isinstance(event, TextDelta) else ""
-        return text
+        return text, event.usage
 
 
 def owned_by_nobody(engine: MlxEngine) -> bool:
     spec = engine._host.store.spec
     spec.check_integrity()
-    return spec.pool.n_used == sum(len(ring.pages) for batch in spec.live for ring in batch.rings)
+    return spec.pool.n_used == len({page for batch in spec.live for ring in batch.rings for page in ring.pages})

@@ -101,3 +101,18 @@ def test_a_tokenizer_that_gives_other_ids_to_pieces_is_used_plainly(
 )
 def test_overlapping_tokens(other: str, token: str, runs: bool) -> None:
     assert prompts._runs_into(other, token) is runs
+
+
+def test_where_conversations_part(bundled: LoadedModel) -> None:
+    encoder = PromptEncoder(bundled.tokenizer)
+    system = {"role": "system", "content": "You are kind."}
+    asked = [system, {"role": "user", "content": "Hello!"}]
+    tokens, other = (encoder.encode([system, {"role": "user", "content": text}]) for text in ("Hello!", "Bye."))
+    end = encoder.system_end(asked, tokens)
+    assert tokens[:end] == other[:end]
+    assert end > len(encoder.encode([{"role": "user", "content": ""}]))
+    closed = list(bundled.tokenizer.apply_chat_template(asked, add_generation_prompt=False))
+    assert tokens[: encoder.messages_end(tokens)] == closed
+    assert 0 < len(closed) < len(tokens)
+    assert encoder.system_end(asked[1:], tokens) == 0
+    assert encoder.messages_end(closed) == 0
