@@ -41,6 +41,13 @@ class KeyCentre:
         self.means: dict[int, mx.array] = {}
         self._n_heads: int | None = None
 
+    @classmethod
+    def known(cls, means: dict[int, mx.array], n_heads: int) -> "KeyCentre":
+        """One that was settled before, such as a file's."""
+        centre = cls()
+        centre.means, centre._n_heads = dict(means), n_heads
+        return centre
+
     @property
     def nbytes(self) -> int:
         return sum(mean.nbytes for mean in self.means.values())
