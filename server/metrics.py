@@ -47,6 +47,20 @@ class Metrics:
             "Turns by what they went on from: session (its last turn's end), none, or a checkpoint's kind.",
             ("kind",),
         )
+        self.spills = self._counter("spills", "Sessions written to disk.")
+        self.spilled_bytes = self._counter("spilled_bytes", "Bytes of sessions written to disk.")
+        self.spill_seconds = self._counter("spill_seconds", "Time spent writing sessions to disk.")
+        self.spill_failures = self._counter("spill_failures", "Sessions that could not be written.", ("reason",))
+        self.restores = self._counter("restores", "Sessions read back from disk.")
+        self.restored_bytes = self._counter("restored_bytes", "Bytes of sessions read back from disk.")
+        self.restore_seconds = self._counter("restore_seconds", "Time spent reading sessions back from disk.")
+        self.restore_failures = self._counter(
+            "restore_failures", "Sessions that could not be read back though their files may be right.", ("reason",)
+        )
+        self.session_files_refused = self._counter(
+            "session_files_refused", "Session files that can't be used and were moved aside, by reason.", ("reason",)
+        )
+        self.session_disk_bytes = self._gauge("session_disk_bytes", "Bytes of session files.")
         self.prompt_tokens = self._counter(
             "prompt_tokens", "Prompt tokens by source: cached (found in the cache) or prefilled.", ("source",)
         )

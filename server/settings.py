@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.errors import StartupError
@@ -82,12 +82,6 @@ def _split_keys(text: str) -> tuple[str, ...]:
     return tuple(key for part in text.split(",") if (key := part.strip()))
 
 
-def _refuse_session_dir(value: Path | None) -> Path | None:
-    if value is not None:
-        raise ValueError("reserved")
-    return value
-
-
 class Settings(BaseSettings):
     """Validated settings. Each field's description completes the sentence "expected ..."; units are in it.
 
@@ -125,9 +119,11 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[str, ...], NoDecode, _from_text(_split_keys)] = Field(
         default=(), repr=False, description="API keys separated by commas"
     )
-    session_dir: Annotated[Path | None, AfterValidator(_refuse_session_dir)] = Field(
-        default=None,
-        description="no value, because sessions live in memory only; sessions on disk come with a later release",
+    session_dir: Path | None = Field(
+        default=None, description="a folder for sessions on disk (unset: sessions live in memory only)"
+    )
+    session_disk: Annotated[int, _from_text(parse_bytes)] = Field(
+        default=16 << 30, ge=1 << 20, description="a number of bytes, at least 1 MiB, or a size such as 16GiB"
     )
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], _from_text(str.lower)] = Field(
         default="info", description="one of debug, info, warning, error, critical"

@@ -6,7 +6,7 @@ Its manifest says what it was made by, and everything else is refused (turbocach
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from turbocache.leaves import leaves
 from turbocache.model import LoadedModel
 from turbocache.pool import PoolExhausted
 from turbocache.ring import PageRing
-from turbocache.session_file import Piece, SessionFileError, open_checked, piece, write
+from turbocache.session_file import Piece, SessionFileError, open_checked, piece, read_manifest, write
 from turbocache.store import CacheStore
 from turbocache.view import PagedKVCache
 
@@ -43,13 +43,22 @@ class SessionFiles:
 
     def __init__(self, model: LoadedModel, store: CacheStore) -> None:
         self._store = store
-        self._model = fingerprint(model)
+        self.model = fingerprint(model)
         self._layout = _layout(store)
 
-    def save(self, path: Path, cache: Sequence[Any], tokens: Sequence[int] | np.ndarray) -> int:
-        """Write a session at rest, in place of what is at `path`; returns the file's bytes. Raises OSError."""
+    def save(
+        self,
+        path: Path,
+        cache: Sequence[Any],
+        tokens: Sequence[int] | np.ndarray,
+        about: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Write a session at rest, in place of what is at `path`; returns the file's bytes. `about` is for `peek`.
+        Raises OSError.
+        """
         pieces = {"tokens": piece(mx.array(np.asarray(tokens, dtype=np.int32)))}
-        manifest: dict[str, Any] = {"version": VERSION, "model": self._model, "layout": self._layout}
+        manifest: dict[str, Any] = {"version": VERSION, "model": self.model, "layout": self._layout}
+        manifest["about"] = dict(about or {})
         batch = _batch_of(cache)
         if batch is not None:
             ring = batch.rings[0]
@@ -70,7 +79,7 @@ class SessionFiles:
         manifest, arrays = open_checked(path)
         if manifest.get("version") != VERSION:
             raise SessionFileError("other_version", f"{path.name}: version {manifest.get('version')}, not {VERSION}")
-        if manifest["model"] != self._model:
+        if manifest["model"] != self.model:
             raise SessionFileError("other_model", f"{path.name}: made by another model or tokenizer")
         if manifest["layout"] != self._layout:
             raise SessionFileError(
@@ -90,6 +99,18 @@ class SessionFiles:
             raise
         except RuntimeError as error:  # MLX reads the file now
             raise SessionFileError("unreadable", f"{path.name}: {error}") from error
+
+    def peek(self, path: Path) -> tuple[dict[str, Any], np.ndarray]:
+        """What was said `about` a session, and its tokens, int32; neither is checked. Raises SessionFileError."""
+        manifest = read_manifest(path)
+        if manifest.get("model") != self.model:
+            raise SessionFileError("other_model", f"{path.name}: made by another model or tokenizer")
+        try:
+            arrays = mx.load(str(path))
+            assert isinstance(arrays, dict)
+            return dict(manifest["about"]), np.array(arrays["tokens"]).astype(np.int32).reshape(-1)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise SessionFileError("corrupt", f"{path.name}: the tokens can't be read ({error})") from error
 
     def _ring_pieces(self, batch: CacheBatch, ring: PageRing) -> dict[str, Piece]:
         pool, pieces, index = self._store.spec.pool, {}, mx.array(ring.pages, dtype=mx.int32)

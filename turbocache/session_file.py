@@ -109,7 +109,7 @@ def write(path: Path, pieces: Mapping[str, Piece], manifest: Mapping[str, Any]) 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest alone; it may be wrong, because only `open_checked` looks at every byte. Raises SessionFileError."""
     with _opened(path) as file:
-        _, said, _, _ = _parsed(path, file)
+        _, said, _ = _parsed(path, file)
     return _manifest(path, said)
 
 
@@ -119,10 +119,7 @@ def open_checked(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     Raises SessionFileError.
     """
     with _opened(path) as file:
-        entries, said, claimed, held = _parsed(path, file)
-        needed = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if held != needed:
-            raise SessionFileError("truncated", f"{path.name}: {held} bytes of arrays instead of {needed}")
+        entries, said, claimed = _parsed(path, file)
         digest = _new_digest(entries, said)
         for block in _blocks(file):
             digest.update(block)
@@ -157,8 +154,8 @@ def _opened(path: Path) -> BinaryIO:
         raise SessionFileError("unreadable", f"{path.name}: {error.strerror}") from error
 
 
-def _parsed(path: Path, file: BinaryIO) -> tuple[dict[str, Any], str, str, int]:
-    """The header's arrays, manifest and digest, and the number of bytes behind it, where the file then stands."""
+def _parsed(path: Path, file: BinaryIO) -> tuple[dict[str, Any], str, str]:
+    """The header's arrays, manifest and digest, of a file that is as long as they say and then stands behind them."""
     size = os.fstat(file.fileno()).st_size
     first = file.read(_LENGTH.size)
     if len(first) < _LENGTH.size:
@@ -171,15 +168,15 @@ def _parsed(path: Path, file: BinaryIO) -> tuple[dict[str, Any], str, str, int]:
         entries = json.loads(text)
         metadata = entries.pop("__metadata__")
         said, digest = metadata["manifest"], metadata["digest"]
-        for entry in entries.values():
-            _, end = entry["data_offsets"]
-            if not isinstance(end, int):
-                raise TypeError("an offset is not a number")
+        needed = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
         if not (isinstance(said, str) and isinstance(digest, str)):
             raise TypeError("the manifest is not text")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise SessionFileError("corrupt", f"{path.name}: the header is damaged ({type(error).__name__})") from error
-    return entries, said, digest, size - _LENGTH.size - length
+    held = size - _LENGTH.size - length
+    if held != needed:
+        raise SessionFileError("truncated", f"{path.name}: {held} bytes of arrays instead of {needed}")
+    return entries, said, digest
 
 
 def _manifest(path: Path, said: str) -> dict[str, Any]:

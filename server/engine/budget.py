@@ -67,7 +67,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """What had to go."""
+    """What had to go, and is on no disk."""
 
     sessions: int = 0
     checkpoints: int = 0
@@ -75,20 +75,20 @@ class Evicted:
 
 def make_room(budget: Budget, registry: SessionRegistry, store: CacheStore) -> Evicted:
     """Forget, if need be, checkpoints (their session's newest last), then sessions at rest (named ones last), of each
-    the longest unused first, until what is promised and what rests fit the budget together. No session is forgotten for
-    a checkpoint's sake.
+    the longest unused first, until what is promised and what rests fit the budget together. Sessions go to disk where
+    there is one. None goes for a checkpoint's sake.
 
     Runs on the engine's thread.
     """
-    sessions = checkpoints = 0
+    sessions = spilled = checkpoints = 0
     while budget.promised + store.resting_nbytes(registry.caches()) > budget.total:
         newest = {id(session.checkpoints[-1]) for session in registry if session.checkpoints}
         if kept := registry.checkpoints():
             registry.drop(min(kept, key=lambda checkpoint: id(checkpoint) in newest))
             checkpoints += 1
         elif idle := registry.idle():
-            registry.forget(idle[0])
+            spilled += registry.spill(idle[0])
             sessions += 1
         else:
             break
-    return Evicted(sessions, checkpoints)
+    return Evicted(sessions - spilled, checkpoints)

@@ -12,6 +12,7 @@ from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 
 from server.engine.budget import Budget, make_room
 from server.engine.checkpoints import Kind
+from server.engine.disk import SessionDisk
 from server.engine.faults import FaultLog
 from server.engine.gauges import Gauges
 from server.engine.generator import Generator
@@ -44,6 +45,7 @@ from server.protocol import (
 )
 from server.settings import Settings
 from turbocache.memory import keep_freed_memory
+from turbocache.persistence import SessionFiles
 from turbocache.pool import PoolExhausted
 from turbocache.store import evaluate
 
@@ -167,6 +169,8 @@ class MlxEngine:
                 if self._runs:
                     self._step()
                 self._gauges.refresh_now_and_then(len(self._waiting), self._runs.values())
+            if self._faults.verdict is None:
+                self._rest_all()
             self._end_all(EngineDead("The server is shutting down."))
         except BaseException as error:
             self._death = f"the engine thread died of {type(error).__name__}; see the log and restart the server"
@@ -178,7 +182,7 @@ class MlxEngine:
         self._prompts = PromptMaker(self._host.model)
         store = self._host.store
         self._budget = Budget(self._host.budget, lambda n: store.session_nbytes(n, self._host.chunk))
-        self._registry = SessionRegistry(store)
+        self._registry = SessionRegistry(store, self._disk(), self._make_room)
         self._gauges = Gauges(self._metrics, self._host, self._registry)
         self._faults = FaultLog(self._metrics, self._host.backend.name)
         self._generator = self._new_generator()
@@ -186,6 +190,23 @@ class MlxEngine:
         gc.collect()
         gc.freeze()
         announce(self._host)
+
+    def _disk(self) -> SessionDisk | None:
+        if (folder := self._settings.session_dir) is None:
+            return None
+        try:
+            files = SessionFiles(self._host.model, self._host.store)
+            return SessionDisk(folder, self._settings.session_disk, files, self._metrics)
+        except OSError as error:
+            raise StartupError(f"TURBOCACHE_SESSION_DIR: {folder} can't be used: {error.strerror}.") from error
+
+    def _rest_all(self) -> None:
+        """An orderly stop: what has been computed stays with its sessions, and these go to disk."""
+        for uid, run in list(self._runs.items()):
+            self._rest(uid, run, *self._generator.remove(uid))
+            run.deliver(Failed(EngineDead("The server is shutting down.")))
+        if self._settings.session_dir is not None:
+            log.info("%d sessions are on disk in %s", self._registry.save_all(), self._settings.session_dir)
 
     def _new_generator(self) -> Generator:
         return Generator(self._host.model, self._settings.max_batch, self._settings.prefill_chunk)

@@ -63,7 +63,9 @@ class Gauges:
         m.cache_bytes.labels(kind="window").set(n_rows * spec.ring.window_slots * spec.raw_token_nbytes)
         m.cache_bytes.labels(kind="recurrent").set(sum(native_nbytes(session.cache or ()) for session in sessions))
         m.raw_shadow_bytes.set(sum(batch.shadow_nbytes for batch in spec.live))
-        m.sessions.labels(state="resident").set(len(sessions) - len(running))
+        spilled = sum(session.spilled for session in sessions)
+        m.sessions.labels(state="resident").set(len(sessions) - len(running) - spilled)
+        m.sessions.labels(state="spilled").set(spilled)
         m.sessions.labels(state="running").set(len(running))
         rotated = spec.rotations.pages - self._rotated_pages
         self._rotated_pages = spec.rotations.pages
@@ -88,7 +90,7 @@ class Gauges:
             "id": session.id,
             "named": session.named,
             "model": self._host.model.id,
-            "state": "resident" if run is None else "running",
+            "state": "running" if run is not None else "spilled" if session.spilled else "resident",
             "tokens_seen": seen,
             "tokens_held": seen if ring is None else ring.size(),
             "bytes": None if session.cache is None else self._host.store.held_nbytes(session.cache),

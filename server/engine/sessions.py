@@ -5,13 +5,14 @@ Everything here runs on the engine's thread.
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from server.engine.checkpoints import MOST, Checkpoint, Kind, Start, added, common_prefix, deepest, start_at
+from server.engine.disk import SessionDisk
 from turbocache.store import CacheStore
 
 LEAST_SHARED = 64
@@ -22,7 +23,8 @@ _NOTHING = np.zeros(0, dtype=np.int32)
 @dataclass(slots=True, eq=False)
 class Session:
     """A conversation and its cache. `tokens`, int32, are exactly the tokens that went into `cache`; a running session's
-    cache is with the generator and None here. Checkpoints stay with the session whatever it does.
+    cache is with the generator and None here. Checkpoints stay with the session whatever it does. `stored`: a file
+    holds the cache of just these tokens.
     """
 
     id: str
@@ -33,6 +35,12 @@ class Session:
     turns: int = 0
     last_used: float = field(default_factory=time.time)
     checkpoints: list[Checkpoint] = field(default_factory=list)
+    stored: bool = False
+
+    @property
+    def spilled(self) -> bool:
+        """Whether only the disk has its cache."""
+        return self.stored and self.cache is None and not self.running
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +58,18 @@ class Claim:
 class SessionRegistry:
     """All sessions of the process, by id. A turn claims one, and gives it back with what its cache then holds."""
 
-    def __init__(self, store: CacheStore) -> None:
+    def __init__(
+        self, store: CacheStore, disk: SessionDisk | None = None, make_room: Callable[[], None] = lambda: None
+    ) -> None:
+        """`make_room` is called before a session comes back from `disk`."""
         self._store = store
+        self._disk = disk
+        self._make_room = make_room
         self._sessions: dict[str, Session] = {}
+        for found in disk.stored() if disk is not None else ():
+            session = Session(found.id, found.named, found.tokens, turns=found.turns, last_used=found.last_used)
+            session.stored = True
+            self._sessions[found.id] = session
 
     def __iter__(self) -> Iterator[Session]:
         return iter(self._sessions.values())
@@ -70,6 +87,8 @@ class SessionRegistry:
         session = self._sessions.get(name) or Session(name, named=True)
         if session.running:
             return None
+        if session.spilled and common_prefix(session.tokens, tokens) >= LEAST_SHARED:
+            self._restore(session)
         start = deepest([*_states(session, tokens), *self._shared(session, tokens)])
         return self._started(session, start, tokens)
 
@@ -85,16 +104,57 @@ class SessionRegistry:
         if cache is None or not tokens:
             self.forget(session)
             return
-        session.cache, session.tokens = cache, np.asarray(tokens, dtype=np.int32)
+        session.cache, session.tokens, session.stored = cache, np.asarray(tokens, dtype=np.int32), False
 
     def forget(self, session: Session) -> None:
         """Drop a session with its checkpoints and its pages."""
-        session.cache, session.tokens, session.checkpoints = None, _NOTHING, []
+        session.cache, session.tokens, session.checkpoints, session.stored = None, _NOTHING, [], False
         self._sessions.pop(session.id, None)
+        if self._disk is not None:
+            self._disk.remove(session.id)
+
+    def spill(self, session: Session) -> bool:
+        """Leave a session at rest to the disk, without its checkpoints; without a disk, or if that fails, forget it.
+        Whether the disk has it.
+        """
+        if self._store_on_disk(session):
+            session.cache, session.checkpoints = None, []
+            return True
+        self.forget(session)
+        return False
+
+    def save_all(self) -> int:
+        """Write every session at rest to disk; returns how many are there."""
+        return sum(self._store_on_disk(session) for session in self.idle())
+
+    def _store_on_disk(self, session: Session) -> bool:
+        if self._disk is None or session.cache is None or len(session.tokens) < LEAST_SHARED:
+            return False
+        if not session.stored:
+            saved = self._disk.save(session.id, session.named, session.turns, session.cache, session.tokens)
+            session.stored = saved
+            for other in list(self._sessions.values()):  # the disk's budget may have cost others their files
+                if other.stored and not self._disk.has(other.id):
+                    other.stored = False
+                    if other.cache is None and not other.running:
+                        self._sessions.pop(other.id)
+        return session.stored
+
+    def _restore(self, session: Session) -> None:
+        """Bring a session back, or leave it empty."""
+        assert self._disk is not None
+        session.running = True  # nobody may take its place
+        self._make_room()
+        loaded = self._disk.load(session.id)
+        session.running = False
+        if loaded is None:
+            session.tokens, session.stored = _NOTHING, False
+        else:
+            session.cache, session.tokens = loaded[0], np.asarray(loaded[1], dtype=np.int32)
 
     def idle(self) -> list[Session]:
         """Sessions at rest, in the order in which they should be evicted: unnamed before named, oldest use first."""
-        resting = [session for session in self._sessions.values() if not session.running]
+        resting = [session for session in self._sessions.values() if session.cache is not None]
         return sorted(resting, key=lambda session: (session.named, session.last_used))
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -114,6 +174,7 @@ class SessionRegistry:
 
     def _claim_unnamed(self, tokens: np.ndarray) -> Claim:
         unnamed = [session for session in self if not session.named and not session.running]
+        self._restore_unnamed(unnamed, tokens)
         ends = {session.id: start_at("session", session.tokens, session.cache, tokens) for session in unnamed}
         extended = [s for s in unnamed if (end := ends[s.id]) is not None and end.cached == len(s.tokens)]
         if extended:
@@ -121,6 +182,14 @@ class SessionRegistry:
             return self._started(longest, ends[longest.id], tokens)
         fresh = Session(f"unnamed-{uuid.uuid4().hex[:12]}", named=False)
         return self._started(fresh, deepest([*ends.values(), *self._shared(fresh, tokens)]), tokens)
+
+    def _restore_unnamed(self, unnamed: list[Session], tokens: np.ndarray) -> None:
+        """Bring back the unnamed session from which most of a prompt can be had, if none in memory has as much."""
+        shared = [(common_prefix(session.tokens, tokens), session) for session in unnamed]
+        furthest = max((n for n, session in shared if not session.spilled), default=0)
+        n, best = max(((n, s) for n, s in shared if s.spilled), default=(0, None), key=lambda found: found[0])
+        if best is not None and n >= max(LEAST_SHARED, furthest + 1):
+            self._restore(best)
 
     def _shared(self, session: Session, tokens: np.ndarray) -> Iterator[Start]:
         """States of other sessions from which the prompt can go on exactly."""

@@ -130,10 +130,10 @@ def test_every_bad_value_gets_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(refusal(monkeypatch, WINDOW="1", KEEP="x").splitlines()) == 2
 
 
-def test_session_dir_is_refused_rather_than_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = refusal(monkeypatch, SESSION_DIR="sessions")
-    assert "TURBOCACHE_SESSION_DIR" in text
-    assert "later release" in text
+def test_sessions_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_with(monkeypatch, SESSION_DIR="sessions", SESSION_DISK="2GiB")
+    assert (settings.session_dir, settings.session_disk) == (Path("sessions"), 2 << 30)
+    assert "at least 1 MiB" in refusal(monkeypatch, SESSION_DISK="1000")
 
 
 def test_max_size_holds_sink_window_and_a_page(monkeypatch: pytest.MonkeyPatch) -> None:

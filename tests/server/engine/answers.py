@@ -12,7 +12,7 @@ GREEDY = SamplingParams(temperature=0)
 class Answer:
     """Collects one request's events."""
 
-    def __init__(self, engine: MlxEngine, asked: str | list[dict[str, Any]], name: str, **options: Any) -> None:
+    def __init__(self, engine: MlxEngine, asked: str | list[dict[str, Any]], name: str | None, **options: Any) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
         prompt = engine.tokenize([{"role": "user", "content": asked}] if isinstance(asked, str) else asked)
         options = {"max_tokens": 8, "sampling": GREEDY} | options

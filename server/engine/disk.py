@@ -1,0 +1,160 @@
+"""Sessions on disk: which files there are, which go when the disk's budget is full, and what is moved aside.
+
+Everything here runs on the engine's thread.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from server.metrics import Metrics
+from turbocache.persistence import SessionFiles
+from turbocache.pool import PoolExhausted
+from turbocache.session_file import SUFFIX, SessionFileError, remove_partial
+
+log = logging.getLogger(__name__)
+
+_REFUSED = ".refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A session that a file holds, as its manifest says; only loading it looks at every byte."""
+
+    id: str
+    named: bool
+    turns: int
+    last_used: float
+    tokens: np.ndarray
+
+
+class SessionDisk:
+    """The files of one server's sessions in one folder, mode 0700. File names are hashes of model and session.
+
+    A file that can't be used is counted, moved aside and not asked for again. Raises OSError when the folder can't be
+    used at all.
+    """
+
+    def __init__(self, folder: Path, budget: int, files: SessionFiles, metrics: Metrics) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        self._folder = folder
+        self._budget = budget
+        self._files = files
+        self._metrics = metrics
+        if left := remove_partial(folder):
+            log.warning("removed %d session files in %s that were not written to their end", left, folder)
+        self._measure()
+
+    def stored(self) -> Iterator[Stored]:
+        """The sessions of this model that the folder has."""
+        for path in self._paths():
+            try:
+                about, tokens = self._files.peek(path)
+                found = Stored(about["id"], about["named"], about["turns"], about["last_used"], tokens)
+            except SessionFileError as error:
+                if error.code != "other_model":  # another server's, perhaps
+                    self._refuse(path, error)
+                continue
+            except (KeyError, TypeError) as error:
+                self._refuse(path, SessionFileError("corrupt", f"{path.name}: the manifest has no {error}"))
+                continue
+            if path == self._path(found.id):
+                yield found
+
+    def save(self, id: str, named: bool, turns: int, cache: list[Any], tokens: np.ndarray) -> bool:
+        """Write a session at rest; False when that failed, which is logged and counted."""
+        start, path = time.perf_counter(), self._path(id)
+        about = {"id": id, "named": named, "turns": turns, "last_used": time.time()}
+        try:
+            n_bytes = self._files.save(path, cache, tokens, about)
+        except (OSError, TypeError) as error:
+            log.error("a session of %d tokens could not be written to %s: %s", len(tokens), self._folder, error)
+            self._metrics.spill_failures.labels(reason=type(error).__name__).inc()
+            return False
+        self._metrics.spills.inc()
+        self._metrics.spilled_bytes.inc(n_bytes)
+        self._metrics.spill_seconds.inc(time.perf_counter() - start)
+        self._make_room(path)
+        return path.exists()
+
+    def load(self, id: str) -> tuple[list[Any], list[int]] | None:
+        """A session's cache and the tokens that it holds, or None when its file can't be used."""
+        start, path = time.perf_counter(), self._path(id)
+        try:
+            saved = self._files.load(path)
+            n_bytes = path.stat().st_size
+            path.touch()
+        except SessionFileError as error:
+            self._refuse(path, error)
+            return None
+        except (OSError, PoolExhausted) as error:
+            log.warning("a session could not be read back from %s: %s", path.name, error)
+            self._metrics.restore_failures.labels(reason=type(error).__name__).inc()
+            return None
+        self._metrics.restores.inc()
+        self._metrics.restored_bytes.inc(n_bytes)
+        self._metrics.restore_seconds.inc(time.perf_counter() - start)
+        return saved.cache, saved.tokens
+
+    def has(self, id: str) -> bool:
+        return self._path(id).exists()
+
+    def remove(self, id: str) -> None:
+        with suppress(OSError):
+            self._path(id).unlink(missing_ok=True)
+        self._measure()
+
+    def _path(self, id: str) -> Path:
+        return self._folder / f"{hashlib.sha256(f'{self._files.model} {id}'.encode()).hexdigest()[:40]}{SUFFIX}"
+
+    def _paths(self) -> list[Path]:
+        """Oldest use first."""
+        return sorted(self._folder.glob(f"*{SUFFIX}"), key=_used)
+
+    def _refuse(self, path: Path, error: SessionFileError) -> None:
+        self._metrics.session_files_refused.labels(reason=error.code).inc()
+        if error.code == "missing":
+            return
+        log.warning("a session file is refused (%s): %s; it is now %s", error.code, error, f"{path.name}{_REFUSED}")
+        with suppress(OSError):
+            path.replace(path.with_name(f"{path.name}{_REFUSED}"))
+
+    def _make_room(self, kept: Path) -> None:
+        """Remove what was refused, then the longest unused files, until the rest fits; `kept` last."""
+        refused = sorted(self._folder.glob(f"*{SUFFIX}{_REFUSED}"), key=_used)
+        going = [*refused, *(path for path in self._paths() if path != kept), kept]
+        total = self._measure()
+        for path in going:
+            if total <= self._budget:
+                break
+            with suppress(OSError):
+                total -= path.stat().st_size
+                path.unlink()
+        self._measure()
+
+    def _measure(self) -> int:
+        total = sum(_size(path) for path in self._folder.glob(f"*{SUFFIX}*"))
+        self._metrics.session_disk_bytes.set(total)
+        return total
+
+
+def _used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
