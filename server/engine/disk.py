@@ -56,18 +56,14 @@ class SessionDisk:
     def stored(self) -> Iterator[Stored]:
         """The sessions of this model that the folder has."""
         for path in self._paths():
-            try:
-                about, tokens = self._files.peek(path)
-                found = Stored(about["id"], about["named"], about["turns"], about["last_used"], tokens)
-            except SessionFileError as error:
-                if error.code != "other_model":  # another server's, perhaps
-                    self._refuse(path, error)
-                continue
-            except (KeyError, TypeError) as error:
-                self._refuse(path, SessionFileError("corrupt", f"{path.name}: the manifest has no {error}"))
-                continue
-            if path == self._path(found.id):
+            found = self._peek(path)
+            if found is not None and path == self._path(found.id):
                 yield found
+
+    def find(self, id: str) -> Stored | None:
+        """A session by its id, if there is a file of it."""
+        path = self._path(id)
+        return self._peek(path) if path.exists() else None
 
     def save(self, id: str, named: bool, turns: int, cache: list[Any], tokens: np.ndarray) -> bool:
         """Write a session at rest; False when that failed, which is logged and counted."""
@@ -107,17 +103,23 @@ class SessionDisk:
     def has(self, id: str) -> bool:
         return self._path(id).exists()
 
-    def remove(self, id: str) -> None:
-        with suppress(OSError):
-            self._path(id).unlink(missing_ok=True)
-        self._measure()
-
     def _path(self, id: str) -> Path:
         return self._folder / f"{hashlib.sha256(f'{self._files.model} {id}'.encode()).hexdigest()[:40]}{SUFFIX}"
 
     def _paths(self) -> list[Path]:
         """Oldest use first."""
         return sorted(self._folder.glob(f"*{SUFFIX}"), key=_used)
+
+    def _peek(self, path: Path) -> Stored | None:
+        try:
+            about, tokens = self._files.peek(path)
+            return Stored(about["id"], about["named"], about["turns"], about["last_used"], tokens)
+        except SessionFileError as error:
+            if error.code != "other_model":  # another server's, perhaps
+                self._refuse(path, error)
+        except (KeyError, TypeError) as error:
+            self._refuse(path, SessionFileError("corrupt", f"{path.name}: the manifest has no {error}"))
+        return None
 
     def _refuse(self, path: Path, error: SessionFileError) -> None:
         self._metrics.session_files_refused.labels(reason=error.code).inc()

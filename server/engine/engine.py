@@ -406,6 +406,7 @@ class MlxEngine:
         """End a run that is out of the batch; its session is forgotten and its promise void."""
         self._registry.put_back(run.session, None, [])
         self._budget.release(run.request.request_id)
+        self._gauges.refresh(len(self._waiting), self._runs.values())
         run.deliver(Failed(error))
 
     def _end_all(self, error: EngineDead) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from server.engine.checkpoints import MOST, Checkpoint, Kind, Start, added, common_prefix, deepest, start_at
-from server.engine.disk import SessionDisk
+from server.engine.disk import SessionDisk, Stored
 from turbocache.store import CacheStore
 
 LEAST_SHARED = 64
@@ -67,9 +67,7 @@ class SessionRegistry:
         self._make_room = make_room
         self._sessions: dict[str, Session] = {}
         for found in disk.stored() if disk is not None else ():
-            session = Session(found.id, found.named, found.tokens, turns=found.turns, last_used=found.last_used)
-            session.stored = True
-            self._sessions[found.id] = session
+            self._sessions[found.id] = _spilled(found)
 
     def __iter__(self) -> Iterator[Session]:
         return iter(self._sessions.values())
@@ -84,7 +82,7 @@ class SessionRegistry:
         tokens = np.asarray(prompt, dtype=np.int32)
         if name is None:
             return self._claim_unnamed(tokens)
-        session = self._sessions.get(name) or Session(name, named=True)
+        session = self._sessions.get(name) or self._found(name) or Session(name, named=True)
         if session.running:
             return None
         if session.spilled and common_prefix(session.tokens, tokens) >= LEAST_SHARED:
@@ -107,11 +105,9 @@ class SessionRegistry:
         session.cache, session.tokens, session.stored = cache, np.asarray(tokens, dtype=np.int32), False
 
     def forget(self, session: Session) -> None:
-        """Drop a session with its checkpoints and its pages."""
+        """Drop a session with its checkpoints and its pages. What the disk has of it stays there."""
         session.cache, session.tokens, session.checkpoints, session.stored = None, _NOTHING, [], False
         self._sessions.pop(session.id, None)
-        if self._disk is not None:
-            self._disk.remove(session.id)
 
     def spill(self, session: Session) -> bool:
         """Leave a session at rest to the disk, without its checkpoints; without a disk, or if that fails, forget it.
@@ -139,6 +135,11 @@ class SessionRegistry:
                     if other.cache is None and not other.running:
                         self._sessions.pop(other.id)
         return session.stored
+
+    def _found(self, name: str) -> Session | None:
+        """A named session that only the disk knows: it was forgotten, but not there."""
+        found = None if self._disk is None else self._disk.find(name)
+        return None if found is None else _spilled(found)
 
     def _restore(self, session: Session) -> None:
         """Bring a session back, or leave it empty."""
@@ -220,6 +221,10 @@ class SessionRegistry:
         session.last_used = now
         self._sessions[session.id] = session
         return Claim(session, cache, cached, source)
+
+
+def _spilled(found: Stored) -> Session:
+    return Session(found.id, found.named, found.tokens, turns=found.turns, last_used=found.last_used, stored=True)
 
 
 def _states(session: Session, tokens: np.ndarray) -> list[Start | None]:

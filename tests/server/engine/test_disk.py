@@ -10,6 +10,7 @@ import pytest
 from server.engine.engine import MlxEngine
 from server.errors import StartupError
 from server.metrics import Metrics
+from server.protocol import Failed
 from server.settings import MemoryBudget
 from tests.server.engine.answers import Answer, owned_by_nobody
 from tests.server.engine.conftest import SETTINGS
@@ -172,6 +173,22 @@ def test_a_full_disk_forgets_and_goes_on(start: Callable[..., MlxEngine], monkey
     assert metric(engine, "spill_failures_total", reason="OSError") > 0
     assert metric(engine, "evictions_total", reason="memory") > 0
     assert owned_by_nobody(engine)
+
+
+def test_a_session_that_fails_goes_on_from_what_the_disk_has(
+    start: Callable[..., MlxEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, asked = start(), [of("user", TEXT * 12)]
+    text = Answer(one, asked, "a", max_tokens=20).text()
+    one.stop()
+    two, more = start(), [*asked, of("assistant", text), of("user", "And then?")]
+    step = two._generator.next
+    with monkeypatch.context() as patch:
+        patch.setattr(two._generator, "next", lambda: step() and 1 / 0)
+        assert isinstance(Answer(two, more, "a", max_tokens=20).end(), Failed)
+    assert "a" not in states(two)
+    _, usage = Answer(two, more, "a", max_tokens=20).whole()
+    assert usage.prompt_tokens - usage.cached_tokens < 15
 
 
 def test_what_a_killed_server_left_is_removed(start: Callable[..., MlxEngine], tmp_path: Path) -> None:
