@@ -20,22 +20,22 @@ from turbocache.conditioning import KeyCentre
 from turbocache.leaves import leaves
 from turbocache.model import LoadedModel
 from turbocache.pool import PoolExhausted
-from turbocache.ring import PageRing
 from turbocache.session_file import Piece, SessionFileError, open_checked, piece, read_manifest, write
-from turbocache.store import CacheStore
+from turbocache.store import CacheStore, ring_of
 from turbocache.view import PagedKVCache
 
-VERSION = 1
+VERSION = 2
 """Of the manifest and of the arrays' names."""
 _SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """A session that came back: a cache of its own and the tokens that it holds."""
+class State:
+    """A prompt cache and the tokens that it holds, int32. `kind` says what it is of: `session`, or a checkpoint's."""
 
-    cache: list[Any]
-    tokens: list[int]
+    kind: str
+    tokens: np.ndarray
+    cache: Sequence[Any]
 
 
 class SessionFiles:
@@ -46,35 +46,21 @@ class SessionFiles:
         self.model = fingerprint(model)
         self._layout = _layout(store)
 
-    def save(
-        self,
-        path: Path,
-        cache: Sequence[Any],
-        tokens: Sequence[int] | np.ndarray,
-        about: Mapping[str, Any] | None = None,
-    ) -> int:
-        """Write a session at rest, in place of what is at `path`; returns the file's bytes. `about` is for `peek`.
-        Raises OSError.
+    def save(self, path: Path, states: Sequence[State], about: Mapping[str, Any] | None = None) -> int:
+        """Write states of one session at rest, itself first, in place of what is at `path`; returns the file's bytes.
+        A page that several of them hold is written once. `about` is for `peek`. Raises OSError.
         """
-        pieces = {"tokens": piece(mx.array(np.asarray(tokens, dtype=np.int32)))}
-        manifest: dict[str, Any] = {"version": VERSION, "model": self.model, "layout": self._layout}
-        manifest["about"] = dict(about or {})
-        batch = _batch_of(cache)
-        if batch is not None:
-            ring = batch.rings[0]
-            manifest["ring"] = {"offset": ring.offset, "first": ring.first, "flushed": ring.flushed}
-            manifest["centred"] = None if ring.centre is None else [ring.centre.n_heads, sorted(ring.centre.means)]
-            pieces |= self._ring_pieces(batch, ring)
-        states: list[Any] = []
-        for i, leaf in enumerate(leaves(cache)):
-            if not isinstance(leaf, PagedKVCache):
-                states.append(_taken_apart(f"native.{i}", leaf.state, pieces) if not leaf.empty() else None)
-        manifest["states"] = states
-        return write(path, pieces, manifest)
+        rings = [ring for state in states if (ring := ring_of(state.cache)) is not None]
+        pages = list(dict.fromkeys(page for ring in rings for page in ring.pages))
+        pieces, said = self._page_pieces(pages), []
+        for n, state in enumerate(states):
+            said.append(self._state_pieces(f"state.{n}", state, {page: i for i, page in enumerate(pages)}, pieces))
+        manifest = {"version": VERSION, "model": self.model, "layout": self._layout}
+        return write(path, pieces, {**manifest, "about": dict(about or {}), "n_pages": len(pages), "states": said})
 
-    def load(self, path: Path) -> Saved:
-        """Read a session back. Raises SessionFileError when the file is damaged or of something else, PoolExhausted
-        when there are not enough pages.
+    def load(self, path: Path) -> list[State]:
+        """Read a session's states back, the first alone if there are not enough pages for all. Raises SessionFileError
+        when the file is damaged or of something else, PoolExhausted when there are not enough pages for one.
         """
         manifest, arrays = open_checked(path)
         if manifest.get("version") != VERSION:
@@ -85,16 +71,12 @@ class SessionFiles:
             raise SessionFileError(
                 "other_layout", f"{path.name}: made with another preset, backend, or sizes of sink, window or session"
             )
-        cache = self._store.new_cache()
+        said = manifest["states"]
         try:
-            if (batch := _batch_of(cache)) is not None:
-                self._fill(batch, manifest, arrays)
-            states = iter(manifest["states"])
-            for leaf in leaves(cache):
-                if not isinstance(leaf, PagedKVCache) and (state := next(states)) is not None:
-                    leaf.state = _put_together(state, arrays)
-                    mx.eval(leaf.state)
-            return Saved(cache, np.array(arrays["tokens"]).tolist())
+            try:
+                return self._states(said, manifest["n_pages"], arrays)
+            except PoolExhausted:
+                return self._states(said[:1], manifest["n_pages"], arrays)
         except PoolExhausted:
             raise
         except RuntimeError as error:  # MLX reads the file now
@@ -108,45 +90,89 @@ class SessionFiles:
         try:
             arrays = mx.load(str(path))
             assert isinstance(arrays, dict)
-            return dict(manifest["about"]), np.array(arrays["tokens"]).astype(np.int32).reshape(-1)
+            return dict(manifest["about"]), np.array(arrays["state.0.tokens"]).astype(np.int32).reshape(-1)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise SessionFileError("corrupt", f"{path.name}: the tokens can't be read ({error})") from error
 
-    def _ring_pieces(self, batch: CacheBatch, ring: PageRing) -> dict[str, Piece]:
-        pool, pieces, index = self._store.spec.pool, {}, mx.array(ring.pages, dtype=mx.int32)
-        for i, raw in enumerate(batch.raw):
+    def _page_pieces(self, pages: list[int]) -> dict[str, Piece]:
+        pool, pieces, index = self._store.spec.pool, {}, mx.array(pages, dtype=mx.int32)
+        for i in range(len(self._store.spec.layers)):
             for k, array in enumerate(pool.pages(i)):
-                shape = (len(ring.pages), *array.shape[1:])
 
                 def gathered(layer: int = i, part: int = k) -> mx.array:
                     return mx.take(pool.pages(layer)[part], index, axis=0)
 
-                pieces[f"layer.{i}.pages.{k}"] = Piece(shape, array.dtype, gathered)
-            for k, array in enumerate(raw):
-                pieces[f"layer.{i}.raw.{k}"] = piece(array)
-            if ring.centre is not None and i in ring.centre.means:
-                pieces[f"layer.{i}.centre"] = piece(ring.centre.means[i])
+                pieces[f"layer.{i}.pages.{k}"] = Piece((len(pages), *array.shape[1:]), array.dtype, gathered)
         return pieces
 
-    def _fill(self, batch: CacheBatch, manifest: dict[str, Any], arrays: dict[str, mx.array]) -> None:
-        ring, pool = batch.rings[0], self._store.spec.pool
-        pages = pool.take(manifest["ring"]["flushed"] - manifest["ring"]["first"])
-        ring.append_pages(pages)  # from here on they go when the batch goes
-        ring.offset, ring.first = manifest["ring"]["offset"], manifest["ring"]["first"]
-        ring.flushed = manifest["ring"]["flushed"]
+    def _state_pieces(
+        self, name: str, state: State, places: Mapping[int, int], pieces: dict[str, Piece]
+    ) -> dict[str, Any]:
+        """What the manifest says of a state whose arrays go to `pieces`; `places` are those of pages in the file."""
+        pieces[f"{name}.tokens"] = piece(mx.array(np.asarray(state.tokens, dtype=np.int32)))
+        said: dict[str, Any] = {"kind": state.kind, "ring": None, "native": []}
+        if (batch := _batch_of(state.cache)) is not None:
+            ring = batch.rings[0]
+            said["ring"] = {"offset": ring.offset, "first": ring.first, "flushed": ring.flushed}
+            said["pages"] = [places[page] for page in ring.pages]
+            said["centred"] = None if ring.centre is None else [ring.centre.n_heads, sorted(ring.centre.means)]
+            for i, raw in enumerate(batch.raw):
+                for k, array in enumerate(raw):
+                    pieces[f"{name}.layer.{i}.raw.{k}"] = piece(array)
+                if ring.centre is not None and i in ring.centre.means:
+                    pieces[f"{name}.layer.{i}.centre"] = piece(ring.centre.means[i])
+        for i, leaf in enumerate(leaves(state.cache)):
+            if not isinstance(leaf, PagedKVCache):
+                taken = None if leaf.empty() else _taken_apart(f"{name}.native.{i}", leaf.state, pieces)
+                said["native"].append(taken)
+        return said
+
+    def _states(self, said: Sequence[dict[str, Any]], n_pages: int, arrays: Mapping[str, mx.array]) -> list[State]:
+        pool = self._store.spec.pool
+        places = sorted({place for state in said for place in state.get("pages", ())})
+        pages = pool.take(len(places))
+        try:
+            self._write_pages(pages, places, n_pages, arrays)
+            at = dict(zip(places, pages, strict=True))
+            return [self._state(f"state.{n}", state, at, arrays) for n, state in enumerate(said)]
+        finally:
+            pool.release(pages)  # they stay with the rings
+
+    def _write_pages(self, pages: list[int], places: list[int], n_pages: int, arrays: Mapping[str, mx.array]) -> None:
+        if not pages:
+            return
+        pool = self._store.spec.pool
         mx.synchronize()  # a write under a reader copies the pool
-        raw = []
         for i in range(len(self._store.spec.layers)):
-            if pages:
-                parts = tuple(arrays[f"layer.{i}.pages.{k}"] for k in range(len(pool.pages(i))))
-                pool.write(i, pages, parts)
-            raw.append((arrays[f"layer.{i}.raw.0"], arrays[f"layer.{i}.raw.1"]))
-            mx.eval(pool.pages(i), raw[-1])
-        batch.raw = raw
-        if (centred := manifest["centred"]) is not None:
-            n_heads, layers = centred
-            ring.centre = KeyCentre.known({layer: arrays[f"layer.{layer}.centre"] for layer in layers}, n_heads)
-            mx.eval(list(ring.centre.means.values()))
+            parts = tuple(arrays[f"layer.{i}.pages.{k}"] for k in range(len(pool.pages(i))))
+            if len(places) < n_pages:
+                parts = tuple(mx.take(part, mx.array(places, dtype=mx.int32), axis=0) for part in parts)
+            pool.write(i, pages, parts)
+            mx.eval(pool.pages(i))
+
+    def _state(self, name: str, said: dict[str, Any], at: Mapping[int, int], arrays: Mapping[str, mx.array]) -> State:
+        cache = self._store.new_cache()
+        if (batch := _batch_of(cache)) is not None:
+            ring, pages = batch.rings[0], [at[place] for place in said["pages"]]
+            self._store.spec.pool.retain(pages)
+            ring.append_pages(pages)
+            ring.offset, ring.first, ring.flushed = (said["ring"][part] for part in ("offset", "first", "flushed"))
+            raw = []
+            for i in range(len(self._store.spec.layers)):
+                raw.append((arrays[f"{name}.layer.{i}.raw.0"], arrays[f"{name}.layer.{i}.raw.1"]))
+                mx.eval(raw[-1])
+            batch.raw = raw
+            if (centred := said["centred"]) is not None:
+                n_heads, layers = centred
+                means = {layer: arrays[f"{name}.layer.{layer}.centre"] for layer in layers}
+                ring.centre = KeyCentre.known(means, n_heads)
+                mx.eval(list(means.values()))
+        native = iter(said["native"])
+        for leaf in leaves(cache):
+            if not isinstance(leaf, PagedKVCache) and (state := next(native)) is not None:
+                leaf.state = _put_together(state, arrays)
+                mx.eval(leaf.state)
+        return State(said["kind"], np.array(arrays[f"{name}.tokens"]).astype(np.int32).reshape(-1), cache)
 
 
 def fingerprint(model: LoadedModel) -> str:
@@ -203,7 +229,7 @@ def _taken_apart(name: str, state: Any, pieces: dict[str, Piece]) -> Any:
     raise TypeError(f"a cache's state has a {type(state).__name__} in it")
 
 
-def _put_together(state: Any, arrays: dict[str, mx.array]) -> Any:
+def _put_together(state: Any, arrays: Mapping[str, mx.array]) -> Any:
     if isinstance(state, dict):
         return arrays[state["array"]]
     return [_put_together(part, arrays) for part in state] if isinstance(state, list) else state

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from tests.models.tiny import build
 from turbocache.leaves import leaves
 from turbocache.model import LoadedModel
-from turbocache.persistence import SessionFiles, fingerprint
+from turbocache.persistence import SessionFiles, State, fingerprint
 from turbocache.plan import plan_layers
 from turbocache.pool import PoolExhausted
 from turbocache.presets import preset
@@ -49,6 +49,13 @@ class Place:
         self.store = CacheStore(model, plan_layers(model), preset(name), backend, ring, n_pages=40)
         self.files = SessionFiles(self.loaded, self.store)
 
+    def save(self, path: Path, cache: list[Any], tokens: list[int]) -> int:
+        return self.files.save(path, [State("session", np.array(tokens), cache)])
+
+    def load(self, path: Path) -> list[Any]:
+        (state,) = self.files.load(path)
+        return list(state.cache)
+
     def session(self, tokens: list[int]) -> list[Any]:
         cache = self.store.new_cache()
         for at in range(0, len(tokens), 120):
@@ -70,19 +77,19 @@ def test_a_session_comes_back_the_same(
     place, path = Place(bundled, tiny_llama, ring, backend), tmp_path / f"a{SUFFIX}"
     tokens = some(1, n)
     cache = place.session(tokens)
-    assert place.files.save(path, cache, tokens) == path.stat().st_size
+    assert place.save(path, cache, tokens) == path.stat().st_size
     assert path.stat().st_mode & 0o777 == 0o600
     # To another process's store, as after a restart.
     there = Place(bundled, tiny_llama, ring, backend)
-    saved = there.files.load(path)
-    assert saved.tokens == tokens
+    (saved,) = there.files.load(path)
+    assert saved.tokens.tolist() == tokens
     before, after = ring_of(cache), ring_of(saved.cache)
     assert before is not None
     assert after is not None
     assert (before.offset, before.first, before.flushed) == (after.offset, after.first, after.flushed)
     there.store.spec.check_integrity()
     for more in ([5], some(2, 150), [7], [9]):
-        np.testing.assert_array_equal(there.logits(saved.cache, more), place.logits(cache, more))
+        np.testing.assert_array_equal(there.logits(list(saved.cache), more), place.logits(cache, more))
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text", "falcon_h1", "deepseek_v3"])
@@ -92,8 +99,8 @@ def test_layers_with_mlx_lms_own_caches_come_back(bundled: LoadedModel, tmp_path
     place, there = (Place(bundled, model, RingConfig(8, 64)) for _ in range(2))
     tokens = some(1, 230)
     cache = place.session(tokens)
-    place.files.save(path, cache, tokens)
-    back = there.files.load(path).cache
+    place.save(path, cache, tokens)
+    back = there.load(path)
     for more in ([5], some(2, 60), [7]):
         np.testing.assert_array_equal(there.logits(back, more), place.logits(cache, more))
 
@@ -111,8 +118,8 @@ def test_what_is_taken_off_biased_keys_comes_back(
     kept.centre.settle()
     # As if this layer's keys had been biased: what is stored is what must come back.
     kept.centre.means = {1: mx.random.normal((1, 2, 1, 64))}
-    place.files.save(path, cache, tokens)
-    back = ring_of(there.files.load(path).cache)
+    place.save(path, cache, tokens)
+    back = ring_of(there.load(path))
     assert back is not None
     assert back.centre is not None
     assert back.centre.n_heads == kept.centre.n_heads
@@ -122,16 +129,16 @@ def test_what_is_taken_off_biased_keys_comes_back(
 def test_any_reader_of_safetensors_opens_it(bundled: LoadedModel, tiny_llama: Module, tmp_path: Path) -> None:
     place, path = Place(bundled, tiny_llama, RingConfig(8, 64)), tmp_path / f"a{SUFFIX}"
     tokens = some(1, 300)
-    place.files.save(path, place.session(tokens), tokens)
+    place.save(path, place.session(tokens), tokens)
     with safe_open(str(path), "numpy") as file:
-        assert file.get_tensor("tokens").tolist() == tokens
+        assert file.get_tensor("state.0.tokens").tolist() == tokens
         assert set(file.metadata()) == {"manifest", "digest"}
 
 
 def test_files_of_something_else_are_refused(bundled: LoadedModel, tiny_llama: Module, tmp_path: Path) -> None:
     ring, path = RingConfig(8, 64), tmp_path / f"a{SUFFIX}"
     place, tokens = Place(bundled, tiny_llama, ring), some(1, 300)
-    place.files.save(path, place.session(tokens), tokens)
+    place.save(path, place.session(tokens), tokens)
     others = {
         "other_layout": [
             Place(bundled, tiny_llama, RingConfig(16, 64)),
@@ -162,7 +169,7 @@ def test_one_changed_weight_is_another_model(bundled: LoadedModel, llama_of: Any
 def test_a_full_pool_is_told_apart_from_a_bad_file(bundled: LoadedModel, tiny_llama: Module, tmp_path: Path) -> None:
     place, path = Place(bundled, tiny_llama, RingConfig(8, 64)), tmp_path / f"a{SUFFIX}"
     tokens = some(1, 300)
-    place.files.save(path, place.session(tokens), tokens)
+    place.save(path, place.session(tokens), tokens)
     taken = place.store.spec.pool.take(place.store.spec.pool.n_free - 1)
     with pytest.raises(PoolExhausted):
         place.files.load(path)
@@ -174,7 +181,7 @@ def test_every_damage_is_refused(bundled: LoadedModel, tiny_llama: Module, tmp_p
     """Bits anywhere, more of them in the header than its share; ends anywhere; and bytes too many."""
     place, path = Place(bundled, tiny_llama, RingConfig(8, 64)), tmp_path / f"a{SUFFIX}"
     tokens, dice = some(1, 200), random.Random(1)
-    place.files.save(path, place.session(tokens), tokens)
+    place.save(path, place.session(tokens), tokens)
     good = path.read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
     codes: dict[str, int] = {}
@@ -194,7 +201,9 @@ def test_every_damage_is_refused(bundled: LoadedModel, tiny_llama: Module, tmp_p
     with pytest.raises(SessionFileError):
         place.files.load(path)
     path.write_bytes(good)
-    assert place.files.load(path).tokens == tokens
+    (back,) = place.files.load(path)
+    assert back.tokens.tolist() == tokens
+    del back
     assert place.store.spec.pool.n_used == 0
 
 
@@ -254,6 +263,38 @@ def test_a_fork_saves_what_it_holds(bundled: LoadedModel, tiny_llama: Module, tm
     cache = place.session(tokens)
     other = fork(cache)
     place.logits(cache, some(3, 80))
-    place.files.save(path, other, tokens)
-    back = place.files.load(path).cache
+    place.save(path, other, tokens)
+    back = place.load(path)
     np.testing.assert_array_equal(place.logits(back, [4]), place.logits(other, [4]))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_checkpoints_come_back_with_their_session(bundled: LoadedModel, tmp_path: Path, name: str) -> None:
+    """After rotation, when what the checkpoint has can't be had from the session any more; shared pages lie there once,
+    also in the pool. Where there are too few pages for all, the session comes back alone.
+    """
+    model, path, ring = build(name), tmp_path / f"a{SUFFIX}", RingConfig(8, 64, 300)
+    place, there = (Place(bundled, model, ring) for _ in range(2))
+    tokens = some(1, 300)
+    cache = place.session(tokens)
+    kept = fork(cache)
+    more = some(2, 120)
+    place.logits(cache, more)
+    states = [State("session", np.array(tokens + more), cache), State("prompt", np.array(tokens), kept)]
+    place.files.save(path, states)
+    used = place.store.spec.pool.n_used
+    back = there.files.load(path)
+    assert [(state.kind, state.tokens.tolist()) for state in back] == [(s.kind, s.tokens.tolist()) for s in states]
+    assert there.store.spec.pool.n_used == used
+    there.store.spec.check_integrity()
+    for state, original in zip(back, states, strict=True):
+        for next_tokens in ([5], some(3, 90)):
+            got = there.logits(list(state.cache), next_tokens)
+            np.testing.assert_array_equal(got, place.logits(list(original.cache), next_tokens))
+    del back, state
+    few = Place(bundled, model, ring)
+    taken = few.store.spec.pool.take(few.store.spec.pool.n_free - used + 1)
+    (alone,) = few.files.load(path)
+    assert alone.kind == "session"
+    few.store.spec.pool.release(taken)
+    few.store.spec.check_integrity()
