@@ -109,6 +109,17 @@ class MethodNotAllowed(ServerError):
     default_code = "method_not_allowed"
 
 
+class Conflict(ServerError):
+    """409: a session is not in a state for what is asked. `retry` in seconds if it soon may be."""
+
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
+
+    def __init__(self, message: str, *, code: str, param: str | None = None, retry: float | None = None) -> None:
+        super().__init__(message, param=param, code=code, retry_after=retry)
+
+
 class PayloadTooLarge(ServerError):
     """413: the body is larger than TURBOCACHE_BODY_LIMIT bytes."""
 
@@ -150,6 +161,13 @@ class OutOfMemory(ServerError):
         retry_after: float = 5.0,
     ) -> None:
         super().__init__(message, param=param, code=code, retry_after=retry_after)
+
+
+class SessionNotSaved(ServerError):
+    """503: a session could not be written to disk or read back; nothing is lost."""
+
+    status = 503
+    default_code = "session_not_saved"
 
 
 class EngineDead(ServerError):

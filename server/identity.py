@@ -11,15 +11,41 @@ SESSION_HEADERS = ("X-Session-ID", "Session-Id", "X-Session-Affinity", "X-Claude
 def session_key(prompt_cache_key: str | None, headers: Mapping[str, str]) -> str | None:
     """The session's name: `prompt_cache_key`, else the first of SESSION_HEADERS that is present, else None.
 
-    An empty name counts as none. `headers` must look names up without regard to case. Raises InvalidRequest when the
-    chosen name is longer than 256 characters or holds a character that can't be printed.
+    An empty name counts as none, and spaces around it do not count. `headers` must look names up without regard to
+    case. Raises InvalidRequest when the chosen name can't be one, as `checked_name` says.
     """
-    if prompt_cache_key:
-        return _checked(prompt_cache_key, "prompt_cache_key")
+    if prompt_cache_key and (key := prompt_cache_key.strip(" ")):
+        return checked_name(key, "prompt_cache_key")
     for name in SESSION_HEADERS:
-        if raw := headers.get(name):
-            return _checked(_decoded(raw, name), name)
+        if raw := headers.get(name, "").strip(" "):
+            return checked_name(_decoded(raw, name), name)
     return None
+
+
+def checked_name(key: str, param: str) -> str:
+    """The name itself. Raises InvalidRequest when it is longer than 256 characters, holds a character that can't be
+    printed, or reads as the path of a file: whoever sends that has mistaken what the name is for.
+    """
+    if len(key) > MAX_LENGTH:
+        raise InvalidRequest(
+            f"Invalid '{param}': string too long. Expected a string with maximum length {MAX_LENGTH}, but got a string "
+            f"with length {len(key)} instead.",
+            param=param,
+            code="string_above_max_length",
+        )
+    if not key.isprintable() or "\ufffd" in key:  # what bytes that are no UTF-8 become in an address
+        raise InvalidRequest(
+            f"Invalid '{param}': a session name must hold printable characters only.", param=param, code="invalid_value"
+        )
+    parts = key.replace("\\", "/").split("/")
+    if not parts[0] or {".", ".."} & set(parts):
+        raise InvalidRequest(
+            f"Invalid '{param}': a session name must not read as a path: it can't begin with a slash, nor have '.' or "
+            "'..' between slashes.",
+            param=param,
+            code="invalid_value",
+        )
+    return key
 
 
 def _decoded(raw: str, name: str) -> str:
@@ -30,18 +56,3 @@ def _decoded(raw: str, name: str) -> str:
         raise InvalidRequest(
             f"Invalid '{name}': a session name must be UTF-8 text.", param=name, code="invalid_value"
         ) from error
-
-
-def _checked(key: str, param: str) -> str:
-    if len(key) > MAX_LENGTH:
-        raise InvalidRequest(
-            f"Invalid '{param}': string too long. Expected a string with maximum length {MAX_LENGTH}, but got a string "
-            f"with length {len(key)} instead.",
-            param=param,
-            code="string_above_max_length",
-        )
-    if not key.isprintable():
-        raise InvalidRequest(
-            f"Invalid '{param}': a session name must hold printable characters only.", param=param, code="invalid_value"
-        )
-    return key

@@ -31,6 +31,14 @@ class Metrics:
         self.cache_bytes = self._gauge(
             "cache_bytes", "Bytes of cache by kind: pages, window, sink, recurrent.", ("kind",)
         )
+        self.budget_bytes = self._gauge(
+            "budget_bytes",
+            "Memory for the cache by kind: total, promised (to requests), resting (sessions and checkpoints at rest).",
+            ("kind",),
+        )
+        self.pressure = self._gauge(
+            "pressure_ratio", "What runs was promised and what rests by the budget; above 1 sessions must go."
+        )
         self.raw_shadow_bytes = self._gauge(
             "raw_shadow_bytes", "Bytes of uncompressed copies of what pages hold; must stay 0."
         )
@@ -64,6 +72,14 @@ class Metrics:
         self.prompt_tokens = self._counter(
             "prompt_tokens", "Prompt tokens by source: cached (found in the cache) or prefilled.", ("source",)
         )
+        self.prefilled_tokens = self._counter(
+            "prefilled_tokens",
+            "Prefilled prompt tokens by reason: new, edited (others stood there), rotated (no state to go back to), or "
+            "as their session was lost: evicted, refused_file, failed.",
+            ("reason",),
+        )
+        for reason in ("new", "edited", "rotated", "evicted", "refused_file", "failed"):
+            self.prefilled_tokens.labels(reason=reason)
         self.generated_tokens = self._counter("generated_tokens", "Tokens generated.")
         self.requests_finished = self._counter(
             "requests_finished", "Accepted requests by outcome: stop, length, cancelled, error.", ("reason",)

@@ -4,12 +4,15 @@ The HTTP side turns a wire request into a `GenerationRequest` and submits it; th
 with zero or more `PrefillProgress` and `TextDelta` events and then exactly one terminal event: `Finished` or `Failed`.
 """
 
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 Channel = Literal["content", "reasoning"]
+SessionChange = Literal["delete", "fork", "save", "restore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,8 @@ class GenerationRequest:
     """One accepted chat turn, tokenised.
 
     `prompt` is the whole conversation. `max_tokens` is None for "as far as the model's
-    positions reach". `session` is the client's name for the conversation, None for an unnamed one.
+    positions reach". `session` is the client's name for the conversation, None for an unnamed one. Sessions of one
+    `owner` are nobody else's. `arrived` is a time as `time.time` gives it.
     """
 
     request_id: str
@@ -48,6 +52,8 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     session: str | None = None
+    owner: str = ""
+    arrived: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +143,17 @@ class Engine(Protocol):
         """The JSON of GET /v1/backend: backend, reason, checks, preset, layers, BLAS, memory."""
         ...
 
-    def sessions(self) -> list[dict[str, Any]]:
-        """The JSON rows of GET /v1/sessions."""
+    def sessions(self, owner: str) -> list[dict[str, Any]]:
+        """The JSON rows of GET /v1/sessions: what belongs to an owner."""
+        ...
+
+    def change_session(
+        self, change: SessionChange, owner: str, id: str, new_id: str | None = None
+    ) -> Future[dict[str, Any]]:
+        """Delete a session, copy it under a name of its own (`new_id`, or one that is made up), write it to disk, or
+        bring it back into memory. Returns its JSON row afterwards, a fork's the new one's.
+
+        Raises EngineDead; the future raises server.errors.NotFound, Conflict (it runs, the new name is taken, or its
+        file is refused), OutOfMemory, InvalidRequest (there is no disk) or SessionNotSaved.
+        """
         ...

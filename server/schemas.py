@@ -265,6 +265,12 @@ def _template_message(message: Message) -> dict[str, Any]:
     return plain
 
 
+class ForkRequest(Wire):
+    """POST /v1/sessions/{id}/fork: the new session's `id`, or null for one that the server makes up."""
+
+    id: Annotated[str, Field(min_length=1)] | None = None
+
+
 class PromptTokensDetails(BaseModel):
     """`cached_tokens` of the prompt were found in the session's cache."""
 

@@ -125,6 +125,18 @@ class Settings(BaseSettings):
     session_disk: Annotated[int, _from_text(parse_bytes)] = Field(
         default=16 << 30, ge=1 << 20, description="a number of bytes, at least 1 MiB, or a size such as 16GiB"
     )
+    session_save_after: float = Field(
+        default=60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="a number of seconds at rest after which a session is written to TURBOCACHE_SESSION_DIR, 0 or more",
+    )
+    session_ttl: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="a number of seconds above 0 after which an unused session leaves memory (unset: never)",
+    )
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], _from_text(str.lower)] = Field(
         default="info", description="one of debug, info, warning, error, critical"
     )

@@ -128,6 +128,19 @@ class CacheStore:
         native = sum(plan.native_nbytes(n_tokens) for plan in self.plans)
         return pages + 2 * (self.spec.raw_nbytes + self.spec.centre_nbytes) + native
 
+    def prefill_nbytes(self, n_tokens: int, chunk: int) -> int:
+        """Most bytes that reading a prompt of `n_tokens` in chunks of `chunk` takes besides: at most two layers' pages
+        expanded at once (`CacheBatch.attend_prefill`), and a chunk's mask.
+        """
+        keys = self.spec.ring.raw_slots + PAGE * self.spec.ring.pages_needed(n_tokens, chunk)
+        keys = min(keys, n_tokens)
+        layers = sorted(
+            plan.geometry.n_kv_heads * (plan.geometry.key_dim + plan.geometry.value_dim) * plan.geometry.dtype.size
+            for plan in self.plans
+            if plan.geometry is not None
+        )
+        return sum(layers[-2:]) * keys + (min(chunk, n_tokens) * keys if layers else 0)
+
     @property
     def can_checkpoint(self) -> bool:
         """Whether copies of a session's cache are cheap: pages are shared, and no layer's own cache grows for ever."""

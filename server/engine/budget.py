@@ -11,35 +11,56 @@ from turbocache.store import CacheStore
 _MIB = 2**20
 
 
+@dataclass(slots=True)
+class _Promise:
+    session: int
+    scratch: int
+    started: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.session + self.scratch
+
+
 class Budget:
     """Promises of bytes to accepted requests. Safe to call from any thread.
 
-    `cost(n)` is what a session needs to reach `n` tokens. A promise covers the whole session, so as long as promises
-    stay within `total`, idle sessions can always be evicted to keep them.
+    `cost(n)` is what a session needs to reach `n` tokens, `scratch(n)` what reading a prompt of `n` tokens needs
+    besides. A promise covers the whole session, so as long as promises stay within `total`, idle sessions can always be
+    evicted to keep them.
     """
 
-    def __init__(self, total: int, cost: Callable[[int], int]) -> None:
+    def __init__(self, total: int, cost: Callable[[int], int], scratch: Callable[[int], int] = lambda n: 0) -> None:
         self.total = total
         self._cost = cost
+        self._scratch = scratch
         self._lock = threading.Lock()
-        self._promised: dict[str, int] = {}
+        self._promised: dict[str, _Promise] = {}
 
     @property
     def promised(self) -> int:
         """Bytes promised to requests that wait or run."""
         with self._lock:
-            return sum(self._promised.values())
+            return sum(promise.nbytes for promise in self._promised.values())
 
-    def promise(self, request_id: str, n_tokens: int) -> None:
-        """Set bytes aside for a request whose session will reach `n_tokens`. Raises OutOfMemory, and then sets none."""
-        needed = self._cost(n_tokens)
+    @property
+    def started(self) -> int:
+        """Bytes promised to requests that run."""
         with self._lock:
-            free = self.total - sum(self._promised.values())
-            if needed <= free:
-                self._promised[request_id] = needed
+            return sum(promise.nbytes for promise in self._promised.values() if promise.started)
+
+    def promise(self, request_id: str, n_tokens: int, n_prompt: int = 0) -> None:
+        """Set bytes aside for a request whose session will reach `n_tokens`, `n_prompt` of them its prompt's. Raises
+        OutOfMemory, and then sets none.
+        """
+        promise = _Promise(self._cost(n_tokens), self._scratch(n_prompt))
+        with self._lock:
+            free = self.total - sum(other.nbytes for other in self._promised.values())
+            if promise.nbytes <= free:
+                self._promised[request_id] = promise
                 return
-        what = f"The conversation needs {needed / _MIB:.0f} MiB of cache for {n_tokens} tokens"
-        if needed > self.total:
+        what = f"The conversation needs {promise.nbytes / _MIB:.0f} MiB of cache for {n_tokens} tokens"
+        if promise.nbytes > self.total:
             raise OutOfMemory(
                 f"{what}, more than the whole budget of {self.total / _MIB:.0f} MiB. Ask for fewer max_tokens, shorten "
                 "the conversation, or raise TURBOCACHE_KV_MEMORY."
@@ -49,14 +70,25 @@ class Budget:
             "Please try again when one of them has ended."
         )
 
+    def start(self, request_id: str, started: bool = True) -> None:
+        """From now on room is made for the request; with False no longer."""
+        with self._lock:
+            self._promised[request_id].started = started
+
+    def prefilled(self, request_id: str) -> None:
+        """The request's prompt is through: what reading it took is free."""
+        with self._lock:
+            self._promised[request_id].scratch = 0
+
     def extend(self, request_id: str, n_tokens: int) -> bool:
         """Raise a promise so that the session may reach `n_tokens`; False when the budget does not allow it."""
         needed = self._cost(n_tokens)
         with self._lock:
-            others = sum(self._promised.values()) - self._promised[request_id]
-            if needed > self.total - others:
+            mine = self._promised[request_id]
+            others = sum(promise.nbytes for promise in self._promised.values() if promise is not mine)
+            if needed + mine.scratch > self.total - others:
                 return False
-            self._promised[request_id] = max(needed, self._promised[request_id])
+            mine.session = max(needed, mine.session)
             return True
 
     def release(self, request_id: str) -> None:
@@ -66,29 +98,34 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Evicted:
-    """What had to go, and is on no disk."""
+class Room:
+    """How room was made: what had to go and is on no disk, and whether that was enough."""
 
     sessions: int = 0
     checkpoints: int = 0
+    enough: bool = True
 
 
-def make_room(budget: Budget, registry: SessionRegistry, store: CacheStore) -> Evicted:
-    """Forget, if need be, checkpoints (their session's newest last), then sessions at rest (named ones last), of each
-    the longest unused first, until what is promised and what rests fit the budget together. Sessions go to disk where
-    there is one. None goes for a checkpoint's sake.
+def make_room(budget: Budget, registry: SessionRegistry, store: CacheStore, before: float | None = None) -> Room:
+    """Let go, until what runs was promised and what rests fit the budget together, of: checkpoints that no session
+    needs (their session's newest last), sessions at rest that need not be kept, sessions to keep, and checkpoints of
+    running sessions; of each the longest unused first. Sessions go to disk where there is one.
+
+    With `before`, a time, sessions to keep that were used later stay, and it may be not enough.
 
     Runs on the engine's thread.
     """
     sessions = spilled = checkpoints = 0
-    while budget.promised + store.resting_nbytes(registry.caches()) > budget.total:
-        newest = {id(session.checkpoints[-1]) for session in registry if session.checkpoints}
-        if kept := registry.checkpoints():
-            registry.drop(min(kept, key=lambda checkpoint: id(checkpoint) in newest))
+    while budget.started + store.resting_nbytes(registry.caches()) > budget.total:
+        if kept := registry.spare_checkpoints():
+            registry.drop(kept[0])
             checkpoints += 1
-        elif idle := registry.idle():
+        elif idle := registry.idle(before):
             spilled += registry.spill(idle[0])
             sessions += 1
+        elif before is None and (kept := registry.checkpoints()):
+            registry.drop(kept[0])
+            checkpoints += 1
         else:
-            break
-    return Evicted(sessions - spilled, checkpoints)
+            return Room(sessions - spilled, checkpoints, enough=before is None)
+    return Room(sessions - spilled, checkpoints)

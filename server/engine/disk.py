@@ -4,35 +4,26 @@ Everything here runs on the engine's thread.
 """
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-import numpy as np
-
+from server.engine.checkpoints import Checkpoint, Kind
+from server.engine.session import Session
 from server.metrics import Metrics
-from turbocache.persistence import SessionFiles
+from turbocache.persistence import SessionFiles, State
 from turbocache.pool import PoolExhausted
 from turbocache.session_file import SUFFIX, SessionFileError, remove_partial
 
 log = logging.getLogger(__name__)
 
 _REFUSED = ".refused"
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A session that a file holds, as its manifest says; only loading it looks at every byte."""
-
-    id: str
-    named: bool
-    turns: int
-    last_used: float
-    tokens: np.ndarray
+_ABOUT = ("id", "name", "owner", "keep", "asked", "turns", "last_used")
+"""What a file says of its session."""
 
 
 class SessionDisk:
@@ -53,26 +44,29 @@ class SessionDisk:
             log.warning("removed %d session files in %s that were not written to their end", left, folder)
         self._measure()
 
-    def stored(self) -> Iterator[Stored]:
-        """The sessions of this model that the folder has."""
+    def stored(self) -> Iterator[Session]:
+        """The sessions of this model that the folder has, as their manifests say; only loading looks at every byte."""
         for path in self._paths():
             found = self._peek(path)
-            if found is not None and path == self._path(found.id):
+            if found is not None and path == self._path(found):
                 yield found
 
-    def find(self, id: str) -> Stored | None:
+    def find(self, owner: str, id: str) -> Session | None:
         """A session by its id, if there is a file of it."""
-        path = self._path(id)
+        path = self._path(Session(id, owner=owner))
         return self._peek(path) if path.exists() else None
 
-    def save(self, id: str, named: bool, turns: int, cache: list[Any], tokens: np.ndarray) -> bool:
-        """Write a session at rest; False when that failed, which is logged and counted."""
-        start, path = time.perf_counter(), self._path(id)
-        about = {"id": id, "named": named, "turns": turns, "last_used": time.time()}
+    def save(self, session: Session) -> bool:
+        """Write a session at rest with its checkpoints; False when that failed, which is logged and counted."""
+        assert session.cache is not None
+        start, path = time.perf_counter(), self._path(session)
+        states = [State("session", session.tokens, session.cache)]
+        states += [State(kept.kind, kept.tokens, kept.cache) for kept in session.checkpoints]
+        about = {name: getattr(session, name) for name in _ABOUT}
         try:
-            n_bytes = self._files.save(path, cache, tokens, about)
+            n_bytes = self._files.save(path, states, about)
         except (OSError, TypeError) as error:
-            log.error("a session of %d tokens could not be written to %s: %s", len(tokens), self._folder, error)
+            log.error("a session of %d tokens could not be written to %s: %s", len(session.tokens), self._folder, error)
             self._metrics.spill_failures.labels(reason=type(error).__name__).inc()
             return False
         self._metrics.spills.inc()
@@ -81,39 +75,54 @@ class SessionDisk:
         self._make_room(path)
         return path.exists()
 
-    def load(self, id: str) -> tuple[list[Any], list[int]] | None:
-        """A session's cache and the tokens that it holds, or None when its file can't be used."""
-        start, path = time.perf_counter(), self._path(id)
+    def load(self, session: Session) -> str | None:
+        """Bring a session's cache and checkpoints back from its file. When that can't be used they stay away, and the
+        file was moved aside; returns why.
+        """
+        start, path = time.perf_counter(), self._path(session)
         try:
-            saved = self._files.load(path)
+            own, *others = self._files.load(path)
             n_bytes = path.stat().st_size
             path.touch()
         except SessionFileError as error:
             self._refuse(path, error)
-            return None
+            return str(error)
         except (OSError, PoolExhausted) as error:
             log.warning("a session could not be read back from %s: %s", path.name, error)
             self._metrics.restore_failures.labels(reason=type(error).__name__).inc()
             return None
+        session.cache, session.tokens = list(own.cache), own.tokens
+        session.checkpoints = [Checkpoint(cast(Kind, o.kind), o.tokens, list(o.cache)) for o in others]
         self._metrics.restores.inc()
         self._metrics.restored_bytes.inc(n_bytes)
         self._metrics.restore_seconds.inc(time.perf_counter() - start)
-        return saved.cache, saved.tokens
+        return None
 
-    def has(self, id: str) -> bool:
-        return self._path(id).exists()
+    def has(self, session: Session) -> bool:
+        return self._path(session).exists()
 
-    def _path(self, id: str) -> Path:
-        return self._folder / f"{hashlib.sha256(f'{self._files.model} {id}'.encode()).hexdigest()[:40]}{SUFFIX}"
+    def nbytes(self, session: Session) -> int:
+        """Bytes of a session's file, 0 without one."""
+        return _size(self._path(session))
+
+    def remove(self, session: Session) -> None:
+        """Delete a session's file, if there is one."""
+        with suppress(OSError):
+            self._path(session).unlink(missing_ok=True)
+        self._measure()
+
+    def _path(self, session: Session) -> Path:
+        name = json.dumps([self._files.model, *session.key])
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:40]}{SUFFIX}"
 
     def _paths(self) -> list[Path]:
         """Oldest use first."""
         return sorted(self._folder.glob(f"*{SUFFIX}"), key=_used)
 
-    def _peek(self, path: Path) -> Stored | None:
+    def _peek(self, path: Path) -> Session | None:
         try:
             about, tokens = self._files.peek(path)
-            return Stored(about["id"], about["named"], about["turns"], about["last_used"], tokens)
+            return Session(tokens=tokens, stored=True, **{name: about[name] for name in _ABOUT})
         except SessionFileError as error:
             if error.code != "other_model":  # another server's, perhaps
                 self._refuse(path, error)

@@ -4,9 +4,11 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from server.engine.budget import Budget
 from server.engine.host import Host
 from server.engine.run import Run
-from server.engine.sessions import Session, SessionRegistry
+from server.engine.session import Session
+from server.engine.sessions import SessionRegistry
 from server.metrics import Metrics
 from turbocache.paths import PATHS
 from turbocache.seam import native_calls
@@ -16,13 +18,14 @@ _EVERY_SECONDS = 0.25
 
 
 class Gauges:
-    """Writes the cache's state into `Metrics` and keeps the rows of GET /v1/sessions.
+    """Writes the cache's state into `Metrics` and keeps the rows of GET /v1/sessions by owner and id.
 
     `session_rows` is replaced whole, so other threads may read it at any time.
     """
 
-    def __init__(self, metrics: Metrics, host: Host, registry: SessionRegistry) -> None:
-        self.session_rows: list[dict[str, Any]] = []
+    def __init__(self, metrics: Metrics, host: Host, registry: SessionRegistry, budget: Budget) -> None:
+        self.session_rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self._budget = budget
         self._metrics = metrics
         self._host = host
         self._registry = registry
@@ -49,7 +52,7 @@ class Gauges:
     def refresh(self, n_waiting: int, runs: Iterable[Run]) -> None:
         """Read everything anew."""
         self._taken = time.monotonic()
-        running = {run.session.id: run for run in runs}
+        running = {run.session.key: run for run in runs}
         m, spec = self._metrics, self._host.store.spec
         m.requests_running.set(len(running))
         m.requests_waiting.set(n_waiting)
@@ -75,28 +78,50 @@ class Gauges:
         for path, count in paths.items():
             m.attention_path.labels(path=path).inc(count - self._paths.get(path, 0))
         self._paths = paths
-        self.session_rows = [self._row(session, running.get(session.id)) for session in sessions]
+        m.budget_bytes.labels(kind="total").set(self._budget.total)
+        m.budget_bytes.labels(kind="promised").set(self._budget.promised)
+        m.budget_bytes.labels(kind="resting").set(resting := self._host.store.resting_nbytes(self._registry.caches()))
+        m.pressure.set((self._budget.started + resting) / self._budget.total)
+        self.session_rows = {session.key: self.row(session, running.get(session.key)) for session in sessions}
 
     def _attention_paths(self) -> dict[str, int]:
         counted: dict[str, int] = dict(self._host.store.spec.paths.totals.items())
         return counted | {"native": native_calls()}
 
-    def _row(self, session: Session, run: Run | None) -> dict[str, Any]:
+    def row(self, session: Session, run: Run | None = None) -> dict[str, Any]:
         """One session as GET /v1/sessions shows it. A running session's cache is in the batch, so its bytes are not
-        told apart."""
+        told apart.
+        """
         ring = ring_of(session.cache or ())
         seen = len(session.tokens) if run is None else len(run.request.prompt.tokens) + run.generated
+        limit = self._host.store.spec.ring.max_size
         return {
             "id": session.id,
-            "named": session.named,
+            "object": "session",
+            "name": session.name,
             "model": self._host.model.id,
-            "state": "running" if run is not None else "spilled" if session.spilled else "resident",
+            "state": "running" if session.running else "spilled" if session.spilled else "resident",
             "tokens_seen": seen,
-            "tokens_held": seen if ring is None else ring.size(),
-            "bytes": None if session.cache is None else self._host.store.held_nbytes(session.cache),
+            "tokens_held": ring.size() if ring is not None else seen if limit is None else min(seen, limit),
+            "bytes": None if session.cache is None else self._nbytes(session),
+            "saved": session.stored,
             "rotations": 0 if ring is None else ring.first,
             "centred_heads": None if ring is None else 0 if ring.centre is None else ring.centre.n_heads,
             "checkpoints": len(session.checkpoints),
             "turns": session.turns,
             "last_used": session.last_used,
         }
+
+    def _nbytes(self, session: Session) -> dict[str, int]:
+        """By kind. Pages that a checkpoint shares with its session are the session's; pages that other sessions share
+        count in full.
+        """
+        spec, cache, ring = self._host.store.spec, session.cache or [], ring_of(session.cache or ())
+        kinds = dict.fromkeys(("pages", "sink", "window", "recurrent"), 0)
+        kinds["recurrent"] = native_nbytes(cache)
+        if ring is not None:
+            kinds["pages"] = len(ring.pages) * spec.pool.page_nbytes
+            kinds["sink"] = spec.ring.keep * spec.raw_token_nbytes
+            kinds["window"] = spec.ring.window_slots * spec.raw_token_nbytes
+        both = self._host.store.resting_nbytes([cache, *(kept.cache for kept in session.checkpoints)])
+        return {**kinds, "checkpoints": max(0, both - sum(kinds.values()))}

@@ -4,7 +4,8 @@ import time
 from dataclasses import dataclass, field
 
 from server.engine.checkpoints import Kind
-from server.engine.sessions import Session
+from server.engine.prefill_reasons import Reason
+from server.engine.session import Session
 from server.engine.text import TextAssembler
 from server.protocol import Deliver, GenerationRequest, TextDelta, Usage
 
@@ -16,6 +17,7 @@ ANSWER_STEP = 1024
 class Run:
     """A request, its session, and how far it has come.
 
+    Of the prompt's tokens the first `cached` were in the cache, the others are prefilled for the reasons in `prefill`.
     `allowed` is the number of answer tokens that memory is promised for; `limit` the most that the request wants.
     `sent_ahead`: the next token's text has gone out already. `stops`: after how many of the prompt's tokens to take
     checkpoints.
@@ -25,6 +27,7 @@ class Run:
     deliver: Deliver
     session: Session
     cached: int
+    prefill: dict[Reason, int]
     text: TextAssembler
     limit: int
     allowed: int
@@ -32,7 +35,6 @@ class Run:
     sent_ahead: bool = False
     stops: dict[int, Kind] = field(default_factory=dict)
     last_token: float | None = None
-    started: float = field(default_factory=time.monotonic)
 
     @property
     def usage(self) -> Usage:

@@ -6,89 +6,83 @@ Everything here runs on the engine's thread.
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from server.engine.checkpoints import MOST, Checkpoint, Kind, Start, added, common_prefix, deepest, start_at
-from server.engine.disk import SessionDisk, Stored
-from turbocache.store import CacheStore
+from server.engine.disk import SessionDisk
+from server.engine.prefill_reasons import Loss, Losses, Reason, reasons
+from server.engine.session import Session
+from server.protocol import Prompt
+from turbocache.store import CacheStore, fork
 
 LEAST_SHARED = 64
 """Tokens that sessions must have in common for one to start from the other's state."""
-_NOTHING = np.zeros(0, dtype=np.int32)
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """A conversation and its cache. `tokens`, int32, are exactly the tokens that went into `cache`; a running session's
-    cache is with the generator and None here. Checkpoints stay with the session whatever it does. `stored`: a file
-    holds the cache of just these tokens.
-    """
-
-    id: str
-    named: bool
-    tokens: np.ndarray = field(default_factory=lambda: _NOTHING)
-    cache: list[Any] | None = None
-    running: bool = False
-    turns: int = 0
-    last_used: float = field(default_factory=time.time)
-    checkpoints: list[Checkpoint] = field(default_factory=list)
-    stored: bool = False
-
-    @property
-    def spilled(self) -> bool:
-        """Whether only the disk has its cache."""
-        return self.stored and self.cache is None and not self.running
+_ALIKE = 16
+"""Tokens in which different conversations may agree by chance behind their system message: what opens a message, and
+its first words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A session handed to a request, with a cache that holds the first `cached` tokens of its prompt. `source` says
-    where that was found: `session` (where its last turn ended), the kind of a checkpoint, or `none`.
+    where that was found: `session` (where its last turn ended), the kind of a checkpoint, or `none`. `prefill` tells
+    why the other tokens must be prefilled.
     """
 
     session: Session
     cache: list[Any]
     cached: int
     source: str
+    prefill: dict[Reason, int]
 
 
 class SessionRegistry:
-    """All sessions of the process, by id. A turn claims one, and gives it back with what its cache then holds."""
+    """All sessions of the process. A turn claims one, and gives it back with what its cache then holds."""
 
-    def __init__(
-        self, store: CacheStore, disk: SessionDisk | None = None, make_room: Callable[[], None] = lambda: None
-    ) -> None:
-        """`make_room` is called before a session comes back from `disk`."""
+    def __init__(self, store: CacheStore, disk: SessionDisk | None = None) -> None:
         self._store = store
         self._disk = disk
-        self._make_room = make_room
-        self._sessions: dict[str, Session] = {}
+        self._losses = Losses()
+        self._sessions: dict[tuple[str, str], Session] = {}
         for found in disk.stored() if disk is not None else ():
-            self._sessions[found.id] = _spilled(found)
+            self._sessions[found.key] = found
 
     def __iter__(self) -> Iterator[Session]:
         return iter(self._sessions.values())
 
-    def claim(self, name: str | None, prompt: Sequence[int]) -> Claim | None:
-        """The session for a prompt, running from now on, or None while the named one still runs another turn.
+    def find(self, owner: str, id: str) -> Session | None:
+        """A session by its id, in memory or on disk."""
+        if (session := self._sessions.get((owner, id))) is not None or self._disk is None:
+            return session
+        return self._disk.find(owner, id)
 
-        A named session goes on from the deepest of its states that the prompt shares, or from another session's where
-        that is deeper and exact. An unnamed prompt continues the unnamed session it extends; one that only shares a
-        prefix gets a session of its own on the shared pages.
+    # Turns.
+
+    def claim(
+        self, name: str | None, prompt: Prompt, owner: str = "", make_room: Callable[[], object] = lambda: None
+    ) -> Claim | None:
+        """The session for a prompt, running from now on, or None while its conversation still runs another turn.
+
+        Under a name the prompt continues the history that it shares most of, from its deepest state, or from another
+        session's where that is deeper and exact. A different history under the same name, or one that is asked for
+        while the name's other history runs, gets a session of its own. An unnamed prompt continues the unnamed session
+        that it extends; one that only shares a prefix gets a session of its own on the shared pages.
+
+        `make_room` is called before a session comes back from disk.
         """
-        tokens = np.asarray(prompt, dtype=np.int32)
-        if name is None:
-            return self._claim_unnamed(tokens)
-        session = self._sessions.get(name) or self._found(name) or Session(name, named=True)
-        if session.running:
+        tokens = np.asarray(prompt.tokens, dtype=np.int32)
+        session = self._unnamed(owner, tokens) if name is None else self._named(owner, name, prompt, tokens)
+        if session is None:
             return None
         if session.spilled and common_prefix(session.tokens, tokens) >= LEAST_SHARED:
-            self._restore(session)
-        start = deepest([*_states(session, tokens), *self._shared(session, tokens)])
-        return self._started(session, start, tokens)
+            self.restore(session, make_room)
+        elif name is None and (other := self._unnamed_on_disk(owner, session, tokens)) is not None:
+            self.restore(other, make_room)
+        start = deepest([*session.states(tokens), *self._shared(session, tokens)])
+        return self._started(session, start, prompt, tokens)
 
     def checkpoint(self, session: Session, kind: Kind, tokens: Sequence[int] | np.ndarray, cache: list[Any]) -> None:
         """Keep a cache of its own, which holds `tokens`, for later turns to go back to."""
@@ -100,108 +94,169 @@ class SessionRegistry:
         session.running = False
         session.last_used = time.time()
         if cache is None or not tokens:
-            self.forget(session)
+            self.forget(session, "failed")
             return
-        session.cache, session.tokens, session.stored = cache, np.asarray(tokens, dtype=np.int32), False
+        session.cache, session.tokens = cache, np.asarray(tokens, dtype=np.int32)
+        session.stored = session.unsavable = False
 
-    def forget(self, session: Session) -> None:
-        """Drop a session with its checkpoints and its pages. What the disk has of it stays there."""
-        session.cache, session.tokens, session.checkpoints, session.stored = None, _NOTHING, [], False
-        self._sessions.pop(session.id, None)
+    def give_back(self, claim: Claim, prompt: Sequence[int]) -> None:
+        """The turn for this prompt does not begin after all."""
+        self.put_back(claim.session, claim.cache if claim.cached else None, prompt[: claim.cached])
+
+    # What becomes of sessions at rest.
+
+    def forget(self, session: Session, why: Loss | None = None) -> None:
+        """Drop a session with its checkpoints and its pages. What the disk has of it stays. `why` it was lost, if it
+        was, is remembered.
+        """
+        if why is not None:
+            self._losses.add(session.key, session.tokens, why)
+        session.empty()
+        self._sessions.pop(session.key, None)
+        if self._disk is not None and (found := self._disk.find(*session.key)) is not None:
+            self._sessions[found.key] = found
+
+    def delete(self, session: Session) -> None:
+        """Drop a session, and what the disk has of it."""
+        if self._disk is not None:
+            self._disk.remove(session)
+        self.forget(session)
+        self._losses.forget(session.key)
 
     def spill(self, session: Session) -> bool:
-        """Leave a session at rest to the disk, without its checkpoints; without a disk, or if that fails, forget it.
-        Whether the disk has it.
-        """
-        if self._store_on_disk(session):
+        """Leave a session at rest to the disk; without a disk, or if that fails, forget it. Whether the disk has it."""
+        if len(session.tokens) >= LEAST_SHARED and self.save(session):
             session.cache, session.checkpoints = None, []
             return True
-        self.forget(session)
+        self.forget(session, "evicted")
         return False
+
+    def save(self, session: Session) -> bool:
+        """Write a session at rest to disk, with its checkpoints. Whether the disk has it."""
+        if self._disk is None or session.cache is None:
+            return session.stored
+        if not session.stored:
+            session.stored = self._disk.save(session)
+            for other in list(self):  # the disk's budget may have cost others their files
+                if other.stored and not self._disk.has(other):
+                    gone, other.stored = other.spilled, False
+                    if gone:
+                        self.forget(other, "evicted")
+        return session.stored
 
     def save_all(self) -> int:
         """Write every session at rest to disk; returns how many are there."""
-        return sum(self._store_on_disk(session) for session in self.idle())
+        return sum(self.save(session) for session in self.idle() if len(session.tokens) >= LEAST_SHARED)
 
-    def _store_on_disk(self, session: Session) -> bool:
-        if self._disk is None or session.cache is None or len(session.tokens) < LEAST_SHARED:
-            return False
-        if not session.stored:
-            saved = self._disk.save(session.id, session.named, session.turns, session.cache, session.tokens)
-            session.stored = saved
-            for other in list(self._sessions.values()):  # the disk's budget may have cost others their files
-                if other.stored and not self._disk.has(other.id):
-                    other.stored = False
-                    if other.cache is None and not other.running:
-                        self._sessions.pop(other.id)
-        return session.stored
-
-    def _found(self, name: str) -> Session | None:
-        """A named session that only the disk knows: it was forgotten, but not there."""
-        found = None if self._disk is None else self._disk.find(name)
-        return None if found is None else _spilled(found)
-
-    def _restore(self, session: Session) -> None:
-        """Bring a session back, or leave it empty."""
+    def restore(self, session: Session, make_room: Callable[[], object]) -> str | None:
+        """Bring a session back from disk, or forget it; then returns why its file was refused, if it was."""
         assert self._disk is not None
+        self._sessions[session.key] = session
         session.running = True  # nobody may take its place
-        self._make_room()
-        loaded = self._disk.load(session.id)
-        session.running = False
-        if loaded is None:
-            session.tokens, session.stored = _NOTHING, False
-        else:
-            session.cache, session.tokens = loaded[0], np.asarray(loaded[1], dtype=np.int32)
+        try:
+            make_room()
+            refused = self._disk.load(session)
+        finally:
+            session.running = False
+        if session.cache is None:
+            self.forget(session, "evicted" if refused is None else "refused_file")
+        return refused
 
-    def idle(self) -> list[Session]:
-        """Sessions at rest, in the order in which they should be evicted: unnamed before named, oldest use first."""
-        resting = [session for session in self._sessions.values() if session.cache is not None]
-        return sorted(resting, key=lambda session: (session.named, session.last_used))
+    def fork(self, session: Session, id: str) -> Session:
+        """A second session in the state of one at rest, under a name of its own; pages are shared."""
+        assert session.cache is not None
+        other = Session(id, id, session.owner, True, session.tokens, session.asked, fork(session.cache))
+        other.turns, other.checkpoints = session.turns, list(session.checkpoints)
+        self._sessions[other.key] = other
+        return other
+
+    def idle(self, before: float | None = None) -> list[Session]:
+        """Sessions at rest in memory, in the order in which they should go: those to keep last, oldest use first.
+        Without those to keep that were used after `before`.
+        """
+        resting = [
+            session
+            for session in self
+            if session.cache is not None and not (before is not None and session.keep and session.last_used > before)
+        ]
+        return sorted(resting, key=lambda session: (session.keep, session.last_used))
 
     def checkpoints(self) -> list[Checkpoint]:
         """All sessions' checkpoints, each once, longest unused first."""
-        kept = {id(c): c for session in self._sessions.values() for c in session.checkpoints}
+        kept = {id(c): c for session in self for c in session.checkpoints}
         return sorted(kept.values(), key=lambda checkpoint: checkpoint.last_used)
+
+    def spare_checkpoints(self) -> list[Checkpoint]:
+        """Those that no session needs, in the order in which they should go: their session's newest last."""
+        needed = {id(session.needed(self._store.can_go_back)) for session in self}
+        newest = {id(session.checkpoints[-1]) for session in self if session.checkpoints}
+        spare = [checkpoint for checkpoint in self.checkpoints() if id(checkpoint) not in needed]
+        return sorted(spare, key=lambda checkpoint: id(checkpoint) in newest)
 
     def drop(self, checkpoint: Checkpoint) -> None:
         """Forget a checkpoint, whichever sessions have it."""
-        for session in self._sessions.values():
+        for session in self:
             session.checkpoints = [kept for kept in session.checkpoints if kept is not checkpoint]
 
     def caches(self) -> list[list[Any]]:
         """Every cache that rests: sessions' and checkpoints'."""
-        resting = [session.cache for session in self._sessions.values() if session.cache is not None]
+        resting = [session.cache for session in self if session.cache is not None]
         return [*resting, *(checkpoint.cache for checkpoint in self.checkpoints())]
 
-    def _claim_unnamed(self, tokens: np.ndarray) -> Claim:
-        unnamed = [session for session in self if not session.named and not session.running]
-        self._restore_unnamed(unnamed, tokens)
-        ends = {session.id: start_at("session", session.tokens, session.cache, tokens) for session in unnamed}
-        extended = [s for s in unnamed if (end := ends[s.id]) is not None and end.cached == len(s.tokens)]
-        if extended:
-            longest = max(extended, key=lambda session: len(session.tokens))
-            return self._started(longest, ends[longest.id], tokens)
-        fresh = Session(f"unnamed-{uuid.uuid4().hex[:12]}", named=False)
-        return self._started(fresh, deepest([*ends.values(), *self._shared(fresh, tokens)]), tokens)
+    # Which session a prompt continues.
 
-    def _restore_unnamed(self, unnamed: list[Session], tokens: np.ndarray) -> None:
-        """Bring back the unnamed session from which most of a prompt can be had, if none in memory has as much."""
-        shared = [(common_prefix(session.tokens, tokens), session) for session in unnamed]
-        furthest = max((n for n, session in shared if not session.spilled), default=0)
+    def _named(self, owner: str, name: str, prompt: Prompt, tokens: np.ndarray) -> Session | None:
+        family = [s for s in self if s.owner == owner and name in (s.name, s.id)]
+        if (owner, name) not in self._sessions and (found := self.find(owner, name)) is not None:
+            family.append(found)
+        shared = {session.id: common_prefix(session.tokens, tokens) for session in family}
+        if any(session.running and shared[session.id] >= session.asked for session in family):
+            return None
+        resting = [session for session in family if not session.running]
+        best = max(resting, key=lambda session: (shared[session.id], session.last_used), default=None)
+        if best is not None:
+            apart = max(LEAST_SHARED, prompt.system_end) + _ALIKE
+            goes_on = shared[best.id] >= best.asked
+            if goes_on or shared[best.id] > apart or len(best.tokens) < LEAST_SHARED:
+                best.keep = best.keep or goes_on
+                return best
+        if (owner, name) in self._sessions:
+            return Session(f"{name}~{uuid.uuid4().hex[:8]}", name, owner)
+        return Session(name, name, owner, keep=True)
+
+    def _unnamed(self, owner: str, tokens: np.ndarray) -> Session:
+        """The longest unnamed session that the prompt extends, or a fresh one."""
+        extended = [
+            s
+            for s in self
+            if s.name is None and s.owner == owner and not s.running
+            if s.spilled or ((end := start_at("session", s.tokens, s.cache, tokens)) and end.cached == len(s.tokens))
+            if common_prefix(s.tokens, tokens) == len(s.tokens) < len(tokens)
+        ]
+        fresh = Session(f"unnamed-{uuid.uuid4().hex[:12]}", None, owner)
+        return max(extended, key=lambda session: len(session.tokens), default=fresh)
+
+    def _unnamed_on_disk(self, owner: str, session: Session, tokens: np.ndarray) -> Session | None:
+        """The unnamed session on disk of which a prompt shares more than of any in memory, if that is enough."""
+        shared = [(common_prefix(s.tokens, tokens), s) for s in self if s.name is None and s.owner == owner]
+        furthest = max((n for n, s in shared if not s.spilled), default=0)
         n, best = max(((n, s) for n, s in shared if s.spilled), default=(0, None), key=lambda found: found[0])
-        if best is not None and n >= max(LEAST_SHARED, furthest + 1):
-            self._restore(best)
+        return best if best is not session and n >= max(LEAST_SHARED, furthest + 1) else None
 
     def _shared(self, session: Session, tokens: np.ndarray) -> Iterator[Start]:
-        """States of other sessions from which the prompt can go on exactly."""
-        for other in self._sessions.values():
-            if other is not session:
-                for start in _states(other, tokens):
-                    if start is not None and start.exact and start.cached >= LEAST_SHARED:
+        """States of the owner's other sessions from which the prompt can go on: exactly, or any if both are unnamed or
+        of one name.
+        """
+        for other in self:
+            if other is not session and other.owner == session.owner:
+                family = other.name == session.name
+                for start in other.states(tokens):
+                    if start is not None and start.cached >= LEAST_SHARED and (start.exact or family):
                         yield start
 
-    def _started(self, session: Session, start: Start | None, tokens: np.ndarray) -> Claim:
+    def _started(self, session: Session, start: Start | None, prompt: Prompt, tokens: np.ndarray) -> Claim:
         now = time.time()
+        why = self._reasons(session, start, tokens)
         cache, cached, source = self._store.new_cache(), 0, "none"
         own = start is not None and start.cache is session.cache
         if start is not None:
@@ -215,19 +270,18 @@ class SessionRegistry:
         elif not session.turns:  # it began in other sessions, and may go back to where they went through
             passed = [c for c in self.checkpoints() if common_prefix(c.tokens, tokens[:cached]) == len(c.tokens)]
             session.checkpoints = passed[-MOST:]
-        session.cache, session.tokens = None, _NOTHING
+        session.cache, session.tokens, session.asked = None, tokens, prompt.messages_end or len(tokens)
         session.running = True
         session.turns += 1
         session.last_used = now
-        self._sessions[session.id] = session
-        return Claim(session, cache, cached, source)
+        self._sessions[session.key] = session
+        self._losses.forget(session.key)
+        return Claim(session, cache, cached, source, why)
 
-
-def _spilled(found: Stored) -> Session:
-    return Session(found.id, found.named, found.tokens, turns=found.turns, last_used=found.last_used, stored=True)
-
-
-def _states(session: Session, tokens: np.ndarray) -> list[Start | None]:
-    """From where in a session a prompt can go on: where its last turn ended, and its checkpoints."""
-    ended = start_at("session", session.tokens, session.cache, tokens)
-    return [ended, *(start_at(c.kind, c.tokens, c.cache, tokens) for c in session.checkpoints)]
+    def _reasons(self, session: Session, start: Start | None, tokens: np.ndarray) -> dict[Reason, int]:
+        cached = 0 if start is None else start.cached
+        if len(session.tokens):
+            known = common_prefix(session.tokens, tokens)
+            return reasons(len(tokens), cached, known, len(session.tokens), "rotated" if session.rotated else "edited")
+        known, why = self._losses.find(session.owner, tokens)
+        return reasons(len(tokens), cached, known, known, why)

@@ -40,7 +40,7 @@ async def chat_completions(request: Request) -> Response:
     chat = parse_chat(await read_body(request, context.settings.body_limit))
     check_model(chat.model, context.engine.model)
     session = session_key(chat.prompt_cache_key, request.headers)
-    record.session, record.stream = session_hash(session), bool(chat.stream)
+    record.session, record.session_name, record.stream = session_hash(session), session, bool(chat.stream)
     tokenizing = asyncio.to_thread(context.engine.tokenize, chat.template_messages())
     prompt = await until_gone(tokenizing, request.receive)
     turn = accept(
@@ -53,6 +53,7 @@ async def chat_completions(request: Request) -> Response:
             sampling=sampling(chat),
             stop=chat.stop_texts,
             session=session,
+            owner=record.owner,
         ),
         record,
     )

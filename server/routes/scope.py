@@ -25,13 +25,17 @@ _QUIET_PATHS = frozenset({"/health", "/metrics"})
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What the log line of a request says. No text of a prompt or an answer, and of a session's name only a hash."""
+    """Who asks, and what the log line of a request says: no text of a prompt or an answer, and of a session's name only
+    a hash. `session_name` goes back to the client, as X-Session-ID. `owner` tells API keys apart.
+    """
 
     request_id: str
     arrived: float = field(default_factory=time.monotonic)
     status: int | None = None
     error: str | None = None
     session: str | None = None
+    session_name: str | None = None
+    owner: str = ""
     stream: bool = False
     usage: Usage | None = None
     first_text_seconds: float | None = None
@@ -82,7 +86,7 @@ def record_of(request: Request) -> RequestRecord:
 
 
 async def require_key(request: Request) -> None:
-    """Raises Unauthorized unless the request carries one of TURBOCACHE_API_KEYS, or none are set."""
+    """Raises Unauthorized unless the request carries one of TURBOCACHE_API_KEYS, or none are set. Notes whose it is."""
     keys = context_of(request).settings.api_keys
     if not keys:
         return
@@ -96,6 +100,7 @@ async def require_key(request: Request) -> None:
     # All keys are compared, each in constant time, so the time taken tells nothing about them.
     if not sum(hmac.compare_digest(presented, key.encode()) for key in keys):
         raise Unauthorized("Incorrect API key provided.")
+    record_of(request).owner = hashlib.sha256(b"turbocache owner " + presented).hexdigest()[:32]
 
 
 class RequestScope:
@@ -120,6 +125,8 @@ class RequestScope:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = [*message.get("headers", []), (b"x-request-id", record.request_id.encode())]
+                if record.session_name is not None:
+                    headers.append((b"x-session-id", record.session_name.encode()))
                 message = {**message, "headers": headers}
             await send(message)
 

@@ -1,4 +1,4 @@
-"""What the server says about itself: models, backend, sessions, health and metrics."""
+"""What the server says about itself: models, backend, health and metrics."""
 
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
@@ -40,12 +40,6 @@ async def model(request: Request, model_id: str) -> Response:
 async def backend(request: Request) -> Response:
     """The backend that runs, the reason, and what it was checked with."""
     return JSONResponse(context_of(request).engine.backend())
-
-
-@router.get("/v1/sessions")
-async def sessions(request: Request) -> Response:
-    """The sessions in memory."""
-    return JSONResponse({"object": "list", "data": context_of(request).engine.sessions()})
 
 
 @open_router.get("/health")

@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from server.protocol import (
     ModelInfo,
     PrefillProgress,
     Prompt,
+    SessionChange,
     TextDelta,
     Usage,
 )
@@ -67,6 +69,7 @@ class ScriptedEngine:
         self.requests: list[GenerationRequest] = []
         self.messages: list[list[dict[str, Any]]] = []
         self.cancelled: list[str] = []
+        self.changes: list[tuple[SessionChange, str, str, str | None]] = []
         self.tokenized_in: list[str] = []
         self.started = self.stopped = 0
         self.stuck = False
@@ -114,8 +117,19 @@ class ScriptedEngine:
     def backend(self) -> dict[str, Any]:
         return {"name": "scripted", "reason": "a test asked for it"}
 
-    def sessions(self) -> list[dict[str, Any]]:
-        return [{"tokens": len(request.prompt.tokens)} for request in self.requests]
+    def sessions(self, owner: str) -> list[dict[str, Any]]:
+        return [
+            {"id": f"s{i}", "tokens": len(r.prompt.tokens)} for i, r in enumerate(self.requests) if r.owner == owner
+        ]
+
+    def change_session(
+        self, change: SessionChange, owner: str, id: str, new_id: str | None = None
+    ) -> Future[dict[str, Any]]:
+        self.changes.append((change, owner, id, new_id))
+        done: Future[dict[str, Any]] = Future()
+        if not self.stuck:
+            done.set_result({"id": new_id or id})
+        return done
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

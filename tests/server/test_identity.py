@@ -36,6 +36,24 @@ def test_unprintable_names_are_refused(key: str) -> None:
     assert (caught.value.status, caught.value.param) == (400, "prompt_cache_key")
 
 
+@pytest.mark.parametrize(
+    "key", ["/etc/passwd", "../x", "a/../../b", "..", ".", "a/./b", "\\share", "..\\x", "a\\..\\b"]
+)
+def test_names_that_read_as_paths_are_refused(key: str) -> None:
+    with pytest.raises(InvalidRequest, match="must not read as a path") as caught:
+        session_key(None, Headers({"X-Session-ID": key}))
+    assert (caught.value.status, caught.value.param) == (400, "X-Session-ID")
+
+
+@pytest.mark.parametrize("key", ["team/a", "a..b", "v1.2", "...", "a/b...", "C:"])
+def test_slashes_and_dots_alone_are_no_path(key: str) -> None:
+    assert session_key(key, Headers()) == key
+
+
+def test_spaces_around_a_name_do_not_count() -> None:
+    assert session_key("  ", Headers({"X-Session-ID": " a b "})) == "a b"
+
+
 def test_length() -> None:
     assert session_key("x" * 256, Headers()) == "x" * 256
     with pytest.raises(InvalidRequest, match="maximum length 256") as caught:

@@ -1,6 +1,7 @@
 """Requests put to a real engine, and what must hold of it afterwards."""
 
 import queue
+import uuid
 from typing import Any
 
 from server.engine.engine import MlxEngine
@@ -16,7 +17,7 @@ class Answer:
         self.events: queue.Queue[Event] = queue.Queue()
         prompt = engine.tokenize([{"role": "user", "content": asked}] if isinstance(asked, str) else asked)
         options = {"max_tokens": 8, "sampling": GREEDY} | options
-        self.request = GenerationRequest(f"request-{name}", prompt, session=name, **options)
+        self.request = GenerationRequest(f"request-{uuid.uuid4()}", prompt, session=name, **options)
         engine.submit(self.request, self.events.put)
 
     def end(self) -> Finished | Failed:

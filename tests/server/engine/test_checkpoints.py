@@ -71,7 +71,7 @@ def test_sessions_share_a_system_message(engine: MlxEngine) -> None:
     ]  # so long that its end is of no use
     yours = [system, of("user", "Please repeat: alpha beta gamma.")]
     alone = Answer(engine, yours, "alone", max_tokens=12).text()
-    engine._registry.forget(engine._registry._sessions["alone"])
+    engine._registry.forget(engine._registry._sessions["", "alone"])
     _, usage = Answer(engine, mine, "mine", max_tokens=12).whole()
     assert usage.cached_tokens == 0
     text, usage = Answer(engine, yours, "yours", max_tokens=12).whole()

@@ -80,7 +80,7 @@ def test_a_running_answer_rests_at_an_orderly_stop(start: Callable[..., MlxEngin
     one = start()
     asked = [of("user", "Please continue: " + TEXT * 12)]
     answer = Answer(one, asked, "a", max_tokens=3000)
-    while not one._runs or next(iter(one._runs.values())).generated < 5:
+    while not one._turns.runs or next(iter(one._turns.runs.values())).generated < 5:
         answer.events.get(timeout=60)
     one.stop()
     two = start()
@@ -182,11 +182,11 @@ def test_a_session_that_fails_goes_on_from_what_the_disk_has(
     text = Answer(one, asked, "a", max_tokens=20).text()
     one.stop()
     two, more = start(), [*asked, of("assistant", text), of("user", "And then?")]
-    step = two._generator.next
+    step = two._turns.generator.next
     with monkeypatch.context() as patch:
-        patch.setattr(two._generator, "next", lambda: step() and 1 / 0)
+        patch.setattr(two._turns.generator, "next", lambda: step() and 1 / 0)
         assert isinstance(Answer(two, more, "a", max_tokens=20).end(), Failed)
-    assert "a" not in states(two)
+    assert states(two)["a"] == "spilled"
     _, usage = Answer(two, more, "a", max_tokens=20).whole()
     assert usage.prompt_tokens - usage.cached_tokens < 15
 

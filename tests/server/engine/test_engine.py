@@ -15,7 +15,7 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
     engine: MlxEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(Answer(engine, "Hello!", "before").end(), Finished)
-    broken = engine._generator
+    broken = engine._turns.generator
 
     def fault() -> Any:
         raise RuntimeError("injected")
@@ -55,7 +55,7 @@ def test_a_dead_engine_ends_its_requests_and_says_so(engine: MlxEngine, monkeypa
     def die() -> None:
         raise SystemError("injected")
 
-    monkeypatch.setattr(engine, "_admit", die)
+    monkeypatch.setattr(engine._turns, "admit", die)
     end = answer.end()
     assert isinstance(end, Failed)
     assert isinstance(end.error, EngineDead)
@@ -68,17 +68,17 @@ def test_a_dead_engine_ends_its_requests_and_says_so(engine: MlxEngine, monkeypa
 
 
 def test_a_stuck_engine_is_unhealthy_and_recovers(engine: MlxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = engine._step
+    step = engine._turns.step
 
     def slow() -> None:
         time.sleep(2.5)
         step()
 
-    monkeypatch.setattr(engine, "_step", slow)
+    monkeypatch.setattr(engine._turns, "step", slow)
     answer = Answer(engine, "Hello!", "slow", max_tokens=1)
     time.sleep(2.0)
     assert not engine.health().alive
-    monkeypatch.setattr(engine, "_step", step)
+    monkeypatch.setattr(engine._turns, "step", step)
     assert isinstance(answer.end(), Finished)
     assert engine.health().alive
 
@@ -87,7 +87,7 @@ def test_two_turns_of_one_session_run_one_after_the_other(engine: MlxEngine) -> 
     first = Answer(engine, "Repeat after me: alpha beta", "shared", max_tokens=20)
     second = Answer(engine, "Repeat after me: alpha beta", "shared", max_tokens=20)
     assert first.text() == second.text()
-    assert engine._registry._sessions["shared"].turns == 2
+    assert engine._registry._sessions["", "shared"].turns == 2
 
 
 def test_a_cancelled_request_gets_no_further_events_and_its_promise_is_void(engine: MlxEngine) -> None:

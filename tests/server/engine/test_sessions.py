@@ -11,6 +11,7 @@ from mlx.nn.layers.base import Module
 from server.engine.budget import Budget, make_room
 from server.engine.checkpoints import MOST
 from server.engine.sessions import Claim, SessionRegistry
+from server.protocol import Prompt
 from turbocache.plan import all_native, plan_layers
 from turbocache.presets import preset
 from turbocache.ring import RingConfig
@@ -35,7 +36,7 @@ class Talk:
 
     def turn(self, name: str | None, prompt: Sequence[int], answer: Sequence[int] = ()) -> tuple[Claim, np.ndarray]:
         """A prompt and an answer of given tokens; returns the claim and the logits after the prompt."""
-        claim = self.registry.claim(name, prompt)
+        claim = self.registry.claim(name, Prompt(prompt))
         assert claim is not None
         logits = self.feed(claim.cache, prompt[claim.cached :])
         if self.store.can_checkpoint:
@@ -154,7 +155,7 @@ def test_caches_that_grow_for_ever_are_not_copied(tiny_llama: Module) -> None:
     talk.registry = SessionRegistry(talk.store)
     assert not talk.store.can_checkpoint
     talk.turn("a", FIRST, ANSWER)
-    cache = talk.registry._sessions["a"].cache
+    cache = talk.registry._sessions["", "a"].cache
     claim, _ = talk.turn("a", FIRST + ANSWER + SECOND)
     assert claim.cache is cache
     assert not claim.session.checkpoints

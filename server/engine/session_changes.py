@@ -1,0 +1,117 @@
+"""What becomes of sessions besides their turns: clients delete, fork, save and restore them, and time passes.
+
+Everything here runs on the engine's thread.
+"""
+
+import time
+import uuid
+from typing import Any
+
+from server.engine.budget import Budget
+from server.engine.disk import SessionDisk
+from server.engine.session import Session
+from server.engine.sessions import LEAST_SHARED, SessionRegistry
+from server.engine.turns import Turns
+from server.errors import Conflict, InvalidRequest, NotFound, SessionNotSaved
+from server.protocol import SessionChange
+from server.settings import Settings
+from turbocache.store import CacheStore, evaluate
+
+
+class SessionChanges:
+    """Changes to sessions at rest."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: CacheStore,
+        disk: SessionDisk | None,
+        budget: Budget,
+        registry: SessionRegistry,
+        turns: Turns,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._disk = disk
+        self._budget = budget
+        self._registry = registry
+        self._turns = turns
+
+    def make(self, change: SessionChange, owner: str, id: str, new_id: str | None = None) -> dict[str, Any]:
+        """One change that a client asks for; returns the session's row afterwards. See `server.protocol.Engine`."""
+        session = self._registry.find(owner, id)
+        if session is None or not (session.running or session.stored or session.cache):
+            raise NotFound(f"There is no session '{_shown(id)}'.", param="session_id", code="session_not_found")
+        if session.running:
+            raise Conflict("The session is answering. Please try again when it has.", code="session_running", retry=1)
+        if change == "delete":
+            self._registry.delete(session)
+            row: dict[str, Any] = {"id": id, "object": "session.deleted", "deleted": True}
+        elif change == "fork":
+            row = self._turns.gauges.row(self._fork(session, new_id))
+        else:
+            row = self._turns.gauges.row(self._save(session) if change == "save" else self._restore(session))
+        self._turns.refresh()
+        return row
+
+    def tidy(self) -> None:
+        """While nothing is asked for: write one session that has rested for a while to disk, and let one go that has
+        not been used for too long.
+        """
+        now, limit = time.time(), self._settings.session_ttl
+        resting = sorted(self._registry.idle(), key=lambda session: session.last_used)
+        for session in resting:
+            if limit is not None and session.last_used < now - limit:
+                self._registry.spill(session)
+                self._turns.refresh()
+                return
+        if self._disk is None:
+            return
+        for session in resting:
+            unsaved = not session.stored and len(session.tokens) >= LEAST_SHARED and not session.unsavable
+            if unsaved and session.last_used < now - self._settings.session_save_after:
+                session.unsavable = not self._registry.save(session)
+                self._turns.refresh()
+                return
+
+    def _fork(self, session: Session, new_id: str | None) -> Session:
+        id = new_id or f"fork-{uuid.uuid4().hex[:12]}"
+        if self._registry.find(session.owner, id) is not None:
+            raise Conflict(f"There is a session '{_shown(id)}' already.", param="id", code="session_exists")
+        self._restore(session)
+        other = self._registry.fork(session, id)
+        assert other.cache is not None
+        evaluate(other.cache)
+        self._turns.make_room()
+        return other
+
+    def _save(self, session: Session) -> Session:
+        if self._disk is None:
+            raise InvalidRequest(
+                "Sessions are kept in memory only: the server was started without TURBOCACHE_SESSION_DIR.",
+                code="session_dir_not_set",
+            )
+        if not self._registry.save(session):
+            raise SessionNotSaved("The session could not be written to disk. The server's log has the reason.")
+        return session
+
+    def _restore(self, session: Session) -> Session:
+        if not session.spilled:
+            return session
+        promise = f"restore-{uuid.uuid4().hex}"
+        self._budget.promise(promise, len(session.tokens))
+        try:
+            self._budget.start(promise)
+            refused = self._registry.restore(session, self._turns.make_room)
+        finally:
+            self._budget.release(promise)
+        if session.cache is None:
+            if refused is None:
+                raise SessionNotSaved("The session could not be read from disk. The server's log has the reason.")
+            raise Conflict(f"The session's file is refused: {refused}.", code="session_file_refused")
+        self._turns.make_room()
+        return session
+
+
+def _shown(id: str) -> str:
+    return id if len(id) <= 100 else f"{id[:100]}..."

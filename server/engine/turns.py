@@ -1,0 +1,302 @@
+"""The turns in the batch: started when there is room, stepped together, and put to rest with their sessions.
+
+Everything here runs on the engine's thread.
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
+
+from server.engine.budget import Budget, make_room
+from server.engine.checkpoints import Kind
+from server.engine.faults import FaultLog
+from server.engine.gauges import Gauges
+from server.engine.generator import Generator
+from server.engine.host import Host
+from server.engine.run import ANSWER_STEP, Run
+from server.engine.sessions import LEAST_SHARED, Claim, SessionRegistry
+from server.engine.text import TextAssembler
+from server.engine.waiting import Entry, WaitingRoom
+from server.errors import EngineDead, InternalError, KernelFault, OutOfMemory, ServerError
+from server.metrics import Metrics
+from server.protocol import Failed, Finished, FinishReason, GenerationRequest, PrefillProgress, Prompt
+from server.settings import Settings
+from turbocache.pool import PoolExhausted
+from turbocache.store import evaluate
+
+log = logging.getLogger(__name__)
+
+_YIELD_SECONDS = 1e-3
+"""After a first token the event loop gets the interpreter to itself, to send it before the next step is built."""
+
+
+class Turns:
+    """Runs requests from `waiting` in one batch. `runs` are those in it, by the generator's uids."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        host: Host,
+        waiting: WaitingRoom,
+        budget: Budget,
+        registry: SessionRegistry,
+    ) -> None:
+        self.runs: dict[int, Run] = {}
+        self.faults = FaultLog(metrics, host.backend.name)
+        self.gauges = Gauges(metrics, host, registry, budget)
+        self._settings = settings
+        self._metrics = metrics
+        self._host = host
+        self._waiting = waiting
+        self._budget = budget
+        self._registry = registry
+        self.generator = self._new_generator()
+
+    def _new_generator(self) -> Generator:
+        return Generator(self._host.model, self._settings.max_batch, self._settings.prefill_chunk)
+
+    def refresh(self) -> None:
+        """Bring gauges and session rows up to date."""
+        self.gauges.refresh(len(self._waiting), self.runs.values())
+
+    def refresh_now_and_then(self) -> None:
+        self.gauges.refresh_now_and_then(len(self._waiting), self.runs.values())
+
+    # Into the batch.
+
+    def admit(self) -> None:
+        """Start waiting requests, oldest first, while the batch has room. A turn whose session runs is passed over."""
+        for entry in self._waiting:
+            if len(self.runs) >= self._settings.max_batch:
+                return
+            if self._start(entry):
+                self._waiting.remove(entry)
+
+    def _start(self, entry: Entry) -> bool:
+        """Begin a turn, or refuse it for good; False when it has to wait."""
+        request = entry.request
+        self._budget.start(request.request_id)
+        claim = self._registry.claim(request.session, request.prompt, request.owner, lambda: self.make_room(request))
+        if claim is None:
+            self._budget.start(request.request_id, started=False)
+            return False
+        if not self.make_room(request):
+            self._registry.give_back(claim, request.prompt.tokens)
+            self._budget.release(request.request_id)
+            error = OutOfMemory(
+                "The memory is held by named conversations that were used after this request came. Please try again."
+            )
+            self._metrics.admission_refusals.labels(reason="later_sessions").inc()
+            entry.deliver(Failed(error))
+            return True
+        self._insert(entry, claim)
+        return True
+
+    def _insert(self, entry: Entry, claim: Claim) -> None:
+        request, tokens = entry.request, entry.request.prompt.tokens
+        stops = self._stops(request.prompt, claim.cached)
+        uid = self.generator.insert(tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops)
+        text = TextAssembler(self._host.model.tokenizer, tokens, request.stop)
+        # Not the claim itself: its cache would stay beside the batch's.
+        self.runs[uid] = Run(
+            request, entry.deliver, claim.session, claim.cached, claim.prefill, text, entry.limit, entry.allowed,
+            stops=stops,
+        )  # fmt: skip
+        self._metrics.prompt_tokens.labels(source="cached").inc(claim.cached)
+        self._metrics.checkpoint_hits.labels(kind=claim.source).inc()
+
+    def _stops(self, prompt: Prompt, cached: int) -> dict[int, Kind]:
+        """Where in a prompt to take checkpoints while it is read. Of a state that can't go back by the few tokens that
+        open an answer one is taken before them.
+        """
+        store, stops = self._host.store, dict[int, Kind]()
+        if not store.can_checkpoint:
+            return stops
+        if prompt.system_end >= cached + LEAST_SHARED:
+            stops[prompt.system_end] = "system"
+        if prompt.messages_end > cached and not store.can_go_back:
+            stops[prompt.messages_end] = "prompt"
+        return stops
+
+    def make_room(self, request: GenerationRequest | None = None) -> bool:
+        """Hold the budget; for an unnamed request without touching named sessions that were used after it came. False
+        if that isn't enough.
+        """
+        before = request.arrived if request is not None and request.session is None else None
+        room = make_room(self._budget, self._registry, self._host.store, before)
+        self._metrics.evictions.labels(reason="memory").inc(room.sessions)
+        self._metrics.checkpoint_drops.labels(reason="memory").inc(room.checkpoints)
+        return room.enough
+
+    # Steps.
+
+    def step(self) -> None:
+        """One step of the batch: a token for each row that answers, a chunk for those that still read."""
+        try:
+            prompts, tokens = self.generator.next()
+        except Exception as error:
+            log.error("a step failed; the requests in it are answered with an error", exc_info=error)
+            if not isinstance(error, PoolExhausted):
+                self.faults.note(type(error).__name__)
+            self._drop_batch(InternalError if isinstance(error, PoolExhausted) else KernelFault, error)
+            return
+        bad = []
+        for response in tokens:
+            if (run := self.runs.get(response.uid)) is None:
+                continue
+            if self.generator.finite(response.uid):
+                self._take(run, response)
+            else:
+                bad.append(response.uid)
+        for progress in prompts:
+            if run := self.runs.get(progress.uid):
+                self._checkpoint_stop(progress, run)
+                run.deliver(PrefillProgress(*progress.progress))
+        bad += self._begin_answers(progress.uid for progress in prompts if progress.end_of_prompt)
+        if bad:
+            self._fail_rows(bad)
+
+    def _begin_answers(self, uids: Iterable[int]) -> list[int]:
+        """Prompts are through: count them, and send the first token's text without waiting for the second. Returns
+        the rows that have no first token because their logits are not finite.
+        """
+        bad = []
+        firsts = self.generator.first_tokens(uids)
+        for uid, token in firsts.items():
+            run = self.runs[uid]
+            self._count_prefill(run)
+            if token is None:
+                bad.append(uid)
+            elif token not in self._host.model.tokenizer.eos_token_ids:
+                run.send(run.text.add(token))
+                run.sent_ahead = True
+                time.sleep(_YIELD_SECONDS)
+        for uid in firsts.keys() - bad:
+            self._checkpoint_prompt(uid, self.runs[uid])
+        return bad
+
+    def _count_prefill(self, run: Run) -> None:
+        self._budget.prefilled(run.request.request_id)
+        self._metrics.prompt_tokens.labels(source="prefilled").inc(len(run.request.prompt.tokens) - run.cached)
+        for reason, n in run.prefill.items():
+            self._metrics.prefilled_tokens.labels(reason=reason).inc(n)
+
+    def _checkpoint_stop(self, progress: PromptProcessingBatch.Response, run: Run) -> None:
+        """A prompt has come to a place at which it may have to stop."""
+        at = run.cached + progress.progress[0]
+        if progress.end_of_segment and not progress.end_of_prompt and (kind := run.stops.get(at)):
+            self._checkpoint(progress.uid, run, kind, at)
+
+    def _checkpoint_prompt(self, uid: int, run: Run) -> None:
+        """The prompt is in the cache and nothing of the answer."""
+        if self._host.store.can_checkpoint and self._host.store.can_go_back:
+            self._checkpoint(uid, run, "prompt", len(run.request.prompt.tokens))
+
+    def _checkpoint(self, uid: int, run: Run, kind: Kind, n_tokens: int) -> None:
+        cache = self.generator.snapshot(uid)
+        self._registry.checkpoint(run.session, kind, run.request.prompt.tokens[:n_tokens], cache)
+        self.make_room(run.request)
+
+    def _take(self, run: Run, response: GenerationBatch.Response) -> None:
+        """One token of one run."""
+        run.generated += 1
+        self._metrics.generated_tokens.inc()
+        if (interval := run.token_interval()) is not None:
+            self._metrics.inter_token_latency.observe(interval)
+        if run.sent_ahead:
+            run.sent_ahead = False
+        elif response.finish_reason != "stop":
+            run.send(run.text.add(response.token))
+        if run.text.stopped or response.finish_reason is not None:
+            reason: FinishReason = "length" if response.finish_reason == "length" and not run.text.stopped else "stop"
+            self._finish(response.uid, run, reason, response.prompt_cache, response.all_tokens)
+        elif run.generated == run.allowed and not self._allow_more(run):
+            self._finish(response.uid, run, "length", None, None)
+
+    def _allow_more(self, run: Run) -> bool:
+        allowed = min(run.limit, run.allowed + ANSWER_STEP)
+        if not self._budget.extend(run.request.request_id, len(run.request.prompt.tokens) + allowed):
+            return False
+        run.allowed = allowed
+        return self.make_room(run.request)
+
+    # Out of the batch.
+
+    def _finish(self, uid: int, run: Run, reason: FinishReason, cache: Any, tokens: Any) -> None:
+        run.send(run.text.finish())
+        if cache is None:
+            cache, tokens = self.generator.remove(uid)
+        self._rest(uid, run, cache, tokens)
+        run.deliver(Finished(reason, run.usage))
+
+    def _rest(self, uid: int, run: Run, cache: Any, tokens: Any) -> None:
+        """Give a run's session its cache back and void the run's promise."""
+        evaluate(cache)
+        del self.runs[uid]
+        self._registry.put_back(run.session, cache, tokens)
+        self._budget.release(run.request.request_id)
+        # Before the client hears of the end, so that what it asks next sees this turn.
+        self.refresh()
+
+    def rest_all(self) -> None:
+        """An orderly stop: what has been computed stays with its sessions."""
+        for uid, run in list(self.runs.items()):
+            self._rest(uid, run, *self.generator.remove(uid))
+            run.deliver(Failed(EngineDead("The server is shutting down.")))
+
+    def cancel(self, request_id: str) -> None:
+        """Stop working for a client that is gone. What its session has cached so far stays."""
+        for entry in self._waiting:
+            if entry.request.request_id == request_id:
+                self._waiting.remove(entry)
+                self._budget.release(request_id)
+                return
+        for uid, run in self.runs.items():
+            if run.request.request_id == request_id:
+                self._rest(uid, run, *self.generator.remove(uid))
+                return
+
+    def _fail_rows(self, uids: list[int]) -> None:
+        """Rows whose logits are not finite: end them before their next token, and forget what they have cached."""
+        self.faults.note(f"{len(uids)} of {len(self.runs)} rows with logits that are not finite")
+        for uid in uids:
+            self.generator.drop(uid)
+            run = self.runs.pop(uid)
+            self._give_up(run, KernelFault.of(run.request.request_id))
+
+    def _drop_batch(self, kind: type[InternalError], error: Exception) -> None:
+        """A step failed midway: its rows can't be trusted. Fail the runs, forget their sessions' caches, start anew."""
+        self.generator = self._new_generator()
+        self._host.store.close_all_but(self._registry.caches())
+        runs, self.runs = self.runs, {}
+        for run in runs.values():
+            failure = kind.of(run.request.request_id)
+            failure.__cause__ = error
+            self._give_up(run, failure)
+
+    def refuse(self, verdict: str) -> None:
+        """Too many faults. What rests is kept, though nobody will be answered before a restart."""
+        if self.runs:
+            self.generator = self._new_generator()
+        self.end_all(EngineDead(f"The server has stopped answering: {verdict}."))
+
+    def _give_up(self, run: Run, error: ServerError) -> None:
+        """End a run that is out of the batch; its session is forgotten and its promise void."""
+        self._registry.put_back(run.session, None, [])
+        self._budget.release(run.request.request_id)
+        self.refresh()
+        run.deliver(Failed(error))
+
+    def end_all(self, error: EngineDead) -> None:
+        """Nothing is computed any more: end what runs and what waits."""
+        runs, self.runs = self.runs, {}
+        for run in runs.values():
+            self._give_up(run, error)
+        for entry in self._waiting:
+            self._waiting.remove(entry)
+            self._budget.release(entry.request.request_id)
+            entry.deliver(Failed(error))
