@@ -44,15 +44,15 @@ class SessionChanges:
             raise NotFound(f"There is no session '{_shown(id)}'.", param="session_id", code="session_not_found")
         if session.running:
             raise Conflict("The session is answering. Please try again when it has.", code="session_running", retry=1)
-        if change == "delete":
-            self._registry.delete(session)
-            row: dict[str, Any] = {"id": id, "object": "session.deleted", "deleted": True}
-        elif change == "fork":
-            row = self._turns.gauges.row(self._fork(session, new_id))
-        else:
-            row = self._turns.gauges.row(self._save(session) if change == "save" else self._restore(session))
-        self._turns.refresh()
-        return row
+        try:
+            if change == "delete":
+                self._registry.delete(session)
+                return {"id": id, "object": "session.deleted", "deleted": True}
+            if change == "fork":
+                return self._turns.gauges.row(self._fork(session, new_id))
+            return self._turns.gauges.row(self._save(session) if change == "save" else self._restore(session))
+        finally:
+            self._turns.refresh()
 
     def tidy(self) -> None:
         """While nothing is asked for: write one session that has rested for a while to disk, and let one go that has

@@ -131,7 +131,8 @@ def test_what_can_t_be_done_is_said(start: Callable[..., MlxEngine], tmp_path: P
     Answer(one, ASKED, "a", max_tokens=5).text()
     one.stop()
     two, (path,) = start(), files(tmp_path)
-    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(Conflict, match="the contents are not what was written") as refused:
         change(two, "restore", "a")
     assert refused.value.code == "session_file_refused"
