@@ -1,56 +1,19 @@
 """Sessions and their checkpoints over real caches: where turns go on, and that going back costs no exactness."""
 
-from collections.abc import Sequence
-from typing import Any
-
-import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.nn.layers.base import Module
 
 from server.engine.budget import Budget, make_room
 from server.engine.checkpoints import MOST
-from server.engine.sessions import Claim, SessionRegistry
-from server.protocol import Prompt
-from turbocache.plan import all_native, plan_layers
+from server.engine.sessions import SessionRegistry
+from tests.server.engine.talk import Talk, some
+from turbocache.plan import all_native
 from turbocache.presets import preset
 from turbocache.ring import RingConfig
-from turbocache.store import CacheStore, fork
+from turbocache.store import CacheStore
 
 PLAIN, ROTATING = RingConfig(8, 64), RingConfig(8, 64, 200)
-
-
-class Talk:
-    """Turns of sessions with a model, the way the engine takes them."""
-
-    def __init__(self, model: Module, ring: RingConfig, preset_name: str = "k4v4") -> None:
-        self.model = model
-        self.store = CacheStore(model, plan_layers(model), preset(preset_name), "reference", ring, n_pages=200)
-        self.registry = SessionRegistry(self.store)
-
-    def feed(self, cache: list[Any], tokens: Sequence[int]) -> mx.array:
-        """The logits after the last of the tokens."""
-        logits = self.model(mx.array([list(tokens)]), cache=cache)[0, -1]
-        mx.eval(logits)
-        return logits
-
-    def turn(self, name: str | None, prompt: Sequence[int], answer: Sequence[int] = ()) -> tuple[Claim, np.ndarray]:
-        """A prompt and an answer of given tokens; returns the claim and the logits after the prompt."""
-        claim = self.registry.claim(name, Prompt(prompt))
-        assert claim is not None
-        logits = self.feed(claim.cache, prompt[claim.cached :])
-        if self.store.can_checkpoint:
-            self.registry.checkpoint(claim.session, "prompt", prompt, fork(claim.cache))
-        for token in answer:
-            self.feed(claim.cache, [token])
-        self.registry.put_back(claim.session, claim.cache, [*prompt, *answer])
-        self.store.spec.check_integrity()
-        return claim, np.array(logits.astype(mx.float32))
-
-
-def some(seed: int, n: int) -> list[int]:
-    return [int(t) for t in np.random.default_rng(seed).integers(1, 90, n)]
-
 
 FIRST, ANSWER, SECOND, EDITED = some(1, 150), some(2, 40), some(3, 130), some(4, 90)
 REASONED = some(6, 130)
