@@ -26,6 +26,7 @@ class Gauges:
     def __init__(self, metrics: Metrics, host: Host, registry: SessionRegistry, budget: Budget) -> None:
         self.session_rows: dict[tuple[str, str], dict[str, Any]] = {}
         self._budget = budget
+        self._counted: dict[tuple[str, str], tuple[Any, dict[str, int]]] = {}
         self._metrics = metrics
         self._host = host
         self._registry = registry
@@ -82,6 +83,9 @@ class Gauges:
         m.budget_bytes.labels(kind="promised").set(self._budget.promised)
         m.budget_bytes.labels(kind="resting").set(resting := self._host.store.resting_nbytes(self._registry.caches()))
         m.pressure.set((self._budget.started + resting) / self._budget.total)
+        self._counted = {
+            session.key: self._counted[session.key] for session in sessions if session.key in self._counted
+        }
         self.session_rows = {session.key: self.row(session, running.get(session.key)) for session in sessions}
 
     def _attention_paths(self) -> dict[str, int]:
@@ -113,15 +117,30 @@ class Gauges:
         }
 
     def _nbytes(self, session: Session) -> dict[str, int]:
-        """By kind. Pages that a checkpoint shares with its session are the session's; pages that other sessions share
-        count in full.
+        """By kind. A checkpoint's pages that the session has as well are the session's; pages that other sessions share
+        count in full. Counted anew only when the session has changed, because long sessions have thousands of pages.
         """
+        version = (session.last_used, len(session.tokens), tuple(id(kept) for kept in session.checkpoints))
+        known, nbytes = self._counted.get(session.key, (None, {}))
+        if known == version:
+            return nbytes
         spec, cache, ring = self._host.store.spec, session.cache or [], ring_of(session.cache or ())
-        kinds = dict.fromkeys(("pages", "sink", "window", "recurrent"), 0)
-        kinds["recurrent"] = native_nbytes(cache)
+        pages = set() if ring is None else set(ring.pages)
+        nbytes = {
+            "pages": len(pages) * spec.pool.page_nbytes,
+            "sink": 0,
+            "window": 0,
+            "recurrent": native_nbytes(cache),
+        }
         if ring is not None:
-            kinds["pages"] = len(ring.pages) * spec.pool.page_nbytes
-            kinds["sink"] = spec.ring.keep * spec.raw_token_nbytes
-            kinds["window"] = spec.ring.window_slots * spec.raw_token_nbytes
-        both = self._host.store.resting_nbytes([cache, *(kept.cache for kept in session.checkpoints)])
-        return {**kinds, "checkpoints": max(0, both - sum(kinds.values()))}
+            nbytes["sink"] = spec.ring.keep * spec.raw_token_nbytes
+            nbytes["window"] = spec.ring.window_slots * spec.raw_token_nbytes
+        others, held = set[int](), 0
+        for kept in session.checkpoints:
+            held += self._host.store.held_nbytes(kept.cache)
+            if (theirs := ring_of(kept.cache)) is not None:
+                held -= len(theirs.pages) * spec.pool.page_nbytes
+                others.update(theirs.pages)
+        nbytes["checkpoints"] = held + len(others - pages) * spec.pool.page_nbytes
+        self._counted[session.key] = version, nbytes
+        return nbytes

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,7 @@ def hits(engine: MlxEngine, kind: str) -> float:
 
 
 @pytest.fixture
-def hybrid(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], MlxEngine]]:
+def hybrid(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., MlxEngine]]:
     """Starts engines with a model of recurrent and attention layers, of random weights."""
     vocabulary = {**OVERRIDES.get("qwen3_next", {}), "vocab_size": len(bundled.tokenizer.get_vocab()) + 64}
     monkeypatch.setitem(OVERRIDES, "qwen3_next", vocabulary)
@@ -32,8 +34,8 @@ def hybrid(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     monkeypatch.setattr(host, "load_model", lambda source: loaded)
     engines: list[MlxEngine] = []
 
-    def start() -> MlxEngine:
-        engines.append(MlxEngine(SETTINGS, Metrics()))
+    def start(**settings: Any) -> MlxEngine:
+        engines.append(MlxEngine(SETTINGS.model_copy(update=settings), Metrics()))
         engines[-1].start()
         return engines[-1]
 
@@ -42,7 +44,7 @@ def hybrid(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
         engine.stop()
 
 
-def test_a_recurrent_model_goes_back_to_the_end_of_the_messages(hybrid: Callable[[], MlxEngine]) -> None:
+def test_a_recurrent_model_goes_back_to_the_end_of_the_messages(hybrid: Callable[..., MlxEngine]) -> None:
     engine = hybrid()
     assert not engine._host.store.can_go_back
     first = [of("user", "Tell me about rivers, mills and the weather of the day. " * 12)]
@@ -61,6 +63,20 @@ def test_a_recurrent_model_goes_back_to_the_end_of_the_messages(hybrid: Callable
     assert Answer(fresh, second, "b", max_tokens=30).text() == text
     assert Answer(fresh, third, "c", max_tokens=30).text() == whole
     assert owned_by_nobody(engine)
+
+
+def test_a_recurrent_model_goes_back_after_a_restart(hybrid: Callable[..., MlxEngine], tmp_path: Path) -> None:
+    """Its checkpoints are on disk with it: without them the changed answer would cost everything."""
+    engine = hybrid(session_dir=tmp_path)
+    first = [of("user", "Tell me about rivers, mills and the weather of the day. " * 12)]
+    Answer(engine, first, "a", max_tokens=30).whole()
+    second = [*first, of("assistant", "Rivers."), of("user", "And lakes?")]
+    engine.stop()
+    again, never = hybrid(session_dir=tmp_path), hybrid()
+    text, usage = Answer(again, second, "a", max_tokens=30).whole()
+    assert usage.cached_tokens == engine.tokenize(first).messages_end > 100
+    assert hits(again, "prompt") == 1
+    assert text == Answer(never, second, "a", max_tokens=30).text()
 
 
 def test_sessions_share_a_system_message(engine: MlxEngine) -> None:

@@ -62,6 +62,23 @@ def test_a_fork_shares_until_it_diverges(start: Callable[..., MlxEngine]) -> Non
     assert owned_by_nobody(engine)
 
 
+def test_bytes_are_told_by_kind(start: Callable[..., MlxEngine]) -> None:
+    engine = start()
+    text = Answer(engine, [of("user", TEXT * 40)], "a", max_tokens=20).text()
+    Answer(engine, [of("user", TEXT * 40), of("assistant", text), of("user", "And then?")], "a", max_tokens=5).text()
+    store, (session,) = engine._host.store, list(engine._registry)
+    (row,) = engine.sessions()
+    assert row["checkpoints"] == len(session.checkpoints) > 1
+    assert all(row["bytes"][kind] > 0 for kind in ("pages", "sink", "window", "checkpoints"))
+    assert row["bytes"]["recurrent"] == 0
+    assert sum(row["bytes"].values()) == store.resting_nbytes(engine._registry.caches())
+    change(engine, "fork", "a", "b")
+    assert sum(engine.sessions()[0]["bytes"].values()) == sum(row["bytes"].values())
+    assert metric(engine, "budget_bytes", kind="total") == engine._budget.total
+    assert metric(engine, "budget_bytes", kind="resting") == store.resting_nbytes(engine._registry.caches())
+    assert metric(engine, "pressure_ratio") == metric(engine, "budget_bytes", kind="resting") / engine._budget.total
+
+
 def test_a_deleted_session_is_gone_from_memory_and_disk(start: Callable[..., MlxEngine], tmp_path: Path) -> None:
     engine = start()
     for name in ("a", "b"):

@@ -7,6 +7,7 @@ from mlx.nn.layers.base import Module
 from server.engine.budget import Budget, make_room
 from server.engine.checkpoints import MOST
 from server.engine.sessions import SessionRegistry
+from tests.models.tiny import build
 from tests.server.engine.talk import Talk, some
 from turbocache.plan import all_native
 from turbocache.presets import preset
@@ -142,3 +143,25 @@ def test_checkpoints_go_before_sessions_and_old_ones_first(tiny_llama: Module) -
     assert sizes[2][0] == [1, 1]
     assert sizes[3] == ([0, 0], 0)
     assert sizes[4] == ([], 2)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1"])
+def test_a_recurrent_model_s_second_turn_reads_only_what_is_new(name: str) -> None:
+    """And after an answer that comes back changed it goes back to its prompt, where a state can't be trimmed to."""
+    model = build(name)
+    talk, fresh = Talk(model, PLAIN), Talk(model, PLAIN)
+    assert not talk.store.can_go_back
+    talk.turn("a", FIRST, ANSWER)
+    claim, got = talk.turn("a", FIRST + ANSWER + SECOND)
+    assert (claim.source, claim.cached) == ("session", len(FIRST + ANSWER))
+    assert claim.prefill == {"new": len(SECOND)}
+    _, want = fresh.turn("b", FIRST + ANSWER + SECOND)
+    np.testing.assert_allclose(got, want, atol=1e-3 * np.abs(want).max())
+    claim, got = talk.turn("a", FIRST + ANSWER + EDITED)
+    assert (claim.source, claim.cached) == ("answer", len(FIRST + ANSWER))
+    _, want = fresh.turn("c", FIRST + ANSWER + EDITED)
+    np.testing.assert_allclose(got, want, atol=1e-3 * np.abs(want).max())
+    claim, got = talk.turn("a", FIRST + EDITED)
+    assert (claim.source, claim.cached) == ("prompt", len(FIRST))
+    _, want = fresh.turn("d", FIRST + EDITED)
+    np.testing.assert_allclose(got, want, atol=1e-3 * np.abs(want).max())
