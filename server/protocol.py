@@ -29,12 +29,13 @@ class SamplingParams:
 class Prompt:
     """A conversation as token ids (never empty). `system_end` and `messages_end` are numbers of tokens: what a system
     message begins, and all messages without the answer's opening; later conversations often leave each other there. 0
-    where that is not known.
+    where that is not known. `tool`: the last message is a tool's result, so the turn that a user began goes on.
     """
 
     tokens: Sequence[int]
     system_end: int = 0
     messages_end: int = 0
+    tool: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,10 @@ import numpy as np
 
 from turbocache import store
 
-Kind = Literal["system", "prompt", "answer"]
-"""Where a checkpoint lies: at the end of the system message, of a turn's prompt or of its answer."""
+Kind = Literal["system", "prompt", "tool", "answer"]
+"""Where a checkpoint lies: at the end of the system message, of a user's prompt, of one that ends with a tool's result,
+or of an answer.
+"""
 
 MOST = 4
 """Checkpoints of one session: each holds a raw sink and window of its own."""
@@ -62,8 +64,11 @@ class Start:
 def common_prefix(tokens: np.ndarray, prompt: np.ndarray) -> int:
     """Number of leading tokens that both share."""
     n = min(len(tokens), len(prompt))
-    differs = np.nonzero(tokens[:n] != prompt[:n])[0]
-    return int(differs[0]) if differs.size else n
+    for end in (min(n, _NEAR), n):  # most conversations differ at once
+        differs = np.nonzero(tokens[:end] != prompt[:end])[0]
+        if differs.size:
+            return int(differs[0])
+    return n
 
 
 def start_at(kind: str, tokens: np.ndarray, cache: list[Any] | None, prompt: np.ndarray) -> Start | None:
@@ -84,9 +89,18 @@ def deepest(starts: Iterable[Start | None]) -> Start | None:
 
 
 def added(checkpoints: list[Checkpoint], new: Checkpoint) -> list[Checkpoint]:
-    """With a new one, in the place of one of the same tokens. When there are too many the longest unused go, those at
-    the end of a system message last.
+    """With a new one, in the place of one of the same tokens. When there are too many the longest unused go, but last
+    the one at the end of a system message, and before that `turn_start`.
     """
     others = [old for old in checkpoints if not np.array_equal(old.tokens, new.tokens)]
-    others.sort(key=lambda checkpoint: (checkpoint.kind == "system", checkpoint.last_used))
+    start = turn_start(others)
+    others.sort(key=lambda checkpoint: (checkpoint.kind == "system", checkpoint is start, checkpoint.last_used))
     return sorted([*others[-(MOST - 1) :], new], key=lambda checkpoint: checkpoint.last_used)
+
+
+def turn_start(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
+    """Where the last user's prompt ended. Templates keep the reasoning of a turn while its tools run and drop it with
+    the next message of the user: the conversation then leaves what is cached here, many tool results ago.
+    """
+    prompts = [checkpoint for checkpoint in checkpoints if checkpoint.kind == "prompt"]
+    return max(prompts, key=lambda checkpoint: len(checkpoint.tokens), default=None)

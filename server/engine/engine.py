@@ -16,7 +16,7 @@ from server.engine.host import Host, announce, load_host
 from server.engine.prompt import PromptMaker
 from server.engine.run import ANSWER_STEP
 from server.engine.session_changes import SessionChanges
-from server.engine.sessions import SessionRegistry
+from server.engine.sessions import LEAST_SHARED, SessionRegistry
 from server.engine.turns import Turns
 from server.engine.waiting import Entry, WaitingRoom
 from server.errors import ContextLengthExceeded, EngineDead, OutOfMemory, StartupError
@@ -29,7 +29,8 @@ from turbocache.persistence import SessionFiles
 log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 0.5
-_STOP_SECONDS = 30.0
+_STOP_SECONDS = 60.0
+"""A stop waits as long as the thread does something; this long for any one thing, such as a session's way to disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,11 @@ class MlxEngine:
             raise StartupError(f"The engine could not start: {self._startup_error!r}.") from self._startup_error
 
     def stop(self) -> None:
-        """End every request with an error and the thread with it."""
-        self._stopping = True
+        """End every request with an error and the thread with it, once the sessions are on disk."""
+        self._stopping, self._beat = True, time.monotonic()
         self._commands.put(None)
-        self._thread.join(_STOP_SECONDS)
+        while self._thread.is_alive() and time.monotonic() - self._beat < _STOP_SECONDS:
+            self._thread.join(_IDLE_SECONDS)
 
     @property
     def model(self) -> ModelInfo:
@@ -212,8 +214,13 @@ class MlxEngine:
     def _rest_all(self) -> None:
         """An orderly stop: what has been computed stays with its sessions, and these go to disk."""
         self._turns.rest_all()
-        if self._settings.session_dir is not None:
-            log.info("%d sessions are on disk in %s", self._registry.save_all(), self._settings.session_dir)
+        if self._settings.session_dir is None:
+            return
+        n_saved = 0
+        for session in self._registry.idle()[::-1]:  # if the process is killed meanwhile, the dearest are there
+            self._beat = time.monotonic()
+            n_saved += len(session.tokens) >= LEAST_SHARED and self._registry.save(session)
+        log.info("%d sessions of this run are on disk in %s", n_saved, self._settings.session_dir)
 
     def _close(self, error: EngineDead) -> None:
         """Nothing is computed any more."""

@@ -25,7 +25,8 @@ class PromptMaker:
             raise InvalidRequest(f"The model {self._model.id} has no chat template.", param="messages")
         try:
             tokens = self._encoder.encode(messages)
-            return Prompt(tokens, self._encoder.system_end(messages, tokens), self._encoder.messages_end(tokens))
+            system_end, messages_end = self._encoder.system_end(messages, tokens), self._encoder.messages_end(tokens)
+            return Prompt(tokens, system_end, messages_end, tool=messages[-1].get("role") == "tool")
         except TemplateError as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"

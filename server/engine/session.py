@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from server.engine.checkpoints import Checkpoint, Start, start_at
+from server.engine.checkpoints import Checkpoint, Start, start_at, turn_start
 from turbocache.store import ring_of
 
 NOTHING = np.zeros(0, dtype=np.int32)
@@ -62,12 +62,12 @@ class Session:
 
     def needed(self, can_go_back: bool) -> Checkpoint | None:
         """The checkpoint that it can't do without where going back is not possible (`can_go_back` is False, or tokens
-        have rotated out): the end of its last prompt. An answer that comes back changed would cost everything.
+        have rotated out): the end of the user's last prompt. An answer that comes back changed would cost everything.
         """
         if can_go_back and not self.rotated:
             return None
-        prompts = [checkpoint for checkpoint in self.checkpoints if checkpoint.kind == "prompt"]
-        return max(prompts or self.checkpoints, key=lambda checkpoint: len(checkpoint.tokens), default=None)
+        deepest = max(self.checkpoints, key=lambda checkpoint: len(checkpoint.tokens), default=None)
+        return turn_start(self.checkpoints) or deepest
 
     def empty(self) -> None:
         """Let go of everything that it holds."""

@@ -144,10 +144,6 @@ class SessionRegistry:
                         self.forget(other, "evicted")
         return session.stored
 
-    def save_all(self) -> int:
-        """Write every session at rest to disk; returns how many are there."""
-        return sum(self.save(session) for session in self.idle() if len(session.tokens) >= LEAST_SHARED)
-
     def restore(self, session: Session, make_room: Callable[[], object]) -> str | None:
         """Bring a session back from disk, or forget it; then returns why its file was refused, if it was."""
         assert self._disk is not None

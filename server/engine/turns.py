@@ -119,7 +119,7 @@ class Turns:
         if prompt.system_end >= cached + LEAST_SHARED:
             stops[prompt.system_end] = "system"
         if prompt.messages_end > cached and not store.can_go_back:
-            stops[prompt.messages_end] = "prompt"
+            stops[prompt.messages_end] = _kind(prompt)
         return stops
 
     def make_room(self, request: GenerationRequest | None = None) -> bool:
@@ -194,7 +194,7 @@ class Turns:
     def _checkpoint_prompt(self, uid: int, run: Run) -> None:
         """The prompt is in the cache and nothing of the answer."""
         if self._host.store.can_checkpoint and self._host.store.can_go_back:
-            self._checkpoint(uid, run, "prompt", len(run.request.prompt.tokens))
+            self._checkpoint(uid, run, _kind(run.request.prompt), len(run.request.prompt.tokens))
 
     def _checkpoint(self, uid: int, run: Run, kind: Kind, n_tokens: int) -> None:
         cache = self.generator.snapshot(uid)
@@ -300,3 +300,7 @@ class Turns:
             self._waiting.remove(entry)
             self._budget.release(entry.request.request_id)
             entry.deliver(Failed(error))
+
+
+def _kind(prompt: Prompt) -> Kind:
+    return "tool" if prompt.tool else "prompt"

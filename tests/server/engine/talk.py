@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
+from server.engine.checkpoints import Kind
 from server.engine.sessions import Claim, SessionRegistry
 from server.protocol import Prompt
 from turbocache.plan import plan_layers
@@ -41,10 +42,12 @@ class Talk:
         claim = self.begin(name, prompt, system_end)
         return claim, self.finish(claim, prompt, answer)
 
-    def finish(self, claim: Claim, prompt: Sequence[int], answer: Sequence[int] = ()) -> np.ndarray:
+    def finish(
+        self, claim: Claim, prompt: Sequence[int], answer: Sequence[int] = (), kind: Kind = "prompt"
+    ) -> np.ndarray:
         logits = self.feed(claim.cache, prompt[claim.cached :])
         if self.store.can_checkpoint:
-            self.registry.checkpoint(claim.session, "prompt", prompt, fork(claim.cache))
+            self.registry.checkpoint(claim.session, kind, prompt, fork(claim.cache))
         for token in answer:
             self.feed(claim.cache, [token])
         self.registry.put_back(claim.session, claim.cache, [*prompt, *answer])

@@ -1,6 +1,7 @@
 """The engine by itself, on the bundled model: faults, order of turns, and what stays afterwards."""
 
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -88,6 +89,31 @@ def test_two_turns_of_one_session_run_one_after_the_other(engine: MlxEngine) -> 
     second = Answer(engine, "Repeat after me: alpha beta", "shared", max_tokens=20)
     assert first.text() == second.text()
     assert engine._registry._sessions["", "shared"].turns == 2
+
+
+def test_another_history_does_not_wait_for_its_name(engine: MlxEngine) -> None:
+    running = Answer(engine, "Tell me something long about rivers. " * 12, "shared", max_tokens=400)
+    running.events.get(timeout=60)
+    Answer(engine, "What is a good title for this? " * 12, "shared").text()
+    assert [row["state"] for row in engine.sessions()] == ["running", "resident"]
+    assert [row["name"] for row in engine.sessions()] == ["shared", "shared"]
+    engine.cancel(running.request.request_id)
+
+
+def test_what_waits_for_the_engine_ends_with_it(engine: MlxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[Future[Any]] = []
+
+    def die() -> None:
+        waiting.extend(engine.call(lambda: None) for _ in range(2))
+        assert waiting[1].cancel()  # its client is gone
+        raise SystemError("injected")
+
+    monkeypatch.setattr(engine._turns, "admit", die)
+    engine._thread.join(30)
+    with pytest.raises(EngineDead):
+        waiting[0].result(10)
+    with pytest.raises(EngineDead):
+        engine.call(lambda: None)
 
 
 def test_a_cancelled_request_gets_no_further_events_and_its_promise_is_void(engine: MlxEngine) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from server.engine import prompts
+from server.engine.prompt import PromptMaker
 from server.engine.prompts import PromptEncoder
 from turbocache.model import LoadedModel
 
@@ -116,3 +117,10 @@ def test_where_conversations_part(bundled: LoadedModel) -> None:
     assert 0 < len(closed) < len(tokens)
     assert encoder.system_end(asked[1:], tokens) == 0
     assert encoder.messages_end(closed) == 0
+
+
+def test_a_prompt_knows_whether_a_tool_or_the_user_has_the_last_word(bundled: LoadedModel) -> None:
+    maker, asked = PromptMaker(bundled), [{"role": "user", "content": "Hello!"}]
+    assert not maker.prompt(asked).tool
+    result = {"role": "tool", "content": "12", "tool_call_id": "x"}
+    assert maker.prompt([*asked, {"role": "assistant", "content": "Let me look."}, result]).tool

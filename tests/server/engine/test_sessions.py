@@ -165,3 +165,16 @@ def test_a_recurrent_model_s_second_turn_reads_only_what_is_new(name: str) -> No
     assert (claim.source, claim.cached) == ("prompt", len(FIRST))
     _, want = fresh.turn("d", FIRST + EDITED)
     np.testing.assert_allclose(got, want, atol=1e-3 * np.abs(want).max())
+
+
+def test_after_many_tool_results_a_turn_still_goes_back_to_where_it_began(tiny_llama: Module) -> None:
+    """Its reasoning is dropped when the user speaks again; the rotated session can't go back without a checkpoint."""
+    talk = Talk(tiny_llama, RingConfig(8, 64, 300))
+    talk.turn("a", FIRST, ANSWER)
+    prompt = asked = FIRST + ANSWER + SECOND
+    for i in range(6):
+        claim = talk.begin("a", prompt)
+        talk.finish(claim, prompt, ANSWER, kind="tool" if i else "prompt")
+        prompt = prompt + ANSWER + some(20 + i, 40)
+    claim, _ = talk.turn("a", asked + EDITED)
+    assert (claim.source, claim.cached) == ("prompt", len(asked))
