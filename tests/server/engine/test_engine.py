@@ -92,7 +92,8 @@ def test_two_turns_of_one_session_run_one_after_the_other(engine: MlxEngine) -> 
 
 
 def test_another_history_does_not_wait_for_its_name(engine: MlxEngine) -> None:
-    running = Answer(engine, "Tell me something long about rivers. " * 12, "shared", max_tokens=400)
+    asked = "Please continue: " + "the river and the mill and " * 30
+    running = Answer(engine, asked, "shared", max_tokens=2000)
     running.events.get(timeout=60)
     Answer(engine, "What is a good title for this? " * 12, "shared").text()
     assert [row["state"] for row in engine.sessions()] == ["running", "resident"]
