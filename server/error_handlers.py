@@ -33,6 +33,7 @@ _EXPECTED = {
 _BOUNDS = {
     "less_than_equal": ("above maximum", "above_max", "le", "<="),
     "greater_than_equal": ("below minimum", "below_min", "ge", ">="),
+    "less_than": ("above maximum", "above_max", "lt", "<"),
     "greater_than": ("below minimum", "below_min", "gt", ">"),
 }
 
@@ -120,13 +121,13 @@ def param_of(location: Sequence[str | int]) -> str:
     """A location in OpenAI's style: ("messages", 0, "user", "content", "<parts>", 1) is "messages[0].content[1]".
 
     Pydantic puts the names of union branches into its locations: ours are in angle brackets, and below a message it is
-    the role.
+    the role. It says `[key]` where an object's key is wrong.
     """
     param = ""
     for index, step in enumerate(location):
         if isinstance(step, int):
             param += f"[{step}]"
-        elif not (step in BRANCHES or (index == 2 and location[0] == "messages")):
+        elif not (step in BRANCHES or step == "[key]" or (index == 2 and location[0] == "messages")):
             param += f".{step}" if param else step
     return _shown(param)
 

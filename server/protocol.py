@@ -17,12 +17,22 @@ SessionChange = Literal["delete", "fork", "save", "restore"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn: `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 switch a filter off."""
+    """How the next token is drawn: `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 switch a filter off.
+
+    `logit_bias` is added to the logits of token ids. Presence and frequency penalties are taken off the logits of the
+    answer's tokens so far; `repetition_penalty` divides those of all earlier tokens, 1 switches it off. `seed` makes
+    draws repeat.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

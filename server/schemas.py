@@ -155,6 +155,13 @@ class StreamOptions(Wire):
     include_obfuscation: Annotated[bool | None, only(False)] = None
 
 
+def _token_id(text: str) -> str:
+    if not text.isascii() or not text.isdecimal() or len(text) > 9:
+        raise PydanticCustomError("token_id", "Expected a token id")
+    return text
+
+
+TokenId = Annotated[str, AfterValidator(_token_id)]
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 StopText = Annotated[str, AfterValidator(_nonempty)]
@@ -186,6 +193,11 @@ class ChatCompletionRequest(Wire):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
     prompt_cache_key: str | None = None
 
@@ -198,12 +210,8 @@ class ChatCompletionRequest(Wire):
     # Fields of OpenAI's API that later versions honour.
     n: Annotated[int | None, only(1)] = None
     store: Annotated[bool | None, only(False)] = None
-    frequency_penalty: Annotated[Annotated[float, Field(ge=-2, le=2)] | None, only(0.0)] = None
-    presence_penalty: Annotated[Annotated[float, Field(ge=-2, le=2)] | None, only(0.0)] = None
-    logit_bias: Annotated[dict[str, float] | None, only({})] = None
     logprobs: Annotated[bool | None, only(False)] = None
     top_logprobs: Annotated[int | None, only(0)] = None
-    seed: Annotated[int | None, only()] = None
     response_format: Annotated[JsonValue, only({"type": "text"})] = None
     tools: Annotated[list[JsonValue] | None, only([])] = None
     tool_choice: Annotated[JsonValue, only("none", "auto")] = None

@@ -19,9 +19,9 @@ from server.engine.session_changes import SessionChanges
 from server.engine.sessions import LEAST_SHARED, SessionRegistry
 from server.engine.turns import Turns
 from server.engine.waiting import Entry, WaitingRoom
-from server.errors import ContextLengthExceeded, EngineDead, OutOfMemory, StartupError
+from server.errors import ContextLengthExceeded, EngineDead, InvalidRequest, OutOfMemory, StartupError
 from server.metrics import Metrics
-from server.protocol import Deliver, GenerationRequest, Health, ModelInfo, Prompt, SessionChange
+from server.protocol import Deliver, GenerationRequest, Health, ModelInfo, Prompt, SamplingParams, SessionChange
 from server.settings import Settings
 from turbocache.memory import keep_freed_memory
 from turbocache.persistence import SessionFiles
@@ -102,6 +102,7 @@ class MlxEngine:
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Accept a request, or raise and accept nothing; see `server.protocol.Engine`."""
         self._check_alive()
+        self._check_tokens(request.sampling)
         limit, n_prompt = self._answer_limit(request), len(request.prompt.tokens)
         # Without max_tokens the promise starts small and grows as the answer does.
         allowed = limit if request.max_tokens is not None else min(limit, ANSWER_STEP)
@@ -149,6 +150,17 @@ class MlxEngine:
         health = self.health()
         if not health.alive:
             raise EngineDead(health.detail)
+
+    def _check_tokens(self, sampling: SamplingParams) -> None:
+        """A bias beyond the vocabulary would be written beyond the logits."""
+        n_tokens = len(self._host.model.tokenizer)
+        for token, _ in sampling.logit_bias:
+            if token >= n_tokens:
+                raise InvalidRequest(
+                    f"Invalid 'logit_bias': {token} is not a token of the model, whose tokens end at {n_tokens - 1}.",
+                    param="logit_bias",
+                    code="invalid_value",
+                )
 
     def _answer_limit(self, request: GenerationRequest) -> int:
         positions, n_prompt = self._host.model.max_positions, len(request.prompt.tokens)

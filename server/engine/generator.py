@@ -7,8 +7,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
-from mlx_lm.sample_utils import Sampler, make_sampler
+from mlx_lm.sample_utils import Sampler
 
+from server.engine.sampling import processors_for, sampler_for, seeded_sampler
 from server.engine.short_prompts import ShortPromptGenerator
 from server.protocol import SamplingParams
 from turbocache.model import LoadedModel
@@ -41,7 +42,7 @@ class Generator:
         # Undoes the wired limit that the generator has just set: users' machines ran out of memory under it.
         BatchGenerator.close(batch)
         self._batch = batch
-        self._samplers: dict[SamplingParams, Sampler] = {}
+        self._samplers: dict[tuple[float, ...], Sampler] = {}
         self._flags: list[mx.array] = []
         self._handed: _Drawn = {}
         self._ahead: _Drawn = {}
@@ -65,6 +66,7 @@ class Generator:
             caches=[cache],
             all_tokens=[list(prompt[:cached])],
             samplers=[self._sampler(sampling)],
+            logits_processors=[processors_for(sampling, len(prompt))],
         )
         return int(uid)
 
@@ -120,13 +122,14 @@ class Generator:
 
     def _sampler(self, params: SamplingParams) -> Sampler:
         """One sampler object for equal parameters, so that a batch which shares them samples in one call."""
-        if params not in self._samplers:
+        if params.seed is not None:
+            return self._watched(seeded_sampler(params, params.seed))
+        key = (params.temperature, params.top_p, params.top_k, params.min_p)
+        if key not in self._samplers:
             if len(self._samplers) >= _MAX_SAMPLERS:
                 self._samplers.clear()
-            self._samplers[params] = self._watched(
-                make_sampler(temp=params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=params.top_k)
-            )
-        return self._samplers[params]
+            self._samplers[key] = self._watched(sampler_for(params))
+        return self._samplers[key]
 
     def _watched(self, sampler: Sampler) -> Sampler:
         def draw(logprobs: mx.array) -> mx.array:

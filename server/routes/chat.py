@@ -119,6 +119,11 @@ def sampling(chat: ChatCompletionRequest) -> SamplingParams:
         top_p=1.0 if chat.top_p is None else chat.top_p,
         top_k=chat.top_k or 0,
         min_p=chat.min_p or 0.0,
+        presence_penalty=chat.presence_penalty or 0.0,
+        frequency_penalty=chat.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if chat.repetition_penalty is None else chat.repetition_penalty,
+        logit_bias=tuple(sorted((int(token), bias) for token, bias in (chat.logit_bias or {}).items())),
+        seed=chat.seed,
     )
 
 

@@ -161,14 +161,14 @@ def test_one_log_line_per_request_without_text(serve: Serve, caplog: pytest.LogC
     # A client may have the whole answer before the server has written its line.
     answer = server.http.post(CHAT, json=body)
     assert eventually(lambda: len(lines()) == 1)
-    refused = server.http.post(CHAT, json={**BODY, "seed": 1})
+    refused = server.http.post(CHAT, json={**BODY, "store": True})
     assert eventually(lambda: len(lines()) == 2)
     first, second = lines()
     assert first.startswith(f"{answer.headers['x-request-id']} POST /v1/chat/completions 200 total=")
     assert "finish=stop stream=yes session=" in first
     assert first.endswith("cached=8 prefilled=4 generated=3")
     assert second.startswith(f"{refused.headers['x-request-id']} POST /v1/chat/completions 400 total=")
-    assert second.endswith("error=unsupported_parameter")
+    assert second.endswith("error=unsupported_value")
     ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
     everything = "\n".join(record.getMessage() for record in ours)
     assert not any(text in everything for text in ("private session", "hi there", "Hello"))

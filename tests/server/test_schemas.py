@@ -7,7 +7,8 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from server.errors import InvalidRequest, UnsupportedField
-from server.routes.chat import parse_chat
+from server.protocol import SamplingParams
+from server.routes.chat import parse_chat, sampling
 from server.schemas import ChatCompletionRequest
 
 USER = {"role": "user", "content": "hi"}
@@ -39,6 +40,11 @@ def test_everything_honoured_is_read() -> None:
         top_p=0.5,
         top_k=3,
         min_p=0.1,
+        frequency_penalty=0.5,
+        presence_penalty=-1,
+        repetition_penalty=1.1,
+        logit_bias={"50256": -100},
+        seed=-1,
         stop="END",
         prompt_cache_key="k",
         user="u",
@@ -48,6 +54,7 @@ def test_everything_honoured_is_read() -> None:
     )
     assert (chat.token_limit, chat.temperature, chat.top_p, chat.top_k, chat.min_p) == (5, 0.0, 0.5, 3, 0.1)
     assert (chat.stop_texts, chat.include_usage, chat.prompt_cache_key) == (("END",), True, "k")
+    assert sampling(chat) == SamplingParams(0.0, 0.5, 3, 0.1, -1.0, 0.5, 1.1, ((50256, -100.0),), -1)
 
 
 def test_null_counts_as_not_given() -> None:
@@ -91,12 +98,8 @@ def test_neutral_values_pass(neutral: dict[str, Any]) -> None:
     [
         ("n", 2),
         ("store", True),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("logit_bias", {"50256": -100}),
         ("logprobs", True),
         ("top_logprobs", 2),
-        ("seed", 0),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
@@ -133,6 +136,14 @@ BAD: list[tuple[dict[str, Any], str, str | None, str]] = [
         "unknown_parameter",
         "Unknown parameter: 'messages[0].foo'.",
     ),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "decimal_above_max_value", "Expected a value <= 100"),
+    ({"logit_bias": {"a": 1}}, "logit_bias.a", "invalid_value", "token id"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias.-1", "invalid_value", "token id"),
+    ({"logit_bias": {"9" * 10: 1}}, "logit_bias.9999999999", "invalid_value", "token id"),
+    ({"seed": 2**63}, "seed", "integer_above_max_value", "Expected a value <"),
+    ({"seed": 0.5}, "seed", "invalid_type", "expected an integer"),
+    ({"presence_penalty": -2.1}, "presence_penalty", "decimal_below_min_value", ">= -2"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "decimal_below_min_value", "> 0"),
     ({"messages": []}, "messages", "empty_array", "Invalid 'messages': empty array."),
     ({"messages": None}, "messages", "invalid_type", "expected an array, but got null"),
     ({"messages": "hi"}, "messages", "invalid_type", "expected an array, but got a string"),
