@@ -29,7 +29,9 @@ class ServerFailed(RuntimeError):
 
 @dataclass(slots=True)
 class Server:
-    """One server process. Use `start` and `stop`, or the context manager `running`."""
+    """One server process. Use `start` and `stop`, or the context manager `running`. `settings` are environment
+    variables and `options` arguments that it gets besides those that every server of its kind has.
+    """
 
     name: str
     kind: Kind
@@ -39,6 +41,8 @@ class Server:
     log: Path
     greet: bool = True
     start_timeout: float = 180.0
+    settings: dict[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _endpoint: Endpoint | None = field(default=None, init=False)
 
@@ -59,11 +63,12 @@ class Server:
             extra = {"TURBOCACHE_MODEL": str(self.model), "TURBOCACHE_KV_PRESET": self.preset}
         else:
             command += ["mlx_lm", "server", "--model", str(self.model), "--host", "127.0.0.1", "--port", str(port)]
+        command += self.options
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=child_environment(self.blas, extra),
+                env=child_environment(self.blas, {**extra, **self.settings}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
