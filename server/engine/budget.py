@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from server.engine.checkpoints import Checkpoint
 from server.engine.sessions import SessionRegistry
 from server.errors import OutOfMemory
 from turbocache.store import CacheStore
@@ -108,8 +109,9 @@ class Room:
 
 def make_room(budget: Budget, registry: SessionRegistry, store: CacheStore, before: float | None = None) -> Room:
     """Let go, until what runs was promised and what rests fit the budget together, of: checkpoints that no session
-    needs (their session's newest last), sessions at rest that need not be kept, sessions to keep, and checkpoints of
-    running sessions; of each the longest unused first. Sessions go to disk where there is one.
+    needs (their session's newest last), sessions at rest that need not be kept, sessions to keep (and, where there is a
+    disk, ends of system messages), and checkpoints of running sessions; of each the longest unused first. Sessions go
+    to disk where there is one.
 
     With `before`, a time, sessions to keep that were used later stay, and it may be not enough.
 
@@ -120,8 +122,11 @@ def make_room(budget: Budget, registry: SessionRegistry, store: CacheStore, befo
         if kept := registry.spare_checkpoints():
             registry.drop(kept[0])
             checkpoints += 1
-        elif idle := registry.idle(before):
-            spilled += registry.spill(idle[0])
+        elif isinstance(going := registry.next_to_go(before), Checkpoint):
+            registry.drop(going)
+            checkpoints += 1
+        elif going is not None:
+            spilled += registry.spill(going)
             sessions += 1
         elif before is None and (kept := registry.checkpoints()):
             registry.drop(kept[0])

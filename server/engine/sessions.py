@@ -46,6 +46,7 @@ class SessionRegistry:
         self._store = store
         self._disk = disk
         self._losses = Losses()
+        self._beginnings: list[tuple[str, Checkpoint]] = []
         self._sessions: dict[tuple[str, str], Session] = {}
         for found in disk.stored() if disk is not None else ():
             self._sessions[found.key] = found
@@ -85,9 +86,21 @@ class SessionRegistry:
         return self._started(session, start, prompt, tokens)
 
     def checkpoint(self, session: Session, kind: Kind, tokens: Sequence[int] | np.ndarray, cache: list[Any]) -> None:
-        """Keep a cache of its own, which holds `tokens`, for later turns to go back to."""
+        """Keep a cache of its own, which holds `tokens`, for later turns to go back to. One at the end of a system
+        message serves all sessions of the owner that begin with it, also when this one has gone.
+        """
         kept = Checkpoint(kind, np.asarray(tokens, dtype=np.int32), cache)
-        session.checkpoints = added(session.checkpoints, kept)
+        session.checkpoints = added(session.checkpoints, self._beginning(session.owner, kept))
+
+    def _beginning(self, owner: str, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint itself, or the one that the owner's sessions have for the same system message already."""
+        if checkpoint.kind != "system":
+            return checkpoint
+        for of, known in self._beginnings:
+            if of == owner and np.array_equal(known.tokens, checkpoint.tokens):
+                return known
+        self._beginnings.append((owner, checkpoint))
+        return checkpoint
 
     def put_back(self, session: Session, cache: list[Any] | None, tokens: Sequence[int]) -> None:
         """A turn has ended and its cache holds `tokens`; a None cache (the turn failed) forgets the session."""
@@ -120,6 +133,10 @@ class SessionRegistry:
         """Drop a session, and what the disk has of it."""
         if self._disk is not None:
             self._disk.remove(session)
+        others = {id(kept) for other in self if other is not session for kept in other.checkpoints}
+        for kept in session.checkpoints:
+            if id(kept) not in others:
+                self.drop(kept)
         self.forget(session)
         self._losses.forget(session.key)
 
@@ -156,6 +173,7 @@ class SessionRegistry:
             session.running = False
         if session.cache is None:
             self.forget(session, "evicted" if refused is None else "refused_file")
+        session.checkpoints = [self._beginning(session.owner, kept) for kept in session.checkpoints]
         return refused
 
     def fork(self, session: Session, id: str) -> Session:
@@ -166,31 +184,42 @@ class SessionRegistry:
         self._sessions[other.key] = other
         return other
 
-    def idle(self, before: float | None = None) -> list[Session]:
-        """Sessions at rest in memory, in the order in which they should go: those to keep last, oldest use first.
-        Without those to keep that were used after `before`.
-        """
-        resting = [
-            session
-            for session in self
-            if session.cache is not None and not (before is not None and session.keep and session.last_used > before)
-        ]
+    def idle(self) -> list[Session]:
+        """Sessions at rest in memory, in the order in which they should go: those to keep last, oldest use first."""
+        resting = [session for session in self if session.cache is not None]
         return sorted(resting, key=lambda session: (session.keep, session.last_used))
 
+    def next_to_go(self, before: float | None = None) -> Session | Checkpoint | None:
+        """What of all that rests should leave memory next, when no checkpoint is spare. None if there is nothing, or
+        only sessions to keep that were used after `before`.
+        """
+        going: list[tuple[bool, float, Session | Checkpoint]] = [(s.keep, s.last_used, s) for s in self.idle()]
+        if self._disk is not None:
+            going += [(True, kept.last_used, kept) for _, kept in self._beginnings]
+        allowed = [item for item in going if before is None or not item[0] or item[1] <= before]
+        return min(allowed, key=lambda item: item[:2])[2] if allowed else None
+
     def checkpoints(self) -> list[Checkpoint]:
-        """All sessions' checkpoints, each once, longest unused first."""
+        """All checkpoints, each once, longest unused first."""
         kept = {id(c): c for session in self for c in session.checkpoints}
+        kept |= {id(c): c for _, c in self._beginnings}
         return sorted(kept.values(), key=lambda checkpoint: checkpoint.last_used)
 
     def spare_checkpoints(self) -> list[Checkpoint]:
-        """Those that no session needs, in the order in which they should go: their session's newest last."""
+        """Those that no session needs, in the order in which they should go: their session's newest last. Where there
+        is a disk, from which sessions come back sooner than a system message is read again, those at the end of system
+        messages are none.
+        """
         needed = {id(session.needed(self._store.can_go_back)) for session in self}
+        if self._disk is not None:
+            needed |= {id(kept) for _, kept in self._beginnings}
         newest = {id(session.checkpoints[-1]) for session in self if session.checkpoints}
         spare = [checkpoint for checkpoint in self.checkpoints() if id(checkpoint) not in needed]
         return sorted(spare, key=lambda checkpoint: id(checkpoint) in newest)
 
     def drop(self, checkpoint: Checkpoint) -> None:
         """Forget a checkpoint, whichever sessions have it."""
+        self._beginnings = [(owner, kept) for owner, kept in self._beginnings if kept is not checkpoint]
         for session in self:
             session.checkpoints = [kept for kept in session.checkpoints if kept is not checkpoint]
 
@@ -241,14 +270,16 @@ class SessionRegistry:
 
     def _shared(self, session: Session, tokens: np.ndarray) -> Iterator[Start]:
         """States of the owner's other sessions from which the prompt can go on: exactly, or any if both are unnamed or
-        of one name.
+        of one name. And the ends of system messages.
         """
+        beginnings = [start_at(c.kind, c.tokens, c.cache, tokens) for of, c in self._beginnings if of == session.owner]
+        found = [(False, start) for start in beginnings]
         for other in self:
             if other is not session and other.owner == session.owner:
-                family = other.name == session.name
-                for start in other.states(tokens):
-                    if start is not None and start.cached >= LEAST_SHARED and (start.exact or family):
-                        yield start
+                found += [(other.name == session.name, start) for start in other.states(tokens)]
+        for family, start in found:
+            if start is not None and start.cached >= LEAST_SHARED and (start.exact or family):
+                yield start
 
     def _started(self, session: Session, start: Start | None, prompt: Prompt, tokens: np.ndarray) -> Claim:
         now = time.time()
@@ -258,13 +289,17 @@ class SessionRegistry:
         if start is not None:
             cached, source = start.cached, start.kind
             cache = start.taken() if own and not self._store.can_checkpoint else start.forked()
-            for checkpoint in self.checkpoints():
-                if checkpoint.cache is start.cache:
-                    checkpoint.last_used = now
+        for checkpoint in self.checkpoints():
+            of_session = checkpoint.kind == "system" and checkpoint in session.checkpoints
+            if of_session or (start is not None and checkpoint.cache is start.cache):
+                checkpoint.last_used = now
         if session.cache is not None and self._store.can_checkpoint:
             self.checkpoint(session, "answer", session.tokens, session.cache)
         elif not session.turns:  # it began in other sessions, and may go back to where they went through
-            passed = [c for c in self.checkpoints() if common_prefix(c.tokens, tokens[:cached]) == len(c.tokens)]
+            theirs = {id(c) for other in self if other.owner == session.owner for c in other.checkpoints}
+            theirs |= {id(c) for owner, c in self._beginnings if owner == session.owner}
+            known = [c for c in self.checkpoints() if id(c) in theirs]
+            passed = [c for c in known if common_prefix(c.tokens, tokens[:cached]) == len(c.tokens)]
             session.checkpoints = passed[-MOST:]
         session.cache, session.tokens, session.asked = None, tokens, prompt.messages_end or len(tokens)
         session.running = True

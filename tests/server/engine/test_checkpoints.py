@@ -87,11 +87,17 @@ def test_sessions_share_a_system_message(engine: MlxEngine) -> None:
     ]  # so long that its end is of no use
     yours = [system, of("user", "Please repeat: alpha beta gamma.")]
     alone = Answer(engine, yours, "alone", max_tokens=12).text()
-    engine._registry.forget(engine._registry._sessions["", "alone"])
+    engine._registry.delete(engine._registry._sessions["", "alone"])
     _, usage = Answer(engine, mine, "mine", max_tokens=12).whole()
     assert usage.cached_tokens == 0
     text, usage = Answer(engine, yours, "yours", max_tokens=12).whole()
     assert usage.cached_tokens == engine.tokenize(yours).system_end > 100
     assert hits(engine, "system") == 1
     assert text == alone
+    for name in ("mine", "yours"):  # whoever read it first may be gone
+        engine._registry.forget(engine._registry._sessions["", name])
+    text, usage = Answer(engine, yours, "again", max_tokens=12).whole()
+    assert (text, usage.cached_tokens) == (alone, engine.tokenize(yours).system_end)
+    engine._registry.delete(engine._registry._sessions["", "again"])
+    assert engine._host.store.spec.pool.n_used == 0
     assert owned_by_nobody(engine)

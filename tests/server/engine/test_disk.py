@@ -106,6 +106,23 @@ def test_sessions_that_do_not_fit_wait_on_disk(start: Callable[..., MlxEngine]) 
     assert held + engine._budget.promised <= 20 << 20
 
 
+def test_a_system_message_outlasts_sessions_that_go_to_disk(start: Callable[..., MlxEngine]) -> None:
+    engine = start(kv_memory=MemoryBudget(bytes=24 << 20))
+    system = of("system", "You are a careful assistant who knows rivers and mills well. " * 12)
+    for i in range(6):
+        asked = [system, of("user", f"I am {i}. " + TEXT * 12)]
+        _, usage = Answer(engine, asked, f"s{i}", max_tokens=5).whole()
+        assert usage.cached_tokens >= (engine.tokenize(asked).system_end if i else 0)
+    assert list(states(engine).values()).count("spilled") >= 3
+    # Restored sessions share it too.
+    _, usage = Answer(
+        engine, [system, of("user", "I am 0. " + TEXT * 12), of("user", "Well?")], "s0", max_tokens=5
+    ).whole()
+    assert usage.cached_tokens > 300
+    assert sum(kept.kind == "system" for kept in engine._registry.checkpoints()) == 1
+    assert owned_by_nobody(engine)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
 def test_a_damaged_file_costs_a_prefill_and_nothing_else(
     start: Callable[..., MlxEngine], tmp_path: Path, damage: str
