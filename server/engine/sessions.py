@@ -20,6 +20,8 @@ from turbocache.store import CacheStore, fork
 
 LEAST_SHARED = 64
 """Tokens that sessions must have in common for one to start from the other's state."""
+_WORTH_READING = 256
+"""Tokens that a prompt must share with another session on disk for that to be brought back for its sake."""
 _ALIKE = 16
 """Tokens in which different conversations may agree by chance behind their system message: what opens a message, and
 its first words."""
@@ -68,7 +70,7 @@ class SessionRegistry:
         """The session for a prompt, running from now on, or None while its conversation still runs another turn.
 
         Under a name the prompt continues the history that it shares most of, from its deepest state, or from another
-        session's where that is deeper and exact. A different history under the same name, or one that is asked for
+        session's where that is deeper. A different history under the same name, or one that is asked for
         while the name's other history runs, gets a session of its own. An unnamed prompt continues the unnamed session
         that it extends; one that only shares a prefix gets a session of its own on the shared pages.
 
@@ -78,11 +80,14 @@ class SessionRegistry:
         session = self._unnamed(owner, tokens) if name is None else self._named(owner, name, prompt, tokens)
         if session is None:
             return None
-        if session.spilled and common_prefix(session.tokens, tokens) >= LEAST_SHARED:
+        own_on_disk = session.spilled and common_prefix(session.tokens, tokens) >= LEAST_SHARED
+        session.running = True  # from here on nobody may take its place
+        if own_on_disk:
             self.restore(session, make_room)
-        elif name is None and (other := self._unnamed_on_disk(owner, session, tokens)) is not None:
+        start = self._deepest(session, tokens)
+        if (other := self._deeper_on_disk(session, tokens, 0 if start is None else start.cached)) is not None:
             self.restore(other, make_room)
-        start = deepest([*session.states(tokens), *self._shared(session, tokens)])
+            start = self._deepest(session, tokens)
         return self._started(session, start, prompt, tokens)
 
     def checkpoint(self, session: Session, kind: Kind, tokens: Sequence[int] | np.ndarray, cache: list[Any]) -> None:
@@ -165,12 +170,12 @@ class SessionRegistry:
         """Bring a session back from disk, or forget it; then returns why its file was refused, if it was."""
         assert self._disk is not None
         self._sessions[session.key] = session
-        session.running = True  # nobody may take its place
+        was_running, session.running = session.running, True  # nobody may take its place
         try:
             make_room()
             refused = self._disk.load(session)
         finally:
-            session.running = False
+            session.running = was_running
         if session.cache is None:
             self.forget(session, "evicted" if refused is None else "refused_file")
         session.checkpoints = [self._beginning(session.owner, kept) for kept in session.checkpoints]
@@ -261,25 +266,31 @@ class SessionRegistry:
         fresh = Session(f"unnamed-{uuid.uuid4().hex[:12]}", None, owner)
         return max(extended, key=lambda session: len(session.tokens), default=fresh)
 
-    def _unnamed_on_disk(self, owner: str, session: Session, tokens: np.ndarray) -> Session | None:
-        """The unnamed session on disk of which a prompt shares more than of any in memory, if that is enough."""
-        shared = [(common_prefix(s.tokens, tokens), s) for s in self if s.name is None and s.owner == owner]
-        furthest = max((n for n, s in shared if not s.spilled), default=0)
-        n, best = max(((n, s) for n, s in shared if s.spilled), default=(0, None), key=lambda found: found[0])
-        return best if best is not session and n >= max(LEAST_SHARED, furthest + 1) else None
-
-    def _shared(self, session: Session, tokens: np.ndarray) -> Iterator[Start]:
-        """States of the owner's other sessions from which the prompt can go on: exactly, or any if both are unnamed or
-        of one name. And the ends of system messages.
+    def _deepest(self, session: Session, tokens: np.ndarray) -> Start | None:
+        """From where the prompt goes on: a state of its session, of another of the owner's sessions, or the end of a
+        system message.
         """
-        beginnings = [start_at(c.kind, c.tokens, c.cache, tokens) for of, c in self._beginnings if of == session.owner]
-        found = [(False, start) for start in beginnings]
+        theirs = [start_at(c.kind, c.tokens, c.cache, tokens) for of, c in self._beginnings if of == session.owner]
         for other in self:
             if other is not session and other.owner == session.owner:
-                found += [(other.name == session.name, start) for start in other.states(tokens)]
-        for family, start in found:
-            if start is not None and start.cached >= LEAST_SHARED and (start.exact or family):
-                yield start
+                theirs += other.states(tokens)
+        shared = [start for start in theirs if start is not None and start.cached >= LEAST_SHARED]
+        return deepest([*session.states(tokens), *shared])
+
+    def _deeper_on_disk(self, session: Session, tokens: np.ndarray, cached: int) -> Session | None:
+        """The session on disk of which a prompt shares most, if that is worth bringing it back: much more than what is
+        in memory, and a good part of what has to be read.
+        """
+        ring = self._store.spec.ring
+        on_disk = [
+            (common_prefix(other.tokens, tokens), other)
+            for other in self
+            if other.owner == session.owner and other.spilled and self._store.can_go_back
+            if ring.max_size is None or len(other.tokens) <= ring.max_size  # else there is no going back either
+        ]
+        n, best = max(on_disk, key=lambda found: found[0], default=(0, None))
+        worth = best is not None and n >= max(cached + LEAST_SHARED, _WORTH_READING, len(best.tokens) // 4)
+        return best if worth else None
 
     def _started(self, session: Session, start: Start | None, prompt: Prompt, tokens: np.ndarray) -> Claim:
         now = time.time()
@@ -302,7 +313,6 @@ class SessionRegistry:
             passed = [c for c in known if common_prefix(c.tokens, tokens[:cached]) == len(c.tokens)]
             session.checkpoints = passed[-MOST:]
         session.cache, session.tokens, session.asked = None, tokens, prompt.messages_end or len(tokens)
-        session.running = True
         session.turns += 1
         session.last_used = now
         self._sessions[session.key] = session

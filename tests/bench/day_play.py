@@ -129,7 +129,7 @@ def bytes_of_session(client: OpenAI, model: str, encoder: Encoder, n_tokens: int
         rows = json.loads(_get(client, "/v1/sessions"))["data"]
         found = [row["bytes"] for row in rows if row["id"] == "measured" and row["bytes"]]
         if found:
-            return int(found[0])
+            return sum(n for kind, n in found[0].items() if kind != "checkpoints")
         time.sleep(0.25)
     raise RuntimeError("/v1/sessions shows no bytes of a session whose turn has ended")
 
