@@ -60,14 +60,16 @@ class Session:
         caches = [*([] if self.cache is None else [self.cache]), *(c.cache for c in self.checkpoints)]
         return any((ring := ring_of(cache)) is not None and ring.first > 0 for cache in caches)
 
-    def needed(self, can_go_back: bool) -> Checkpoint | None:
-        """The checkpoint that it can't do without where going back is not possible (`can_go_back` is False, or tokens
-        have rotated out): the end of the user's last prompt. An answer that comes back changed would cost everything.
+    def needed(self, can_go_back: bool) -> list[Checkpoint]:
+        """The checkpoints that it can't do without where going back is not possible (`can_go_back` is False, or tokens
+        have rotated out). The end of the user's last prompt: an answer that comes back changed would cost everything.
+        And the one before that: so would another wording of that prompt.
         """
         if can_go_back and not self.rotated:
-            return None
-        deepest = max(self.checkpoints, key=lambda checkpoint: len(checkpoint.tokens), default=None)
-        return turn_start(self.checkpoints) or deepest
+            return []
+        by_depth = sorted(self.checkpoints, key=lambda checkpoint: len(checkpoint.tokens))
+        last = turn_start(by_depth) or (by_depth[-1] if by_depth else None)
+        return [] if last is None else by_depth[max(0, by_depth.index(last) - 1) : by_depth.index(last) + 1]
 
     def empty(self) -> None:
         """Let go of everything that it holds."""

@@ -215,7 +215,7 @@ class SessionRegistry:
         is a disk, from which sessions come back sooner than a system message is read again, those at the end of system
         messages are none.
         """
-        needed = {id(session.needed(self._store.can_go_back)) for session in self}
+        needed = {id(kept) for session in self for kept in session.needed(self._store.can_go_back)}
         if self._disk is not None:
             needed |= {id(kept) for _, kept in self._beginnings}
         newest = {id(session.checkpoints[-1]) for session in self if session.checkpoints}

@@ -112,20 +112,24 @@ def test_side_requests_go_first_and_conversations_last(tiny_llama: Module) -> No
     assert ids(talk) == []
 
 
-def test_a_session_that_can_t_go_back_keeps_the_checkpoint_that_it_needs(tiny_llama: Module) -> None:
-    """Rotated, it would begin anew after an answer that comes back changed. Its checkpoint goes with it, not before."""
+def test_a_session_that_can_t_go_back_keeps_the_checkpoints_that_it_needs(tiny_llama: Module) -> None:
+    """Rotated, it would begin anew after an answer that comes back changed, or with another wording of the last prompt.
+    These checkpoints go with it, not before.
+    """
     talk = Talk(tiny_llama, RingConfig(8, 64, 200))
     prompt = TALK + ANSWER + MORE
     talk.turn("a", TALK, ANSWER)
     claim, _ = talk.turn("a", prompt, some(6, 130))
     assert len(claim.session.checkpoints) > 1
     held = talk.store.resting_nbytes(talk.registry.caches())
-    for missing in range(1, 3):
-        make_room(Budget(held - missing * talk.store.spec.raw_nbytes, lambda n: n), talk.registry, talk.store)
-    (needed,) = claim.session.checkpoints
-    assert (needed.kind, len(needed.tokens)) == ("prompt", len(prompt))
+    make_room(Budget(held - talk.store.spec.raw_nbytes, lambda n: n), talk.registry, talk.store)
+    kinds = [(kept.kind, len(kept.tokens)) for kept in claim.session.checkpoints]
+    assert sorted(kinds) == [("answer", len(TALK + ANSWER)), ("prompt", len(prompt))]
     claim, _ = talk.turn("a", prompt + some(7, 40))
     assert (claim.source, claim.cached) == ("prompt", len(prompt))
-    del claim, needed
+    talk.registry.drop(claim.session.checkpoints[-1])
+    claim, _ = talk.turn("a", [*TALK, *ANSWER, *some(8, 50)])
+    assert (claim.source, claim.cached) == ("answer", len(TALK + ANSWER))
+    del claim
     room = make_room(Budget(1, lambda n: n), talk.registry, talk.store)
     assert (room.sessions, talk.store.spec.pool.n_used) == (1, 0)
