@@ -7,10 +7,11 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
-from tests.soak import corruption, kills
+from tests.soak import corruption, kills, operations
 from tests.soak.engines import leave
 
 
@@ -38,19 +39,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--times", type=int, default=100, help="servers to kill (default: 100)")
     one = runs.add_parser("corruption", parents=[common], help="flipped bits and lost ends")
     one.add_argument("--times", type=int, default=500, help="files to damage (default: 500)")
+    one = runs.add_parser("operations", parents=[common], help="random requests to a server with little memory")
+    one.add_argument("--count", type=int, default=5000, help="operations with each model (default: 5000)")
+    one.add_argument("--clients", type=int, default=8, help="clients at once (default: 8)")
+    one.add_argument("--model", choices=operations.MODELS, help="one of the tiny models (default: each in turn)")
     arguments = parser.parse_args(argv)
-    say(f"seed {arguments.seed}")
-    begun = time.monotonic()
     logging.getLogger("server.engine.disk").setLevel(logging.ERROR)  # it warns of every damaged file
-    result: Result
-    if arguments.run == "kills":
-        result = kills.run(arguments.times, arguments.seed, say=say)
-    else:
-        result = corruption.run(arguments.times, arguments.seed, say=say)
-    print(f"{arguments.run}, seed {arguments.seed}, {time.monotonic() - begun:.0f} s")
-    print("\n".join(result.lines()))
+    say(f"seed {arguments.seed}")
+    failed = False
+    for run in _runs(arguments):
+        begun = time.monotonic()
+        result = run()
+        print(f"{arguments.run}, seed {arguments.seed}, {time.monotonic() - begun:.0f} s")
+        print("\n".join(result.lines()), flush=True)
+        failed = failed or bool(result.wrong)
     leave()
-    return 1 if result.wrong else 0
+    return int(failed)
+
+
+def _runs(arguments: argparse.Namespace) -> list[Callable[[], Result]]:
+    seed = arguments.seed
+    if arguments.run == "kills":
+        return [partial(kills.run, arguments.times, seed, say=say)]
+    if arguments.run == "corruption":
+        return [partial(corruption.run, arguments.times, seed, say=say)]
+    models = [arguments.model] if arguments.model else operations.MODELS
+    return [partial(operations.run, model, arguments.count, arguments.clients, seed, say=say) for model in models]
 
 
 if __name__ == "__main__":

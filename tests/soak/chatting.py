@@ -48,6 +48,7 @@ class Tally:
     hung_up: int = 0
     cut_off: int = 0
     later: int = 0
+    wrong_texts: int = 0
     wrong: list[str] = field(default_factory=list)
 
 
@@ -102,6 +103,11 @@ class Chatting:
         self._lock = threading.Lock()
         self._taken: set[int] = set()
         self._leaving = threading.Event()
+
+    def open(self, clients: int) -> None:
+        """Ask the first turn of every talk."""
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(lambda i: self._turn(i, leave=False), range(len(self._talks))))
 
     def go_on(self, held: dict[int, int], clients: int) -> Counter[str]:
         """Ask the next turn of talks that a file holds so many tokens of. Says how many went on from just these."""
@@ -185,6 +191,7 @@ class Chatting:
         right = self._talks[i].answers[turn]
         if said.text != right and (said.cached is not None or not right.startswith(said.text)):
             self._note(f"{self._name(i)}, turn {turn}: {said.text!r} instead of {right!r}")
+            self._tally.wrong_texts += 1
         with self._lock:
             self._tally.turns += said.cached is not None
             self._tally.hung_up += said.cached is None

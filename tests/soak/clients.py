@@ -12,9 +12,6 @@ import httpx
 from tests.serving.launch import filler
 from tests.soak.wellformed import check_row, check_stream, check_whole, error_code
 
-ROUTES_TO_COME = True
-"""Until the server has the sessions' routes and names, doing without them is right."""
-
 CHAT = "/v1/chat/completions"
 NAMES = [f"shared-{i}" for i in range(6)]
 _STRANGE = ["nobody", "a/b c?d#e%", "é ü", "..", "x" * 300, "unnamed-000000000000", "~"]
@@ -158,7 +155,7 @@ class Client:
         listing = response.json()
         assert listing["object"] == "list"
         for row in listing["data"]:
-            check_row(row, named=not ROUTES_TO_COME)
+            check_row(row)
         ids = [row["id"] for row in listing["data"]]
         assert len(set(ids)) == len(ids), ids
         self._known = [*NAMES, *ids]
@@ -200,11 +197,9 @@ class Client:
         """The outcome of a request about session `id`, whose answer is the row of session `row_id`."""
         if response.status_code == 200:
             row = response.json()
-            check_row(row, named=not ROUTES_TO_COME)
+            check_row(row)
             assert row["id"] == (row_id or id), f"{row['id']} instead of {row_id or id}"
             return "200"
-        if ROUTES_TO_COME and response.status_code in (404, 405):
-            return "no route yet"
         if id in _STRANGE:
             allowed = allowed | {400: "invalid_value string_above_max_length"}
             if response.status_code == 404:

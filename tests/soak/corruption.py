@@ -6,14 +6,16 @@ has forgotten the session and finds it again by its name. One session of each se
 from it.
 """
 
+import queue
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.engine.engine import MlxEngine
+from server.errors import ServerError
 from server.metrics import Metrics
 from server.settings import MemoryBudget, Settings
 from tests.server.engine.answers import Answer, owned_by_nobody
@@ -32,6 +34,17 @@ _MOMENTS = ("before the start", "on disk", "forgotten")
 _ASKS = (f"My name is Anna and my locker code is 5917. {filler(14, 5)}", "What is my locker code?")
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A damage and when it is done."""
+
+    damage: Damage
+    moment: str
+
+    def __str__(self) -> str:
+        return f"{self.damage}, {self.moment}"
+
+
 @dataclass(slots=True)
 class Corruption:
     """What happened, and `wrong`: sentences, each a failure."""
@@ -41,8 +54,18 @@ class Corruption:
     moments: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     whole: int = 0
+    wrong_texts: int = 0
     servers: int = 0
     wrong: list[str] = field(default_factory=list)
+
+    def count(self, done: Done | None) -> None:
+        """One more session that is asked."""
+        if done is None:
+            self.whole += 1
+            return
+        self.damaged += 1
+        self.kinds[done.damage.kind] += 1
+        self.moments[done.moment] += 1
 
     def lines(self) -> list[str]:
         def counted(what: Counter[str]) -> str:
@@ -53,6 +76,7 @@ class Corruption:
             f"  when            {counted(self.moments)}",
             f"refused           {self.reasons.total()} ({counted(self.reasons)})",
             f"whole, gone on    {self.whole}",
+            f"wrong texts       {self.wrong_texts}",
             f"servers           {self.servers}",
             f"failures          {len(self.wrong)}",
             *(f"  {what}" for what in self.wrong[:20]),
@@ -83,10 +107,16 @@ class Place:
         self.folder = folder
 
     def renew(self) -> None:
+        """The folder as it was left by a server that nothing happened to."""
         for path in self.folder.iterdir():
             path.unlink()
         for name, path in self.paths.items():
             path.write_bytes(self.good[name])
+
+    def damage(self, name: str, done: Done | None, *moments: str) -> None:
+        """Damage a session's file, if now is the moment."""
+        if done is not None and done.moment in moments:
+            self.paths[name].write_bytes(done.damage.done_to(self.good[name]))
 
 
 def run(times: int, seed: int, at_once: int = AT_ONCE, say: Callable[[str], None] = print) -> Corruption:
@@ -102,67 +132,72 @@ def run(times: int, seed: int, at_once: int = AT_ONCE, say: Callable[[str], None
 
 def _one_server(place: Place, n_damaged: int, dice: random.Random, result: Corruption) -> None:
     place.renew()
-    names = list(place.paths)
-    dice.shuffle(names)
-    damages: dict[str, tuple[Damage, str] | None] = dict.fromkeys(names[: n_damaged + 1])
-    for name in names[1 : n_damaged + 1]:
-        damages[name] = damage, moment = draw(dice, place.good[name]), dice.choice(_MOMENTS)
-        result.kinds[damage.kind] += 1
-        result.moments[moment] += 1
-        if moment == _MOMENTS[0]:
-            place.paths[name].write_bytes(damage.done_to(place.good[name]))
+    names = dice.sample(list(place.paths), n_damaged + 1)
+    done: dict[str, Done | None] = {name: Done(draw(dice, place.good[name]), dice.choice(_MOMENTS)) for name in names}
+    done[names[0]] = None
+    for name in names:
+        place.damage(name, done[name], _MOMENTS[0])
     metrics = Metrics()
     with started(place.settings, metrics) as engine:
         result.servers += 1
-        aside = {name for name, path in place.paths.items() if _aside(path).exists()}
-        if sample(metrics, "session_files_refused_total") != len(aside):
-            result.wrong.append(f"a start has moved {len(aside)} files aside and counted {_reasons(metrics)}")
-        order = list(damages)
-        dice.shuffle(order)
-        for name in order:
-            _one_session(place, engine, metrics, name, damages[name], name in aside, result)
+        asking = Asking(place, engine, metrics, result)
+        for name in dice.sample(names, len(names)):
+            asking.go_on(name, done[name])
+            if not engine.health().alive:
+                return
         if not on_engine(engine, lambda: owned_by_nobody(engine)):
             result.wrong.append("pages have been lost")
     result.reasons.update(_reasons(metrics))
 
 
-def _one_session(
-    place: Place,
-    engine: MlxEngine,
-    metrics: Metrics,
-    name: str,
-    done: tuple[Damage, str] | None,
-    is_aside: bool,
-    result: Corruption,
-) -> None:
-    path, said = place.paths[name], []
-    if done is not None:
-        damage, moment = done
-        if moment != _MOMENTS[0]:
-            path.write_bytes(damage.done_to(place.good[name]))
-        if moment == "forgotten":
-            on_engine(engine, lambda: _forget(engine, name))
-    before = sample(metrics, "session_files_refused_total")
-    text, usage = Answer(engine, place.talk.messages(1), name, max_tokens=MAX_TOKENS).whole()
-    counted = sample(metrics, "session_files_refused_total") - before
-    on_engine(engine, lambda: _forget(engine))
-    if text != place.text:
-        said.append(f"the text is {text!r} instead of {place.text!r}")
-    if done is None:
-        result.whole += 1
-        if (usage.cached_tokens, counted) != (place.held[name], 0):
-            said.append(f"{usage.cached_tokens} of {place.held[name]} tokens cached, {counted:g} refused")
-    else:
-        result.damaged += 1
-        if usage.cached_tokens:
-            said.append(f"{usage.cached_tokens} tokens cached")
-        if counted != (not is_aside):
-            said.append(f"{counted:g} refused" + " on top of one at the start" * is_aside)
-        if path.exists() or not _aside(path).exists():
-            said.append("the file is still there" if path.exists() else "the file is gone")
-    if said:
-        what = "a whole file" if done is None else f"{done[0]}, {done[1]}"
-        result.wrong.append(f"{what}: {'; '.join(said)}")
+class Asking:
+    """The next turns of one server's sessions, and whether they come to what they must."""
+
+    def __init__(self, place: Place, engine: MlxEngine, metrics: Metrics, result: Corruption) -> None:
+        self._place = place
+        self._engine = engine
+        self._metrics = metrics
+        self._result = result
+        self._aside = {name for name, path in place.paths.items() if _aside(path).exists()}
+        if self._refused != len(self._aside):
+            result.wrong.append(f"a start has moved {len(self._aside)} files aside and counted {_reasons(metrics)}")
+
+    def go_on(self, name: str, done: Done | None) -> None:
+        """Do what is to be done to the session's file, and ask."""
+        place, result, before = self._place, self._result, self._refused
+        place.damage(name, done, *_MOMENTS[1:])
+        if done is not None and done.moment == _MOMENTS[2]:
+            on_engine(self._engine, lambda: _forget(self._engine, name))
+        result.count(done)
+        try:
+            text, usage = Answer(self._engine, place.talk.messages(1), name, max_tokens=MAX_TOKENS).whole()
+        except (AssertionError, ServerError, queue.Empty) as error:
+            result.wrong.append(f"{done or 'a whole file'}: no answer: {type(error).__name__} {error}")
+            return
+        on_engine(self._engine, lambda: _forget(self._engine))
+        said = []
+        if text != place.text:
+            result.wrong_texts += 1
+            said.append(f"the text is {text!r} instead of {place.text!r}")
+        said += self._about(name, done, usage.cached_tokens, self._refused - before)
+        if said:
+            result.wrong.append(f"{done or 'a whole file'}: {'; '.join(said)}")
+
+    def _about(self, name: str, done: Done | None, cached: int, refused: float) -> Iterator[str]:
+        """What is wrong with how a session came back, or didn't."""
+        path = self._place.paths[name]
+        if cached != (held := 0 if done is not None else self._place.held[name]):
+            yield f"{cached} instead of {held} tokens cached"
+        if refused != (due := done is not None and name not in self._aside):
+            yield f"{refused:g} refused" + " on top of one at the start" * (name in self._aside)
+        if path.exists() != (done is None):
+            yield "the file is still there" if path.exists() else "the file is gone"
+        if _aside(path).exists() != (done is not None):
+            yield "no file was moved aside" if due else "a file was moved aside"
+
+    @property
+    def _refused(self) -> float:
+        return sample(self._metrics, "session_files_refused_total")
 
 
 def _forget(engine: MlxEngine, name: str | None = None) -> None:

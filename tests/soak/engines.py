@@ -1,12 +1,11 @@
 """Engines for these runs, and ways to look into one while it works."""
 
-import queue
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 from unittest.mock import patch
 
 from server.engine import host
@@ -58,60 +57,24 @@ def tiny_model(architecture: str, max_positions: int) -> Iterator[None]:
 
 def on_engine(engine: MlxEngine, work: Callable[[], T]) -> T:
     """The result of `work`, done by the engine's own thread between two steps."""
-    if not hasattr(engine, "call"):
-        _give_call(engine)
-    call: Callable[[Callable[[], T]], Future[T]] = getattr(engine, "call")  # noqa: B009
-    return call(work).result(ANSWER_SECONDS)
-
-
-def _give_call(engine: Any) -> None:
-    """An engine that has no `call` yet looks for work whenever it looks for waiting requests."""
-    calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-    admit = engine._admit
-
-    def look() -> None:
-        while not calls.empty():
-            calls.get()()
-        admit()
-
-    def call(work: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-
-        calls.put(run)
-        engine._commands.put(None)
-        return future
-
-    engine._admit, engine.call = look, call
-
-
-def _turns(engine: MlxEngine) -> Any:
-    return getattr(engine, "_turns", engine)
+    done: Future[T] = engine.call(work)
+    return done.result(ANSWER_SECONDS)
 
 
 def after_each_step(engine: MlxEngine, check: Callable[[], None]) -> None:
     """From now on the engine's thread calls `check` after every step."""
-    turns = _turns(engine)
-    name = "step" if hasattr(turns, "step") else "_step"
-    step = getattr(turns, name)
+    step = engine._turns.step
 
     def checked() -> None:
         step()
         check()
 
-    on_engine(engine, lambda: setattr(turns, name, checked))
+    on_engine(engine, lambda: setattr(engine._turns, "step", checked))
 
 
 def is_busy(engine: MlxEngine) -> bool:
     """Whether requests run or wait. To be asked on the engine's thread."""
-    turns = _turns(engine)
-    runs = turns.runs if hasattr(turns, "runs") else turns._runs
-    return bool(runs) or len(engine._waiting) > 0
+    return bool(engine._turns.runs) or len(engine._waiting) > 0
 
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float:

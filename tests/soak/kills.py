@@ -16,7 +16,8 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,17 +30,17 @@ from tests.soak.talks import Talk, talks
 from turbocache.persistence import SessionFiles
 from turbocache.session_file import PARTIAL
 
-CLIENTS = 4
+CLIENTS = 3
 KEEP, WINDOW = 16, 64
-BUDGET = 24 << 20
-"""Room for what four clients ask at once and one session at rest, or none."""
+BUDGET = 18 << 20
+"""Room for what three clients ask at once and one session at rest, or none."""
 
 _HOWS = ("at any moment", "in a write", "after SIGTERM", "in a write after SIGTERM")
 _TALK_SECONDS = 2.5
 _STOP_SECONDS = 0.6
-_WRITE_SECONDS = 0.012
+_WRITE_SECONDS = 0.008
 _LOOK_SECONDS = 0.0005
-_MOST_WRITES = 4
+_MOST_WRITES = 2
 
 
 @dataclass(slots=True)
@@ -74,13 +75,14 @@ class Kills:
             f"sessions gone on from     {self.restored}",
             f"turns answered to the end {self.tally.turns}, hung up on {self.tally.hung_up}, "
             f"cut off {self.tally.cut_off}, asked to come later {self.tally.later}",
+            f"wrong texts               {self.tally.wrong_texts}",
             f"most partial files        {self.most_partials} after a kill, {self.partials_after_start} after a start",
             f"failures                  {len(self.wrong)}",
             *(f"  {what}" for what in self.wrong[:20]),
         ]
 
 
-class Round:
+class Rounds:
     """Servers on one folder, one after the other, and what is known of it."""
 
     def __init__(self, place: Path, told: list[Talk], files: SessionFiles, dice: random.Random, result: Kills) -> None:
@@ -95,27 +97,43 @@ class Round:
         self._folder.mkdir()
         self._logs.mkdir()
 
-    def begin_anew(self) -> None:
-        """When nearly everything has been told: an empty folder, and all talks from their first turn."""
-        left = sum(len(talk) - self._turns[i] for i, talk in enumerate(self._told))
-        if left < 2 * CLIENTS:
-            shutil.rmtree(self._folder)
-            self._folder.mkdir()
-            self._turns = dict.fromkeys(range(len(self._told)), 0)
-            self._seen = Look()
+    @property
+    def nearly_told(self) -> bool:
+        """Whether there is hardly anything left to say."""
+        return sum(len(talk) - self._turns[i] for i, talk in enumerate(self._told)) < 2 * CLIENTS
+
+    def begin(self) -> None:
+        """An empty folder, and in it, after an orderly stop, the first turn of every talk."""
+        shutil.rmtree(self._folder)
+        self._folder.mkdir()
+        self._turns = dict.fromkeys(range(len(self._told)), 0)
+        self._seen = Look()
+        with self._running() as server:
+            self._chatting(server).open(CLIENTS)
+        self._look_again()
+        if len(self._seen.whole) < len(self._told):
+            self._result.wrong.append(f"an orderly stop left {len(self._seen.whole)} of {len(self._told)} sessions")
 
     def serve(self, how: str | None) -> None:
         """Start a server, go on from every file that it finds, and kill it; None stops it in order."""
-        sizes = {"KEEP": str(KEEP), "WINDOW": str(WINDOW), "KV_MEMORY": str(BUDGET)}
-        with running(self._logs, SESSION_DIR=str(self._folder), **sizes) as server:
-            self._result.starts += 1
+        with self._running() as server:
             self._check_start(server)
-            chatting = Chatting(server.url, self._told, self._turns, self._dice, self._result.tally)
+            chatting = self._chatting(server)
             self._result.restored += chatting.go_on(self._longest(), CLIENTS)["restored"]
             if how is not None:
                 with chatting.talking(CLIENTS):
                     self._kill(server.process, how, chatting.leave)
         self._look_again()
+
+    @contextmanager
+    def _running(self) -> Iterator[Server]:
+        sizes = {"KEEP": str(KEEP), "WINDOW": str(WINDOW), "KV_MEMORY": str(BUDGET)}
+        with running(self._logs, SESSION_DIR=str(self._folder), **sizes) as server:
+            self._result.starts += 1
+            yield server
+
+    def _chatting(self, server: Server) -> Chatting:
+        return Chatting(server.url, self._told, self._turns, self._dice, self._result.tally)
 
     def _check_start(self, server: Server) -> None:
         if left := list(self._folder.glob(f"*{PARTIAL}")):
@@ -197,11 +215,13 @@ def run(times: int, seed: int, n_talks: int = 10, n_turns: int = 9, say: Callabl
         told = talks(engine, n_talks, n_turns, seed, say)
         files = SessionFiles(engine._host.model, engine._host.store)
     with tempfile.TemporaryDirectory(prefix="kills-") as place:
-        rounds = Round(Path(place), told, files, dice, result)
-        while (n := result.kills.total()) < times:
+        rounds = Rounds(Path(place), told, files, dice, result)
+        rounds.begin()
+        while result.kills.total() < times:
             how = dice.choice(_HOWS)
+            if rounds.nearly_told:
+                rounds.begin()
             rounds.serve(how)
-            rounds.begin_anew()
-            say(f"{n + 1} of {times}, {how}: {result.restored} restored, {len(result.wrong)} failures")
+            say(f"{result.kills.total()} of {times}, {how}: {result.restored} restored, {len(result.wrong)} failures")
         rounds.serve(None)
     return result

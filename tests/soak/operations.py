@@ -35,7 +35,7 @@ _AT_A_TIME = 8
 """Things that a client does between two pauses."""
 
 _LEAST_FOR_GROWTH = 1000
-_GROWTH_MIB = 8.0
+_GROWTH_MIB = 4.0
 _COUNTED = ("spills", "restores", "restore_failures", "evictions", "checkpoint_drops", "rotations")
 _NEVER = ("kernel_faults", "session_files_refused", "spill_failures")
 

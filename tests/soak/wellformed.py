@@ -45,14 +45,14 @@ def check_stream(lines: list[str], limit: int | None) -> str:
     return "".join(choice.delta.content or "" for chunk in parts for choice in chunk.choices)
 
 
-def check_row(row: dict[str, Any], named: bool) -> None:
-    """One session as the server shows it; `named` if rows have names."""
+def check_row(row: dict[str, Any]) -> None:
+    """One session as the server shows it."""
     assert isinstance(row["id"], str), row
     assert row["id"], row
     assert row["state"] in _STATES, row
     assert all(type(row[count]) is int and row[count] >= 0 for count in _COUNTS), row
     assert row["tokens_held"] <= row["tokens_seen"], row
-    assert not named or row["name"] is None or isinstance(row["name"], str), row
+    assert row["name"] is None or isinstance(row["name"], str), row
 
 
 def _check_usage(usage: UsageBody, limit: int | None) -> None:
