@@ -23,7 +23,7 @@ from tests.serving.launch import filler
 from tests.soak.damage import Damage, draw
 from tests.soak.engines import loaded_once, on_engine, sample, started
 from tests.soak.stored import ASIDE, look
-from tests.soak.talks import MAX_TOKENS, Talk, told
+from tests.soak.talks import MAX_TOKENS, QUESTION
 from turbocache.persistence import SessionFiles
 
 SETTINGS = Settings(keep=16, window=64, kv_memory=MemoryBudget(bytes=256 << 20), prefill_chunk=128)
@@ -31,7 +31,7 @@ AT_ONCE = 21
 """Sessions of one server, the whole one included."""
 
 _MOMENTS = ("before the start", "on disk", "forgotten")
-_ASKS = (f"My name is Anna and my locker code is 5917. {filler(14, 5)}", "What is my locker code?")
+_SENTENCES = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,27 +84,31 @@ class Corruption:
 
 
 class Place:
-    """A folder that gets the same whole files again for each server."""
+    """A folder that gets the same whole files again for each server. Every session is of a talk of its own, so that
+    none can go on from another's state.
+    """
 
     def __init__(self, folder: Path, n_sessions: int) -> None:
+        self.folder = folder
         self.settings = SETTINGS.model_copy(update={"session_dir": folder})
-        names = [f"session-{i}" for i in range(n_sessions)]
-        with started(SETTINGS) as engine:
-            self.talk: Talk = told(engine, "reference", _ASKS)
-            files = SessionFiles(engine._host.model, engine._host.store)
-        with started(SETTINGS) as engine:
-            question = self.talk.messages(1)
-            self.text, usage = Answer(engine, question, "prefilled", max_tokens=MAX_TOKENS).whole()
-            assert not usage.cached_tokens
+        self.asks: dict[str, list[dict[str, str]]] = {}
+        self.texts: dict[str, str] = {}
         with started(self.settings) as engine:
-            for name in names:
-                Answer(engine, self.talk.messages(0), name, max_tokens=MAX_TOKENS).whole()
+            files = SessionFiles(engine._host.model, engine._host.store)
+            for i in range(n_sessions):
+                opening = [{"role": "user", "content": f"My locker code is {1009 + 311 * i}. {filler(_SENTENCES, i)}"}]
+                text, _ = Answer(engine, opening, f"session-{i}", max_tokens=MAX_TOKENS).whole()
+                answered = [*opening, {"role": "assistant", "content": text}]
+                self.asks[f"session-{i}"] = [*answered, {"role": "user", "content": QUESTION}]
+        with started(SETTINGS) as engine:
+            for name, messages in self.asks.items():
+                self.texts[name], usage = Answer(engine, messages, name, max_tokens=MAX_TOKENS).whole()
+                assert not usage.cached_tokens
         found = look(folder, files).whole
-        assert sorted(one.id for one in found) == sorted(names)
+        assert sorted(one.id for one in found) == sorted(self.asks)
         self.paths = {one.id: one.path for one in found}
         self.good = {one.id: one.path.read_bytes() for one in found}
         self.held = {one.id: len(one.tokens) for one in found}
-        self.folder = folder
 
     def renew(self) -> None:
         """The folder as it was left by a server that nothing happened to."""
@@ -170,15 +174,15 @@ class Asking:
             on_engine(self._engine, lambda: _forget(self._engine, name))
         result.count(done)
         try:
-            text, usage = Answer(self._engine, place.talk.messages(1), name, max_tokens=MAX_TOKENS).whole()
+            text, usage = Answer(self._engine, place.asks[name], name, max_tokens=MAX_TOKENS).whole()
         except (AssertionError, ServerError, queue.Empty) as error:
             result.wrong.append(f"{done or 'a whole file'}: no answer: {type(error).__name__} {error}")
             return
         on_engine(self._engine, lambda: _forget(self._engine))
         said = []
-        if text != place.text:
+        if text != place.texts[name]:
             result.wrong_texts += 1
-            said.append(f"the text is {text!r} instead of {place.text!r}")
+            said.append(f"the text is {text!r} instead of {place.texts[name]!r}")
         said += self._about(name, done, usage.cached_tokens, self._refused - before)
         if said:
             result.wrong.append(f"{done or 'a whole file'}: {'; '.join(said)}")

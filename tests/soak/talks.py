@@ -12,8 +12,8 @@ from tests.server.engine.answers import Answer
 from tests.serving.launch import filler
 
 MAX_TOKENS = 12
+QUESTION = "What is my locker code?"
 _NAMES = ("Anna", "Boris", "Carla", "Dora", "Emil", "Frank", "Greta", "Hugo")
-_QUESTION = "What is my locker code?"
 _SENTENCES = 6
 
 
@@ -62,7 +62,7 @@ def asks_of(seed: int, n_turns: int) -> tuple[str, ...]:
     asks = [f"My name is {name} and my locker code is {code}. {filler(_SENTENCES, draw.randrange(1 << 30))}"]
     for turn in range(1, n_turns):
         read = f"Please read this text: {filler(_SENTENCES, draw.randrange(1 << 30))}"
-        asks.append(read if turn % 3 == 2 else _QUESTION)
+        asks.append(read if turn % 3 == 2 else QUESTION)
     return tuple(asks)
 
 
