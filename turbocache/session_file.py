@@ -1,7 +1,8 @@
 """One file of named arrays and a manifest: safetensors, written piece by piece, and read only if every byte is right.
 
     8 bytes   length of the header
-    header    JSON, as safetensors has it; under `__metadata__` the `manifest` and a `digest` of all the rest
+    header    JSON, as safetensors has it; under `__metadata__` the `manifest`, a digest `head` of the header itself,
+              and a `digest` of everything
     arrays    in the header's order, without gaps
 
 Any safetensors reader opens it. It is written here and not by one, because these want all arrays at once, and a session
@@ -82,7 +83,8 @@ def write(path: Path, pieces: Mapping[str, Piece], manifest: Mapping[str, Any]) 
         at = end
     said = json.dumps(manifest, sort_keys=True)
     digest = _new_digest(entries, said)
-    blank = _header(entries, said, "0" * len(digest.hexdigest()))
+    head = digest.hexdigest()
+    blank = _header(entries, said, head, "0" * len(head))
     partial = path.with_name(f"{path.name}{PARTIAL}")
     try:
         with open(partial, "wb", opener=_private) as file:
@@ -94,7 +96,7 @@ def write(path: Path, pieces: Mapping[str, Piece], manifest: Mapping[str, Any]) 
                 digest.update(data)
                 file.write(data)
             file.seek(0)
-            file.write(_header(entries, said, digest.hexdigest()))
+            file.write(_header(entries, said, head, digest.hexdigest()))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -106,11 +108,18 @@ def write(path: Path, pieces: Mapping[str, Piece], manifest: Mapping[str, Any]) 
     return len(blank) + at
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest alone; it may be wrong, because only `open_checked` looks at every byte. Raises SessionFileError."""
+def read_manifest(path: Path, name: str) -> tuple[dict[str, Any], bytes]:
+    """The manifest, which is as it was written, and the bytes of one array, which may not be: only `open_checked` looks
+    at every byte. Raises SessionFileError.
+    """
     with _opened(path) as file:
-        _, said, _ = _parsed(path, file)
-    return _manifest(path, said)
+        entries, said, _ = _parsed(path, file)
+        manifest = _manifest(path, said)
+        if name not in entries:
+            raise SessionFileError("other_version", f"{path.name}: there is no {name}")
+        start, end = entries[name]["data_offsets"]
+        file.seek(start, os.SEEK_CUR)
+        return manifest, file.read(end - start)
 
 
 def open_checked(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -167,10 +176,14 @@ def _parsed(path: Path, file: BinaryIO) -> tuple[dict[str, Any], str, str]:
     try:
         entries = json.loads(text)
         metadata = entries.pop("__metadata__")
-        said, digest = metadata["manifest"], metadata["digest"]
+        if "head" not in metadata:
+            raise SessionFileError("other_version", f"{path.name}: written by an earlier version")
+        said, head, digest = metadata["manifest"], metadata["head"], metadata["digest"]
         needed = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
         if not (isinstance(said, str) and isinstance(digest, str)):
             raise TypeError("the manifest is not text")
+        if head != _new_digest(entries, said).hexdigest():
+            raise ValueError("it is not what was written")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise SessionFileError("corrupt", f"{path.name}: the header is damaged ({type(error).__name__})") from error
     held = size - _LENGTH.size - length
@@ -189,14 +202,15 @@ def _manifest(path: Path, said: str) -> dict[str, Any]:
     return manifest
 
 
-def _header(entries: Mapping[str, Any], said: str, digest: str) -> bytes:
-    text = json.dumps({"__metadata__": {"manifest": said, "digest": digest}, **entries}, separators=(",", ":")).encode()
+def _header(entries: Mapping[str, Any], said: str, head: str, digest: str) -> bytes:
+    metadata = {"manifest": said, "head": head, "digest": digest}
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return _LENGTH.pack(len(text)) + text
 
 
 def _new_digest(entries: Mapping[str, Any], said: str) -> "hashlib._Hash":
-    return hashlib.sha256(_header(entries, said, ""))
+    return hashlib.sha256(_header(entries, said, "", ""))
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:

@@ -132,7 +132,7 @@ def test_any_reader_of_safetensors_opens_it(bundled: LoadedModel, tiny_llama: Mo
     place.save(path, place.session(tokens), tokens)
     with safe_open(str(path), "numpy") as file:
         assert file.get_tensor("state.0.tokens").tolist() == tokens
-        assert set(file.metadata()) == {"manifest", "digest"}
+        assert set(file.metadata()) == {"manifest", "head", "digest"}
 
 
 def test_files_of_something_else_are_refused(bundled: LoadedModel, tiny_llama: Module, tmp_path: Path) -> None:
@@ -298,3 +298,30 @@ def test_checkpoints_come_back_with_their_session(bundled: LoadedModel, tmp_path
     assert alone.kind == "session"
     few.store.spec.pool.release(taken)
     few.store.spec.check_integrity()
+
+
+def test_what_is_said_of_a_session_is_checked_without_reading_it_all(
+    bundled: LoadedModel, tiny_llama: Module, tmp_path: Path
+) -> None:
+    """A server that knew a session by the wrong tokens would never ask for it again."""
+    place, path = Place(bundled, tiny_llama, RingConfig(8, 64)), tmp_path / f"a{SUFFIX}"
+    tokens, dice = some(1, 200), random.Random(3)
+    about = {"id": "anna", "turns": 3}
+    place.files.save(path, [State("session", np.array(tokens), place.session(tokens))], about)
+    said, found = place.files.peek(path)
+    assert (said, found.tolist()) == (about, tokens)
+    good = path.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    start, n_whole = good.index(np.array(tokens, dtype=np.int32).tobytes(), header), 0
+    for i in range(200):
+        bad = bytearray(good)
+        at = dice.randrange(header) if i % 2 else start + dice.randrange(4 * len(tokens))
+        bad[at] ^= 1 << dice.randrange(8)
+        path.write_bytes(bytes(bad))
+        try:
+            said, found = place.files.peek(path)
+            assert (said, found.tolist()) == (about, tokens)
+            n_whole += 1
+        except SessionFileError:
+            pass
+    assert n_whole < 20  # the digest of everything is not looked at here, and some bits of JSON say the same
