@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
@@ -40,6 +40,7 @@ class SessionDisk:
         self._budget = budget
         self._files = files
         self._metrics = metrics
+        self._held: Path | None = None
         if left := remove_partial(folder):
             log.warning("removed %d session files in %s that were not written to their end", left, folder)
         self._measure()
@@ -98,6 +99,15 @@ class SessionDisk:
         self._metrics.restore_seconds.inc(time.perf_counter() - start)
         return None
 
+    @contextmanager
+    def held(self, session: Session) -> Iterator[None]:
+        """While others are written, a session's file stays whatever the budget says: it is about to be read."""
+        self._held = self._path(session)
+        try:
+            yield
+        finally:
+            self._held = None
+
     def has(self, session: Session) -> bool:
         return self._path(session).exists()
 
@@ -141,7 +151,7 @@ class SessionDisk:
     def _make_room(self, kept: Path) -> None:
         """Remove what was refused, then the longest unused files, until the rest fits; `kept` last."""
         refused = sorted(self._folder.glob(f"*{SUFFIX}{_REFUSED}"), key=_used)
-        going = [*refused, *(path for path in self._paths() if path != kept), kept]
+        going = [*refused, *(path for path in self._paths() if path not in (kept, self._held)), kept]
         total = self._measure()
         for path in going:
             if total <= self._budget:

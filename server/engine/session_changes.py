@@ -82,7 +82,7 @@ class SessionChanges:
         other = self._registry.fork(session, id)
         assert other.cache is not None
         evaluate(other.cache)
-        self._turns.make_room()
+        self._turns.make_room()  # one of the two may have to go again
         return other
 
     def _save(self, session: Session) -> Session:
@@ -109,7 +109,12 @@ class SessionChanges:
             if refused is None:
                 raise SessionNotSaved("The session could not be read from disk. The server's log has the reason.")
             raise Conflict(f"The session's file is refused: {refused}.", code="session_file_refused")
-        self._turns.make_room()
+        session.last_used = time.time()
+        session.running = True  # what has to go for it now is others, or checkpoints
+        try:
+            self._turns.make_room()
+        finally:
+            session.running = False
         return session
 
 

@@ -172,8 +172,9 @@ class SessionRegistry:
         self._sessions[session.key] = session
         was_running, session.running = session.running, True  # nobody may take its place
         try:
-            make_room()
-            refused = self._disk.load(session)
+            with self._disk.held(session):
+                make_room()
+                refused = self._disk.load(session)
         finally:
             session.running = was_running
         if session.cache is None:
@@ -191,7 +192,7 @@ class SessionRegistry:
 
     def idle(self) -> list[Session]:
         """Sessions at rest in memory, in the order in which they should go: those to keep last, oldest use first."""
-        resting = [session for session in self if session.cache is not None]
+        resting = [session for session in self if session.cache is not None and not session.running]
         return sorted(resting, key=lambda session: (session.keep, session.last_used))
 
     def next_to_go(self, before: float | None = None) -> Session | Checkpoint | None:

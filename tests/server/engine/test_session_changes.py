@@ -265,3 +265,22 @@ def test_side_requests_do_not_push_out_what_was_used_since(start: Callable[..., 
     Answer(engine, big, None, max_tokens=900).whole()
     assert not set(states(engine)) >= names
     assert owned_by_nobody(engine)
+
+
+def test_a_restored_session_does_not_leave_again_for_its_own_sake(
+    start: Callable[..., MlxEngine], tmp_path: Path
+) -> None:
+    """Memory and disk are full: bringing one back writes others, and its file must not be among those that go."""
+    engine, names = start(kv_memory=MemoryBudget(bytes=20 << 20), session_disk=40 << 20), [f"s{i}" for i in range(5)]
+    for name in names:
+        Answer(engine, [of("user", f"I am {name}. " + TEXT * 12)], name, max_tokens=10).text()
+    assert states(engine)["s0"] == "spilled"
+    engine._changes._disk._budget = sum(path.stat().st_size for path in files(tmp_path))  # type: ignore[union-attr]
+    for _ in range(2):
+        for name in names:
+            if states(engine).get(name) == "spilled":
+                assert change(engine, "restore", name)["state"] == "resident", name
+                assert change(engine, "fork", name, f"fork of {name}")["id"] == f"fork of {name}"
+                change(engine, "delete", f"fork of {name}")
+    assert metric(engine, "session_files_refused_total", reason="missing") == 0
+    assert owned_by_nobody(engine)
