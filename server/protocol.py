@@ -54,7 +54,8 @@ class GenerationRequest:
 
     `prompt` is the whole conversation. `max_tokens` is None for "as far as the model's
     positions reach". `session` is the client's name for the conversation, None for an unnamed one. Sessions of one
-    `owner` are nobody else's. `arrived` is a time as `time.time` gives it.
+    `owner` are nobody else's. `arrived` is a time as `time.time` gives it. `logprobs` asks for the tokens with so many
+    alternatives each, None for none.
     """
 
     request_id: str
@@ -64,6 +65,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     session: str | None = None
     owner: str = ""
+    logprobs: int | None = None
     arrived: float = field(default_factory=time.time)
 
 
@@ -85,11 +87,29 @@ class PrefillProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, as bytes because one may be half a character, and the natural logarithm of its probability."""
+
+    token: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnToken(TokenLogprob):
+    """A token of the answer, and the likeliest tokens in its place, best first."""
+
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that is safe to send (never half a character, never part of a stop string)."""
+    """Text that is safe to send (never half a character, never part of a stop string). `tokens`, where they were asked
+    for, are those drawn since the delta before.
+    """
 
     text: str
     channel: Channel = "content"
+    tokens: tuple[DrawnToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

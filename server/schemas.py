@@ -197,6 +197,8 @@ class ChatCompletionRequest(Wire):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
     prompt_cache_key: str | None = None
@@ -210,8 +212,6 @@ class ChatCompletionRequest(Wire):
     # Fields of OpenAI's API that later versions honour.
     n: Annotated[int | None, only(1)] = None
     store: Annotated[bool | None, only(False)] = None
-    logprobs: Annotated[bool | None, only(False)] = None
-    top_logprobs: Annotated[int | None, only(0)] = None
     response_format: Annotated[JsonValue, only({"type": "text"})] = None
     tools: Annotated[list[JsonValue] | None, only([])] = None
     tool_choice: Annotated[JsonValue, only("none", "auto")] = None
@@ -236,6 +236,10 @@ class ChatCompletionRequest(Wire):
                 "Setting 'max_tokens' and 'max_completion_tokens' at the same time is not supported.",
                 param="max_tokens",
                 code="invalid_parameter_combination",
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest(
+                "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled.", param="top_logprobs"
             )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
@@ -303,10 +307,29 @@ class AnswerMessage(BaseModel):
     reasoning_content: str | None = None
 
 
+class TopLogprob(BaseModel):
+    """A token as text and as UTF-8 bytes, which need not be whole characters, and ln of its probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(TopLogprob):
+    """A token of the answer, and the likeliest in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    content: list[ContentLogprob]
+    refusal: None = None
+
+
 class Choice(BaseModel):
     index: int
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: str
 
 
@@ -332,7 +355,7 @@ class Delta(BaseModel):
 class ChunkChoice(BaseModel):
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: str | None
 
 

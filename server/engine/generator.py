@@ -105,6 +105,12 @@ class Generator:
             if uid in wanted
         }
 
+    def first_logprobs(self, uid: int) -> mx.array:
+        """The log-probabilities `[vocab]` from which the first token of `first_tokens` was drawn."""
+        batch = self._batch._generation_batch
+        logprobs: mx.array = batch._next_logprobs[batch.uids.index(uid)]
+        return logprobs
+
     def snapshot(self, uid: int) -> list[Any]:
         """A copy of a row's cache as it is now; pages are shared."""
         cache, _ = self._batch.extract_cache([uid])[uid]

@@ -1,13 +1,13 @@
 """One request while it is in the batch."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from server.engine.checkpoints import Kind
 from server.engine.prefill_reasons import Reason
 from server.engine.session import Session
 from server.engine.text import TextAssembler
-from server.protocol import Deliver, GenerationRequest, TextDelta, Usage
+from server.protocol import Deliver, DrawnToken, GenerationRequest, TextDelta, Usage
 
 ANSWER_STEP = 1024
 """Tokens by which the promise of a request without max_tokens grows as it goes on."""
@@ -20,7 +20,7 @@ class Run:
     Of the prompt's tokens the first `cached` were in the cache, the others are prefilled for the reasons in `prefill`.
     `allowed` is the number of answer tokens that memory is promised for; `limit` the most that the request wants.
     `sent_ahead`: the next token's text has gone out already. `stops`: after how many of the prompt's tokens to take
-    checkpoints.
+    checkpoints. `drawn`: tokens whose text has not been sent yet, if the client wants to see them.
     """
 
     request: GenerationRequest
@@ -34,6 +34,7 @@ class Run:
     generated: int = 0
     sent_ahead: bool = False
     stops: dict[int, Kind] = field(default_factory=dict)
+    drawn: list[DrawnToken] = field(default_factory=list)
     last_token: float | None = None
 
     @property
@@ -41,8 +42,16 @@ class Run:
         return Usage(len(self.request.prompt.tokens), self.cached, self.generated)
 
     def send(self, deltas: list[TextDelta]) -> None:
+        """Text to the client, the first with the tokens that were `drawn` for it."""
         for delta in deltas:
-            self.deliver(delta)
+            drawn, self.drawn = tuple(self.drawn), []
+            self.deliver(replace(delta, tokens=drawn) if drawn else delta)
+
+    def send_rest(self, deltas: list[TextDelta]) -> None:
+        """The last text. Tokens without any come after it, but not those of a stop string."""
+        self.send(deltas)
+        if self.drawn and not self.text.stopped:
+            self.send([TextDelta("")])
 
     def token_interval(self) -> float | None:
         """Seconds since the token before this one, None for the first."""

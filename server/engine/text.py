@@ -1,7 +1,10 @@
 """From tokens to text that is safe to send: whole characters, no stop strings, reasoning kept apart."""
 
+import functools
 from collections.abc import Sequence
 
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
 from mlx_lm.generate import TextStateMachine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -11,6 +14,21 @@ _CHANNELS: dict[str, Channel] = {"normal": "content", "reasoning": "reasoning"}
 
 _TEMPLATE_TAIL = 8
 """A thought that the template opened for this answer stands among the prompt's last tokens; older ones are history."""
+
+
+class TokenBytes:
+    """The bytes of single tokens; llguidance knows how each kind of tokenizer writes them."""
+
+    def __init__(self, tokenizer: TokenizerWrapper) -> None:
+        self._wrapped = tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        # Not at the start: it takes a while with large vocabularies, and few ask for it.
+        return from_tokenizer(self._wrapped._tokenizer)
+
+    def __call__(self, token: int) -> bytes:
+        return self._tokenizer.decode_bytes([token])
 
 
 class TextAssembler:

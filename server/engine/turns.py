@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 
 from server.engine.budget import Budget, make_room
@@ -17,12 +18,22 @@ from server.engine.gauges import Gauges
 from server.engine.generator import Generator
 from server.engine.host import Host
 from server.engine.run import ANSWER_STEP, Run
+from server.engine.sampling import top_tokens
 from server.engine.sessions import LEAST_SHARED, Claim, SessionRegistry
-from server.engine.text import TextAssembler
+from server.engine.text import TextAssembler, TokenBytes
 from server.engine.waiting import Entry, WaitingRoom
 from server.errors import EngineDead, InternalError, KernelFault, OutOfMemory, ServerError
 from server.metrics import Metrics
-from server.protocol import Failed, Finished, FinishReason, GenerationRequest, PrefillProgress, Prompt
+from server.protocol import (
+    DrawnToken,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    PrefillProgress,
+    Prompt,
+    TokenLogprob,
+)
 from server.settings import Settings
 from turbocache.pool import PoolExhausted
 from turbocache.store import evaluate
@@ -54,6 +65,7 @@ class Turns:
         self._waiting = waiting
         self._budget = budget
         self._registry = registry
+        self._token_bytes = TokenBytes(host.model.tokenizer)
         self.generator = self._new_generator()
 
     def _new_generator(self) -> Generator:
@@ -172,6 +184,7 @@ class Turns:
             if token is None:
                 bad.append(uid)
             elif token not in self._host.model.tokenizer.eos_token_ids:
+                self._note(run, token, self.generator.first_logprobs(uid))
                 run.send(run.text.add(token))
                 run.sent_ahead = True
                 time.sleep(_YIELD_SECONDS)
@@ -210,12 +223,20 @@ class Turns:
         if run.sent_ahead:
             run.sent_ahead = False
         elif response.finish_reason != "stop":
+            self._note(run, response.token, response.logprobs)
             run.send(run.text.add(response.token))
         if run.text.stopped or response.finish_reason is not None:
             reason: FinishReason = "length" if response.finish_reason == "length" and not run.text.stopped else "stop"
             self._finish(response.uid, run, reason, response.prompt_cache, response.all_tokens)
         elif run.generated == run.allowed and not self._allow_more(run):
             self._finish(response.uid, run, "length", None, None)
+
+    def _note(self, run: Run, token: int, logprobs: mx.array) -> None:
+        """Keep a token for a client that wants to see what was drawn."""
+        if (n := run.request.logprobs) is not None:
+            own, best = top_tokens(logprobs, token, n)
+            top = tuple(TokenLogprob(self._token_bytes(other), value) for other, value in best)
+            run.drawn.append(DrawnToken(self._token_bytes(token), own, top))
 
     def _allow_more(self, run: Run) -> bool:
         allowed = min(run.limit, run.allowed + ANSWER_STEP)
@@ -227,7 +248,7 @@ class Turns:
     # Out of the batch.
 
     def _finish(self, uid: int, run: Run, reason: FinishReason, cache: Any, tokens: Any) -> None:
-        run.send(run.text.finish())
+        run.send_rest(run.text.finish())
         if cache is None:
             cache, tokens = self.generator.remove(uid)
         self._rest(uid, run, cache, tokens)

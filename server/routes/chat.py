@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, ValidationError
@@ -14,7 +15,18 @@ from starlette.types import Receive, Scope, Send
 from server.error_handlers import invalid_body
 from server.errors import ContextLengthExceeded, NotFound, PayloadTooLarge, ServerError
 from server.identity import session_key
-from server.protocol import Event, Failed, Finished, GenerationRequest, ModelInfo, SamplingParams, TextDelta, Usage
+from server.protocol import (
+    DrawnToken,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    ModelInfo,
+    SamplingParams,
+    TextDelta,
+    TokenLogprob,
+    Usage,
+)
 from server.routes.scope import CHAT_PATH, AppContext, RequestRecord, context_of, record_of, require_key, session_hash
 from server.routes.turn import Turn, until_gone
 from server.schemas import (
@@ -24,11 +36,17 @@ from server.schemas import (
     ChatCompletionRequest,
     Choice,
     ChunkChoice,
+    ContentLogprob,
     Delta,
+    Logprobs,
     PromptTokensDetails,
+    TopLogprob,
     UsageBody,
 )
 from server.sse import data, write_events
+
+_LEAST_LOGPROB = -9999.0
+"""In JSON for minus infinity, as OpenAI's API has it."""
 
 router = APIRouter(dependencies=[Depends(require_key)])
 
@@ -54,6 +72,7 @@ async def chat_completions(request: Request) -> Response:
             stop=chat.stop_texts,
             session=session,
             owner=record.owner,
+            logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         ),
         record,
     )
@@ -174,7 +193,7 @@ class Answer:
     def render(self, event: Event) -> Sequence[bytes]:
         """The chunks of one event: text, and at the end the finish reason and the usage that was asked for."""
         if isinstance(event, TextDelta):
-            return [*self._opening(), self._choice(_delta(event), None)]
+            return [*self._opening(), self._choice(_delta(event), None, event.tokens)]
         if isinstance(event, Finished):
             chunks = [*self._opening(), self._choice(Delta(), event.finish_reason)]
             if self._include_usage:
@@ -182,7 +201,10 @@ class Answer:
             return chunks
         return ()
 
-    def whole(self, content: str, reasoning: str, finished: Finished) -> ChatCompletion:
+    def whole(
+        self, content: str, reasoning: str, tokens: Sequence[DrawnToken] | None, finished: Finished
+    ) -> ChatCompletion:
+        logprobs = None if tokens is None else logprobs_body(tokens)
         message = AnswerMessage(role="assistant", content=content, refusal=None)
         if reasoning:
             message.reasoning_content = reasoning
@@ -191,7 +213,7 @@ class Answer:
             object="chat.completion",
             created=self._created,
             model=self._model,
-            choices=[Choice(index=0, message=message, logprobs=None, finish_reason=finished.finish_reason)],
+            choices=[Choice(index=0, message=message, logprobs=logprobs, finish_reason=finished.finish_reason)],
             usage=usage_body(finished.usage),
         )
 
@@ -202,8 +224,9 @@ class Answer:
         self._begun = True
         return [self._choice(Delta(role="assistant", content=""), None)]
 
-    def _choice(self, delta: Delta, finish_reason: str | None) -> bytes:
-        return self._chunk([ChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=finish_reason)], None)
+    def _choice(self, delta: Delta, finish_reason: str | None, tokens: Sequence[DrawnToken] = ()) -> bytes:
+        logprobs = logprobs_body(tokens) if tokens else None
+        return self._chunk([ChunkChoice(index=0, delta=delta, logprobs=logprobs, finish_reason=finish_reason)], None)
 
     def _chunk(self, choices: list[ChunkChoice], usage: UsageBody | None) -> bytes:
         chunk = ChatCompletionChunk(
@@ -217,6 +240,20 @@ class Answer:
 def to_json(body: BaseModel) -> str:
     """Only fields that were set: in deltas absent and null mean different things."""
     return body.model_dump_json(exclude_unset=True)
+
+
+def logprobs_body(tokens: Sequence[DrawnToken]) -> Logprobs:
+    """Drawn tokens as OpenAI shows them."""
+
+    def shown(token: TokenLogprob) -> dict[str, Any]:
+        logprob = max(token.logprob, _LEAST_LOGPROB)
+        return {"token": token.token.decode(errors="replace"), "logprob": logprob, "bytes": list(token.token)}
+
+    content = [
+        ContentLogprob(**shown(token), top_logprobs=[TopLogprob(**shown(other)) for other in token.top])
+        for token in tokens
+    ]
+    return Logprobs(content=content, refusal=None)
 
 
 def usage_body(usage: Usage) -> UsageBody:
@@ -235,10 +272,13 @@ def _delta(event: TextDelta) -> Delta:
 async def collect(turn: Turn, answer: Answer) -> Response:
     """All events of a turn as one JSON. Raises the error of a failed turn."""
     texts: dict[str, list[str]] = {"content": [], "reasoning": []}
+    tokens: list[DrawnToken] = []
     while not isinstance(event := await turn.next_event(), Finished):
         if isinstance(event, Failed):
             raise turn.public_error(event)
         if isinstance(event, TextDelta):
             texts[event.channel].append(event.text)
-    body = answer.whole("".join(texts["content"]), "".join(texts["reasoning"]), event)
+            tokens += event.tokens
+    wanted = tokens if turn.wants_logprobs else None
+    body = answer.whole("".join(texts["content"]), "".join(texts["reasoning"]), wanted, event)
     return Response(to_json(body), media_type="application/json")

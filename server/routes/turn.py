@@ -40,6 +40,10 @@ class Turn:
         self._stirred = asyncio.Event()
         self._ended_by_engine = False
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self._request.logprobs is not None
+
     def submit(self) -> None:
         """Raises what Engine.submit raises; then the turn was never accepted and has no outcome."""
         self._engine.submit(self._request, self.deliver)

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
+from functools import partial
 
 import pytest
 
-from server.protocol import Finished, SamplingParams, TextDelta, Usage
+from server.protocol import DrawnToken, Finished, SamplingParams, TextDelta, TokenLogprob, Usage
 from tests.server.conftest import BODY, CHAT, STREAM, Serve, error_of, events_of
 from tests.server.scripted_engine import USAGE, ScriptedEngine, eventually
 
@@ -178,3 +180,39 @@ def test_usage_without_cache(serve: Serve) -> None:
     server = serve(ScriptedEngine([Finished("stop", Usage(5, 0, 0))]))
     usage = server.http.post(CHAT, json=BODY).json()["usage"]
     assert (usage["prompt_tokens_details"], usage["total_tokens"]) == ({"cached_tokens": 0}, 5)
+
+
+TOKENS = (
+    DrawnToken(b"F", -0.5, (TokenLogprob(b"F", -0.5), TokenLogprob(b"G", -1.5))),
+    DrawnToken("ü".encode()[:1], -math.inf, (TokenLogprob(b"x", -0.1),)),
+)
+
+
+def test_logprobs_are_shown_as_openai_does(serve: Serve) -> None:
+    script = [TextDelta("F", tokens=TOKENS[:1]), TextDelta("ü", tokens=TOKENS[1:]), Finished("stop", USAGE)]
+    server = serve(ScriptedEngine(script))
+    messages = [{"role": "user", "content": "hi"}]
+    ask = partial(server.openai.chat.completions.create, model="default", messages=messages)
+    whole = ask(logprobs=True, top_logprobs=2).choices[0].logprobs
+    assert server.engine.requests[0].logprobs == 2
+    assert whole.content[0].model_dump() == {
+        "token": "F",
+        "logprob": -0.5,
+        "bytes": [70],
+        "top_logprobs": [
+            {"token": "F", "logprob": -0.5, "bytes": [70]},
+            {"token": "G", "logprob": -1.5, "bytes": [71]},
+        ],
+    }
+    assert (whole.content[1].token, whole.content[1].bytes, whole.content[1].logprob) == ("\ufffd", [0xC3], -9999.0)
+    with ask(logprobs=True, stream=True) as stream:
+        shown = [token for chunk in stream if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    assert shown == whole.content
+    assert server.engine.requests[1].logprobs == 0
+
+
+def test_no_logprobs_unless_asked_for(serve: Serve) -> None:
+    server = serve(ScriptedEngine())
+    answer = server.http.post(CHAT, json=BODY).json()
+    assert answer["choices"][0]["logprobs"] is None
+    assert server.engine.requests[0].logprobs is None
