@@ -15,7 +15,7 @@ import httpx
 
 from tests.soak.talks import MAX_TOKENS, Talk
 
-_AGAIN_SECONDS = 0.02
+_AGAIN_SECONDS = 0.05
 _HANG_UP = 0.15
 _LATER = ("rate_limit_exceeded", "out_of_memory")
 

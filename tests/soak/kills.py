@@ -35,10 +35,12 @@ KEEP, WINDOW = 16, 64
 BUDGET = 18 << 20
 """Room for what three clients ask at once and one session at rest, or none."""
 
-_HOWS = ("at any moment", "in a write", "after SIGTERM", "in a write after SIGTERM")
+_HOWS = {"at any moment": 1, "in a write": 2, "after SIGTERM": 1, "in a write after SIGTERM": 2}
+"""When to kill, and how often so."""
+
 _TALK_SECONDS = 2.5
 _STOP_SECONDS = 0.6
-_WRITE_SECONDS = 0.008
+_WRITE_SECONDS = 0.006
 _LOOK_SECONDS = 0.0005
 _MOST_WRITES = 2
 
@@ -218,7 +220,7 @@ def run(times: int, seed: int, n_talks: int = 10, n_turns: int = 9, say: Callabl
         rounds = Rounds(Path(place), told, files, dice, result)
         rounds.begin()
         while result.kills.total() < times:
-            how = dice.choice(_HOWS)
+            (how,) = dice.choices(list(_HOWS), list(_HOWS.values()))
             if rounds.nearly_told:
                 rounds.begin()
             rounds.serve(how)
