@@ -141,11 +141,14 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The loaded model as clients see it. `max_positions` is the model's own limit in tokens."""
+    """The loaded model as clients see it. A conversation has at most `max_tokens` tokens: the model's own positions, or
+    fewer where sessions may not rotate. One that is longer than `rotates_at` has lost its oldest tokens, None: never.
+    """
 
     id: str
     created: int
-    max_positions: int
+    max_tokens: int
+    rotates_at: int | None = None
 
 
 class Engine(Protocol):

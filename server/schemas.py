@@ -371,7 +371,7 @@ class ChatCompletionChunk(BaseModel):
 
 
 class ModelBody(BaseModel):
-    """One model; `max_model_len` is its own limit in tokens (an addition other local servers have too)."""
+    """One model; `max_model_len` is the longest conversation in tokens (an addition other local servers have too)."""
 
     id: str
     object: Literal["model"]

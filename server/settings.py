@@ -108,6 +108,10 @@ class Settings(BaseSettings):
         ge=1,
         description="a positive number of tokens a session holds before it rotates, at least keep + window + 64",
     )
+    overflow: Literal["rotate", "error"] = Field(
+        default="rotate",
+        description="rotate (a session at TURBOCACHE_MAX_SIZE goes on without its oldest tokens) or error",
+    )
     keep: int = Field(default=64, ge=0, description="a number of tokens, 0 or more")
     window: int = Field(default=128, gt=0, multiple_of=PAGE, description="a positive multiple of 64 (tokens)")
     kv_memory: Annotated[MemoryBudget | None, NoDecode, _from_text(parse_memory)] = Field(

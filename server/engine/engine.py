@@ -92,8 +92,10 @@ class MlxEngine:
 
     @property
     def model(self) -> ModelInfo:
-        model = self._host.model
-        return ModelInfo(model.id, model.created, model.max_positions)
+        model, max_size = self._host.model, self._host.store.spec.ring.max_size
+        if max_size is not None and self._settings.overflow == "error":
+            return ModelInfo(model.id, model.created, max_size)
+        return ModelInfo(model.id, model.created, model.max_positions, max_size)
 
     def tokenize(self, messages: list[dict[str, Any]]) -> Prompt:
         """Messages through the model's chat template. Raises InvalidRequest when the template refuses them."""
@@ -163,10 +165,10 @@ class MlxEngine:
                 )
 
     def _answer_limit(self, request: GenerationRequest) -> int:
-        positions, n_prompt = self._host.model.max_positions, len(request.prompt.tokens)
-        if n_prompt >= positions or n_prompt + (request.max_tokens or 0) > positions:
-            raise ContextLengthExceeded(limit=positions, prompt_tokens=n_prompt, max_tokens=request.max_tokens)
-        return request.max_tokens or positions - n_prompt
+        limit, n_prompt = self.model.max_tokens, len(request.prompt.tokens)
+        if n_prompt >= limit or n_prompt + (request.max_tokens or 0) > limit:
+            raise ContextLengthExceeded(limit=limit, prompt_tokens=n_prompt, max_tokens=request.max_tokens)
+        return request.max_tokens or limit - n_prompt
 
     # The engine's thread.
 

@@ -149,11 +149,14 @@ def sampling(chat: ChatCompletionRequest) -> SamplingParams:
 def accept(context: AppContext, chat: ChatCompletionRequest, wanted: GenerationRequest, record: RequestRecord) -> Turn:
     """Submits the request. Raises ContextLengthExceeded, or what the engine refuses with; refusals are counted."""
     turn = Turn(context.engine, context.metrics, wanted, record)
-    limit, prompt_tokens = context.engine.model.max_positions, len(wanted.prompt.tokens)
+    model, prompt_tokens = context.engine.model, len(wanted.prompt.tokens)
+    record.rotated = model.rotates_at is not None and prompt_tokens > model.rotates_at
     try:
         # Without max_tokens at least one new token must fit.
-        if prompt_tokens + (wanted.max_tokens or 1) > limit:
-            raise ContextLengthExceeded(limit=limit, prompt_tokens=prompt_tokens, max_tokens=wanted.max_tokens)
+        if prompt_tokens + (wanted.max_tokens or 1) > model.max_tokens:
+            raise ContextLengthExceeded(
+                limit=model.max_tokens, prompt_tokens=prompt_tokens, max_tokens=wanted.max_tokens
+            )
         turn.submit()
     except ServerError as error:
         context.metrics.admission_refusals.labels(reason=error.code or error.type).inc()

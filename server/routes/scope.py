@@ -26,7 +26,8 @@ _QUIET_PATHS = frozenset({"/health", "/metrics"})
 @dataclass(slots=True)
 class RequestRecord:
     """Who asks, and what the log line of a request says: no text of a prompt or an answer, and of a session's name only
-    a hash. `session_name` goes back to the client, as X-Session-ID. `owner` tells API keys apart.
+    a hash. `session_name` goes back to the client, as X-Session-ID. `owner` tells API keys apart. `rotated`: the prompt
+    is longer than a session holds, which the client is told as X-Turbocache-Overflow.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class RequestRecord:
     session: str | None = None
     session_name: str | None = None
     owner: str = ""
+    rotated: bool = False
     stream: bool = False
     usage: Usage | None = None
     first_text_seconds: float | None = None
@@ -127,6 +129,8 @@ class RequestScope:
                 headers = [*message.get("headers", []), (b"x-request-id", record.request_id.encode())]
                 if record.session_name is not None:
                     headers.append((b"x-session-id", record.session_name.encode()))
+                if record.rotated:
+                    headers.append((b"x-turbocache-overflow", b"rotate"))
                 message = {**message, "headers": headers}
             await send(message)
 

@@ -16,7 +16,7 @@ open_router = APIRouter()
 
 def _model_body(model: ModelInfo) -> ModelBody:
     return ModelBody(
-        id=model.id, object="model", created=model.created, owned_by="turbocache", max_model_len=model.max_positions
+        id=model.id, object="model", created=model.created, owned_by="turbocache", max_model_len=model.max_tokens
     )
 
 

@@ -60,12 +60,13 @@ class ScriptedEngine:
         submit_error: Exception | None = None,
         tokenize_error: Exception | None = None,
         model_id: str = "org/scripted-model",
-        max_positions: int = 1000,
+        max_tokens: int = 1000,
+        rotates_at: int | None = None,
     ) -> None:
         self.script = tuple(script)
         self.submit_error = submit_error
         self.tokenize_error = tokenize_error
-        self._model = ModelInfo(id=model_id, created=1_700_000_000, max_positions=max_positions)
+        self._model = ModelInfo(id=model_id, created=1_700_000_000, max_tokens=max_tokens, rotates_at=rotates_at)
         self.requests: list[GenerationRequest] = []
         self.messages: list[list[dict[str, Any]]] = []
         self.cancelled: list[str] = []

@@ -43,7 +43,7 @@ def test_past_the_models_positions(serve: Serve, max_tokens: int, words: str) ->
 
 
 def test_a_prompt_past_the_models_positions(serve: Serve) -> None:
-    server = serve(ScriptedEngine(max_positions=8))
+    server = serve(ScriptedEngine(max_tokens=8))
     assert error_of(server.http.post(CHAT, json=BODY))["code"] == "context_length_exceeded"
 
 
@@ -110,7 +110,7 @@ def test_api_keys(serve: Serve) -> None:
 
 
 def test_body_limit(serve: Serve) -> None:
-    server = serve(ScriptedEngine(max_positions=10_000), body_limit=2000)
+    server = serve(ScriptedEngine(max_tokens=10_000), body_limit=2000)
     big = {**BODY, "messages": [{"role": "user", "content": "x" * 2000}]}
     response = server.http.post(CHAT, json=big)
     assert (response.status_code, error_of(response)["code"]) == (413, "request_too_large")

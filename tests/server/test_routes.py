@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -216,3 +217,10 @@ def test_no_logprobs_unless_asked_for(serve: Serve) -> None:
     answer = server.http.post(CHAT, json=BODY).json()
     assert answer["choices"][0]["logprobs"] is None
     assert server.engine.requests[0].logprobs is None
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM])
+def test_a_conversation_that_rotates_is_told_so(serve: Serve, body: dict[str, Any]) -> None:
+    assert serve(ScriptedEngine(rotates_at=7)).http.post(CHAT, json=body).headers["x-turbocache-overflow"] == "rotate"
+    assert "x-turbocache-overflow" not in serve(ScriptedEngine(rotates_at=8)).http.post(CHAT, json=body).headers
+    assert "x-turbocache-overflow" not in serve(ScriptedEngine()).http.post(CHAT, json=body).headers

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from server.engine.engine import MlxEngine
-from server.errors import EngineDead, KernelFault
-from server.protocol import Failed, Finished
+from server.errors import ContextLengthExceeded, EngineDead, KernelFault
+from server.metrics import Metrics
+from server.protocol import Failed, Finished, SamplingParams
 from tests.server.engine.answers import Answer, owned_by_nobody
+from tests.server.engine.conftest import SETTINGS
 
 
 def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
@@ -137,3 +139,29 @@ def test_stopping_ends_what_runs(engine: MlxEngine) -> None:
     engine.stop()
     assert isinstance(answer.end(), Failed)
     assert not engine.health().alive
+
+
+@pytest.mark.parametrize("overflow", ["rotate", "error"])
+def test_what_does_not_fit_a_session_rotates_or_is_refused(overflow: str) -> None:
+    engine = MlxEngine(SETTINGS.model_copy(update={"max_size": 320, "overflow": overflow}), Metrics())
+    engine.start()
+    try:
+        fits, long = "The river runs by the mill. " * 20, "The river runs by the mill. " * 60
+        assert len(engine.tokenize([{"role": "user", "content": fits}]).tokens) < 200
+        assert Answer(engine, fits, "a", max_tokens=20).text()
+        if overflow == "rotate":
+            assert (engine.model.max_tokens, engine.model.rotates_at) == (8192, 320)
+            assert Answer(engine, long, "b", max_tokens=20).text()
+            return
+        assert (engine.model.max_tokens, engine.model.rotates_at) == (320, None)
+        for asked, n in ((long, 1), (fits, 200)):
+            with pytest.raises(ContextLengthExceeded, match="maximum context length is 320 tokens"):
+                Answer(engine, asked, "b", max_tokens=n)
+        ban = SamplingParams(
+            temperature=0, logit_bias=tuple((i, -100.0) for i in engine._host.model.tokenizer.eos_token_ids)
+        )
+        end = Answer(engine, fits, "c", max_tokens=None, sampling=ban).end()
+        assert isinstance(end, Finished)
+        assert (end.finish_reason, end.usage.prompt_tokens + end.usage.completion_tokens) == ("length", 320)
+    finally:
+        engine.stop()
