@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from server.engine.budget import Budget
@@ -29,6 +30,7 @@ from turbocache.persistence import SessionFiles
 log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 0.5
+_LAST_WORDS_SECONDS = 0.5
 _STOP_SECONDS = 60.0
 """A stop waits as long as the thread does something; this long for any one thing, such as a session's way to disk."""
 
@@ -47,6 +49,15 @@ class _Call:
             self.done.set_result(self.work())
         except Exception as error:
             self.done.set_exception(error)
+
+
+def _wait_for_last_words(thread: threading.Thread) -> None:
+    """Python counts a thread as joined when its function has returned. MLX's compile cache of that thread goes after
+    that, and needs the interpreter for it: a process that ends meanwhile is aborted.
+    """
+    deadline, tasks = time.monotonic() + _LAST_WORDS_SECONDS, Path("/proc/self/task")
+    while time.monotonic() < deadline and (not tasks.exists() or (tasks / str(thread.native_id)).exists()):
+        time.sleep(0.01)
 
 
 class MlxEngine:
@@ -89,6 +100,7 @@ class MlxEngine:
         self._commands.put(None)
         while self._thread.is_alive() and time.monotonic() - self._beat < _STOP_SECONDS:
             self._thread.join(_IDLE_SECONDS)
+        _wait_for_last_words(self._thread)
 
     @property
     def model(self) -> ModelInfo:
