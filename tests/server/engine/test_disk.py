@@ -1,7 +1,7 @@
 """Sessions that leave memory, or outlive the process, and come back with their next turn."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,6 @@ TEXT = "The river runs by the mill, and the miller counts his sacks in the eveni
 
 def of(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., MlxEngine]]:
-    engines: list[MlxEngine] = []
-
-    def make(**settings: Any) -> MlxEngine:
-        engines.append(MlxEngine(SETTINGS.model_copy(update={"session_dir": tmp_path / "kept", **settings}), Metrics()))
-        engines[-1].start()
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.stop()
 
 
 def metric(engine: MlxEngine, name: str, **labels: str) -> float:

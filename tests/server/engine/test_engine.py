@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ def test_a_dead_engine_ends_its_requests_and_says_so(engine: MlxEngine, monkeypa
         Answer(engine, "Hello!", "late")
 
 
-def test_a_stuck_engine_is_unhealthy_and_recovers(engine: MlxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stuck_engine_is_unhealthy_and_recovers(
+    start: Callable[..., MlxEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(stall_seconds=1.0)
     step = engine._turns.step
 
     def slow() -> None:

@@ -1,7 +1,7 @@
 """Deleting, forking, saving and restoring sessions of a running engine, whose they are, and what time does to them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +9,12 @@ import pytest
 
 from server.engine.engine import MlxEngine
 from server.errors import Conflict, InvalidRequest, NotFound, OutOfMemory, SessionNotSaved
-from server.metrics import Metrics
 from server.protocol import Failed, SessionChange
 from server.settings import MemoryBudget
 from tests.server.engine.answers import Answer, owned_by_nobody
-from tests.server.engine.conftest import SETTINGS
 from tests.server.engine.test_disk import TEXT, files, metric, of, states
 
 ASKED = [of("user", TEXT * 12)]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., MlxEngine]]:
-    engines: list[MlxEngine] = []
-
-    def make(**settings: Any) -> MlxEngine:
-        engines.append(MlxEngine(SETTINGS.model_copy(update={"session_dir": tmp_path / "kept", **settings}), Metrics()))
-        engines[-1].start()
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.stop()
 
 
 def change(engine: MlxEngine, what: SessionChange, id: str, new_id: str | None = None, owner: str = "") -> Any:
