@@ -102,7 +102,7 @@ def test_an_edited_message_goes_back_to_what_still_matches(server: Server) -> No
 def test_headers_name_a_session(server: Server, header: str) -> None:
     messages = [{"role": "user", "content": "Hello!"}]
     ask(server, messages, stream=False, extra_headers={header: f"by-{header}"})
-    assert server.sessions()[f"by-{header}"]["named"] is True
+    assert server.sessions()[f"by-{header}"]["name"] == f"by-{header}"
 
 
 def test_the_status_pages_tell_what_runs(server: Server) -> None:
