@@ -101,6 +101,13 @@ class NotFound(ServerError):
     type = "invalid_request_error"
 
 
+class SessionNotFound(NotFound):
+    """404: there is no such session, or it is another API key's."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"There is no session '{id}'.", param="session_id", code="session_not_found")
+
+
 class MethodNotAllowed(ServerError):
     """405: the address exists, the HTTP method does not."""
 

@@ -2,7 +2,8 @@
 
 Who writes what, so that nothing is counted twice:
 
-- the HTTP rooms: `http_requests`, `requests_finished`, `admission_refusals`, `time_to_first_token`, `request_duration`;
+- the HTTP rooms: `http_requests`, `requests_finished`, `admission_refusals` (the engine its reason `later_sessions`),
+  `time_to_first_token`, `request_duration`;
 - the engine: everything else (pages, bytes, sessions, queue, tokens, inter-token latency, rotations, evictions,
   checkpoints, fallbacks, backend, checks of the probe, attention paths, kernel faults).
 
@@ -94,7 +95,9 @@ class Metrics:
             ("path",),
         )
         self.admission_refusals = self._counter(
-            "admission_refusals", "Requests refused before they were queued, by error code.", ("reason",)
+            "admission_refusals",
+            "Requests refused before they ran, by error code, or later_sessions: named ones were used since.",
+            ("reason",),
         )
         self.http_requests = self._counter("http_requests", "HTTP responses by route template.", ("path", "status"))
 

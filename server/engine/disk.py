@@ -111,10 +111,6 @@ class SessionDisk:
     def has(self, session: Session) -> bool:
         return self._path(session).exists()
 
-    def nbytes(self, session: Session) -> int:
-        """Bytes of a session's file, 0 without one."""
-        return _size(self._path(session))
-
     def remove(self, session: Session) -> None:
         """Delete a session's file, if there is one."""
         with suppress(OSError):

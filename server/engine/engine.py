@@ -167,7 +167,8 @@ class MlxEngine:
 
     def _check_tokens(self, sampling: SamplingParams) -> None:
         """A bias beyond the vocabulary would be written beyond the logits."""
-        n_tokens = len(self._host.model.tokenizer)
+        model = self._host.model
+        n_tokens = min(len(model.tokenizer), getattr(model.model.args, "vocab_size", None) or len(model.tokenizer))
         for token, _ in sampling.logit_bias:
             if token >= n_tokens:
                 raise InvalidRequest(
@@ -222,7 +223,7 @@ class MlxEngine:
         disk = self._disk()
         self._registry = SessionRegistry(store, disk)
         self._turns = Turns(self._settings, self._metrics, host, self._waiting, self._budget, self._registry)
-        self._changes = SessionChanges(self._settings, store, disk, self._budget, self._registry, self._turns)
+        self._changes = SessionChanges(self._settings, disk, self._budget, self._registry, self._turns)
         # What the start has loaded lives as long as the process: collections need not look at it between tokens.
         gc.collect()
         gc.freeze()

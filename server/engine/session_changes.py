@@ -12,10 +12,10 @@ from server.engine.disk import SessionDisk
 from server.engine.session import Session
 from server.engine.sessions import LEAST_SHARED, SessionRegistry
 from server.engine.turns import Turns
-from server.errors import Conflict, InvalidRequest, NotFound, SessionNotSaved
+from server.errors import Conflict, InvalidRequest, SessionNotFound, SessionNotSaved
 from server.protocol import SessionChange
 from server.settings import Settings
-from turbocache.store import CacheStore, evaluate
+from turbocache.store import evaluate
 
 
 class SessionChanges:
@@ -24,14 +24,12 @@ class SessionChanges:
     def __init__(
         self,
         settings: Settings,
-        store: CacheStore,
         disk: SessionDisk | None,
         budget: Budget,
         registry: SessionRegistry,
         turns: Turns,
     ) -> None:
         self._settings = settings
-        self._store = store
         self._disk = disk
         self._budget = budget
         self._registry = registry
@@ -41,7 +39,7 @@ class SessionChanges:
         """One change that a client asks for; returns the session's row afterwards. See `server.protocol.Engine`."""
         session = self._registry.find(owner, id)
         if session is None or not (session.running or session.stored or session.cache):
-            raise NotFound(f"There is no session '{_shown(id)}'.", param="session_id", code="session_not_found")
+            raise SessionNotFound(id)
         if session.running:
             raise Conflict("The session is answering. Please try again when it has.", code="session_running", retry=1)
         try:
@@ -77,7 +75,7 @@ class SessionChanges:
     def _fork(self, session: Session, new_id: str | None) -> Session:
         id = new_id or f"fork-{uuid.uuid4().hex[:12]}"
         if self._registry.find(session.owner, id) is not None:
-            raise Conflict(f"There is a session '{_shown(id)}' already.", param="id", code="session_exists")
+            raise Conflict(f"There is a session '{id}' already.", param="id", code="session_exists")
         self._restore(session)
         other = self._registry.fork(session, id)
         assert other.cache is not None
@@ -116,7 +114,3 @@ class SessionChanges:
         finally:
             session.running = False
         return session
-
-
-def _shown(id: str) -> str:
-    return id if len(id) <= 100 else f"{id[:100]}..."

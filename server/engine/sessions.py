@@ -112,14 +112,14 @@ class SessionRegistry:
         session.running = False
         session.last_used = time.time()
         if cache is None or not tokens:
-            self.forget(session, "failed")
+            self.forget(session, "failed" if cache is None else None)
             return
         session.cache, session.tokens = cache, np.asarray(tokens, dtype=np.int32)
         session.stored = session.unsavable = False
 
     def give_back(self, claim: Claim, prompt: Sequence[int]) -> None:
         """The turn for this prompt does not begin after all."""
-        self.put_back(claim.session, claim.cache if claim.cached else None, prompt[: claim.cached])
+        self.put_back(claim.session, claim.cache, prompt[: claim.cached])
 
     # What becomes of sessions at rest.
 

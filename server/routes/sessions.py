@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.error_handlers import invalid_body
-from server.errors import EngineDead, NotFound
+from server.errors import EngineDead, SessionNotFound
 from server.identity import checked_name
 from server.protocol import Engine, SessionChange
 from server.routes.chat import read_body
@@ -35,7 +35,7 @@ async def session(request: Request, session_id: str) -> Response:
     for row in context_of(request).engine.sessions(record_of(request).owner):
         if row["id"] == session_id:
             return JSONResponse(row)
-    raise NotFound(f"There is no session '{session_id}'.", param="session_id", code="session_not_found")
+    raise SessionNotFound(session_id)
 
 
 @router.delete("/{session_id:path}")

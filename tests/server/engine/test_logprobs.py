@@ -1,9 +1,11 @@
 """Log-probabilities of answers: those of a plain forward pass, and the tokens of just the text that is sent."""
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
 from server.engine.engine import MlxEngine
@@ -40,8 +42,8 @@ def test_they_are_those_of_a_forward_pass(engine: MlxEngine) -> None:
         fed = [ids[token.token]]
 
 
-def _last_logits(model: object, fed: list[int], cache: list[object]) -> np.ndarray:
-    logits = model(mx.array([fed]), cache=cache)[0, -1].astype(mx.float32)  # type: ignore[operator]
+def _last_logits(model: Module, fed: list[int], cache: list[Any]) -> np.ndarray:
+    logits = model(mx.array([fed]), cache=cache)[0, -1].astype(mx.float32)
     return np.array(logits).astype(np.float64)
 
 

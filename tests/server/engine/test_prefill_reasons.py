@@ -66,3 +66,18 @@ def test_losses_are_the_owner_s_and_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     assert losses.find("anna", tokens) == (100, "evicted")
     losses.add(("anna", "b"), np.array(some(9, 200), dtype=np.int32), "evicted")
     assert losses.find("anna", tokens) == (0, "evicted")
+
+
+def test_what_was_never_computed_was_not_lost(tiny_llama: Module) -> None:
+    """A turn that is refused its place, or whose client leaves before anything is read."""
+    talk = Talk(tiny_llama, RING)
+    talk.registry.give_back(talk.begin(None, FIRST), FIRST)
+    claim = talk.begin("a", FIRST)
+    talk.registry.put_back(claim.session, claim.cache, [])
+    assert not list(talk.registry)
+    claim, _ = talk.turn("a", FIRST, ANSWER)
+    assert claim.prefill == {"new": 150}
+    failed = talk.begin("a", FIRST + ANSWER + MORE)
+    talk.registry.put_back(failed.session, None, [])
+    claim, _ = talk.turn("a", FIRST + ANSWER + MORE)
+    assert claim.prefill == {"failed": 249, "new": 1}

@@ -259,7 +259,9 @@ def test_a_restored_session_does_not_leave_again_for_its_own_sake(
     for name in names:
         Answer(engine, [of("user", f"I am {name}. " + TEXT * 12)], name, max_tokens=10).text()
     assert states(engine)["s0"] == "spilled"
-    engine._changes._disk._budget = sum(path.stat().st_size for path in files(tmp_path))  # type: ignore[union-attr]
+    disk = engine._changes._disk
+    assert disk is not None
+    disk._budget = sum(path.stat().st_size for path in files(tmp_path))
     for _ in range(2):
         for name in names:
             if states(engine).get(name) == "spilled":
