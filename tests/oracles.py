@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -180,8 +181,8 @@ class Paged:
     n_compared: int = 0
 
     @classmethod
-    def session(cls, layers: Sequence[Heads], spec: CacheSpec, rng: np.random.Generator, **more: object) -> "Paged":
-        made = cls(layers, spec, rng, **more)  # type: ignore[arg-type]
+    def session(cls, layers: Sequence[Heads], spec: CacheSpec, rng: np.random.Generator, **more: Any) -> "Paged":
+        made = cls(layers, spec, rng, **more)
         made.views, made.rows = PagedKVCache.layers(spec), [History.empty(layers)]
         return made
 

@@ -22,7 +22,7 @@ class ShortPromptGenerator(BatchGenerator):
 
     The original feeds all tokens but the last to the model, then makes a decode step of the other rows, then feeds the
     last token: three passes over the weights. Relies on what the generator keeps to itself (pinned to mlx-lm 0.32.2;
-    tests watch it).
+    tests watch it), and mlx-lm gives none of it types: hence the two exceptions below.
     """
 
     def __init__(self, model: Module, **options: Any) -> None:

@@ -1,6 +1,7 @@
 """Decode steps of one to eight query tokens, told in integers: every lane against float64, token by token."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -136,10 +137,10 @@ def test_a_step_sees_exactly_the_tokens_it_should(
     np.testing.assert_allclose(np.array(out), step.expected(queries, 0.125, sinks), atol=tolerance, rtol=0)
 
 
-def index_of(tables: tuple[tuple[int, ...], ...], **changes: object) -> RowIndex:
-    given = {"offsets": (300,) * len(tables), "first": (1,) * len(tables), "n_queries": 1, "keep": 4}
+def index_of(tables: tuple[tuple[int, ...], ...], **changes: Any) -> RowIndex:
+    given: dict[str, Any] = {"offsets": (300,) * len(tables), "first": (1,) * len(tables), "n_queries": 1, "keep": 4}
     given |= {"window_slots": 192, "max_size": None} | changes
-    return RowIndex(tables=tables, **given)  # type: ignore[arg-type]
+    return RowIndex(tables=tables, **given)
 
 
 def test_arrays_of_a_step() -> None:

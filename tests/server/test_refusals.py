@@ -3,6 +3,7 @@
 import json
 import socket
 
+import httpx
 import openai
 import pytest
 
@@ -101,8 +102,8 @@ def test_api_keys(serve: Serve) -> None:
         response = server.http.post(CHAT, json=BODY, headers={"Authorization": header})
         assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
     for key in ("one", "zwö"):
-        headers = {"Authorization": f"bearer {key}".encode()}
-        assert server.http.post(CHAT, json=BODY, headers=headers).status_code == 200  # type: ignore[arg-type]
+        headers = httpx.Headers([(b"Authorization", f"bearer {key}".encode())])
+        assert server.http.post(CHAT, json=BODY, headers=headers).status_code == 200
     assert server.http.get("/health").status_code == 200
     assert server.http.get("/metrics").status_code == 200
     with pytest.raises(openai.AuthenticationError):

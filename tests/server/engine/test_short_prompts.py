@@ -16,7 +16,12 @@ from turbocache.ring import RingConfig
 from turbocache.store import CacheStore, evaluate, fork
 
 RNG = np.random.default_rng(0)
-OPTIONS = {"stop_tokens": [], "completion_batch_size": 4, "prefill_batch_size": 4, "prefill_step_size": 100}
+OPTIONS: dict[str, Any] = {
+    "stop_tokens": [],
+    "completion_batch_size": 4,
+    "prefill_batch_size": 4,
+    "prefill_step_size": 100,
+}
 
 
 def run(
@@ -50,7 +55,7 @@ def test_the_same_answers_as_mlx_lms_generator(tiny_llama: Module, kind: str) ->
     def new_cache() -> list[Any]:
         return store.new_cache() if kind == "paged" else make_prompt_cache(tiny_llama)
 
-    ours, theirs = ShortPromptGenerator(tiny_llama, **OPTIONS), BatchGenerator(tiny_llama, **OPTIONS)  # type: ignore[arg-type]
+    ours, theirs = ShortPromptGenerator(tiny_llama, **OPTIONS), BatchGenerator(tiny_llama, **OPTIONS)
     caches = {id(ours): [new_cache() for _ in range(6)], id(theirs): [new_cache() for _ in range(6)]}
     for turn in ([1, 230, 15, 64, 65, 3], [20, 20, 20, 20, 20, 20], [1, 2, 64, 300, 9, 64]):
         prompts = [RNG.integers(0, 97, size=n).tolist() for n in turn]
@@ -89,7 +94,7 @@ def test_a_warm_turn_has_its_first_token_after_one_pass(tiny_llama: Module) -> N
     turn = RNG.integers(0, 97, size=15).tolist()
     logits = tiny_llama(mx.array([turn]), cache=fork(cache))
     model = _Counting(tiny_llama)
-    generator = ShortPromptGenerator(model, **OPTIONS)  # type: ignore[arg-type]
+    generator = ShortPromptGenerator(model, **OPTIONS)
     (other,) = generator.insert([turn], max_tokens=[5], caches=[fork(cache)])
     generator.next()
     model.shapes.clear()
