@@ -47,13 +47,18 @@ BIN := $(VENV)/bin
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python
 RUNTIME := $(VENV)/.installed-$(ACCEL)
 DEV := $(VENV)/.installed-$(ACCEL)-dev
+# Official clients want versions of their own, so they live apart from the server; Node comes with them.
+CLIENTS_BIN := .venv-clients/bin
+CLIENTS := .venv-clients/.installed
+NODE := tests/clients/node
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench lock clean env env-dev
+.PHONY: help run test test-clients check format bench lock clean env env-dev env-clients
 
 help:
 	@echo "make run      start the server on http://$(HOST):$(PORT) (HOST=, PORT=, ACCEL=cpu|cuda|metal)"
-	@echo "make test     run the tests (ARGS='-k name')"
+	@echo "make test     run the tests (with ARGS='-k name' those of the server only)"
+	@echo "make test-clients   only the official clients against a running server (ARGS='-k name')"
 	@echo "make check    formatting, lint, types, import rules"
 	@echo "make format   apply the formatting and the lint's safe fixes"
 	@echo "make bench    measure serving (ARGS=...)"
@@ -64,13 +69,23 @@ help:
 # The environments by themselves, for container images.
 env: $(RUNTIME)
 env-dev: $(DEV)
+env-clients: $(CLIENTS) $(NODE)/node_modules/.package-lock.json
 
 run: $(RUNTIME)
 	$(BIN)/uvicorn server.app:app --host $(HOST) --port $(PORT) --no-access-log
 
 # Two processes, each with one thread of BLAS: two that spin for each other take a quarter longer on two cores.
-test: $(DEV)
-	OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 300 $(ARGS)
+ONE_THREAD := OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_NUM_THREADS=1
+PYTEST := -m pytest -n 2 --dist loadfile --timeout 300
+
+# The clients' tests also run when others have failed, so that one report shows everything.
+test: $(DEV) $(if $(ARGS),,env-clients)
+	status=0; $(ONE_THREAD) $(BIN)/python $(PYTEST) $(ARGS) || status=$$?; \
+	$(if $(ARGS),,$(MAKE) --no-print-directory test-clients || status=$$?;) exit $$status
+
+test-clients: $(DEV) env-clients
+	SERVER_PYTHON=$(abspath $(BIN)/python) $(ONE_THREAD) $(CLIENTS_BIN)/python $(PYTEST) -c tests/clients/pytest.ini \
+	  $(or $(ARGS),tests/clients)
 
 check: $(DEV)
 	$(BIN)/ruff format --check .
@@ -86,7 +101,7 @@ bench: $(DEV)
 	$(BIN)/python -m tests.bench.serving $(ARGS)
 
 clean:
-	rm -rf .venv .uv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	rm -rf .venv .venv-clients .uv $(NODE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	find server turbocache kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environment ---
@@ -115,6 +130,15 @@ $(DEV): requirements/$(LOCK)-dev.txt $(RUNTIME)
 	$(INSTALL) --require-hashes -r requirements/$(LOCK)-dev.txt
 	@touch $@
 
+$(CLIENTS): requirements/clients.txt $(DEV)
+	$(UV) venv --quiet --clear --python $(BIN)/python .venv-clients
+	$(UV) pip install --quiet --python $(CLIENTS_BIN)/python --require-hashes -r $<
+	@touch $@
+
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json $(CLIENTS)
+	PATH="$(abspath $(CLIENTS_BIN)):$$PATH" npm ci --prefix $(NODE) --no-audit --no-fund --loglevel=error
+	@touch $@
+
 IS_FAST := TURBOCACHE_BLAS=auto $(BIN)/python -c 'import sys; from turbocache import blas; sys.exit(not blas.report().fast)'
 
 # PyPI's MKL takes 1 GB, so it is only the answer where the system has no BLAS of its own.
@@ -141,6 +165,7 @@ lock: $(UV_FILE)
 	$(COMPILE) pyproject.toml --extra metal --group dev -c requirements/$(LOCK_metal).txt -c requirements/$(LOCK_cpu)-dev.txt \
 	  -o requirements/$(LOCK_metal)-dev.txt
 	echo mkl | $(COMPILE) - -o requirements/blas-linux-x86_64.txt
+	$(COMPILE) --group clients -o requirements/clients.txt
 	printf 'hatchling\neditables\n' | $(COMPILE) - -o requirements/build.txt
 	echo uv | $(COMPILE) - -o requirements/uv.txt
 	@if grep -nE '://|--(extra-)?index|--find-links' requirements/*.txt; then echo "A lock names an index" >&2; exit 1; fi

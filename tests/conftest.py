@@ -12,6 +12,9 @@ from mlx_lm.models import gemma3_text, llama, qwen3
 
 from turbocache.model import LoadedModel, load_model
 
+# Official clients run in an environment of their own: make test-clients.
+collect_ignore = ["clients"]
+
 # The same examples every time, and no limit of time for a single one: CI machines pause.
 settings.register_profile(
     "project",
