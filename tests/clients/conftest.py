@@ -20,8 +20,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One place in the batch and one in the queue, API keys, small bodies; streams open at once."""
-    settings = {"MAX_BATCH": "1", "QUEUE_LIMIT": "1", "BODY_LIMIT": "64KiB", "KEEPALIVE_SECONDS": "0.2"}
+    """One place in the batch and one in the queue, API keys, small bodies and chunks; streams open at once."""
+    settings = {
+        "MAX_BATCH": "1",
+        "QUEUE_LIMIT": "1",
+        "BODY_LIMIT": "64KiB",
+        "KEEPALIVE_SECONDS": "0.2",
+        "PREFILL_CHUNK": "128",
+    }
     with running(tmp_path_factory.mktemp("narrow"), API_KEYS=",".join(KEYS), **settings) as process:
         yield process
 

@@ -13,8 +13,9 @@ QUESTION = [
     {"role": "user", "content": ASKED},
 ]
 COPY = "crème brûlée 🙂 naïve"
-# In 1.5 hot sampling the model talks on until it is stopped.
-ENDLESS = {"messages": [{"role": "user", "content": "Continue: the miller walked to the river."}], "temperature": 1.5}
+# The bundled model's ids of the tokens that end a turn; without them it talks on until somebody stops it.
+ENDS = {"0": -100, "2": -100}
+ENDLESS = {"messages": [{"role": "user", "content": "Continue: the miller walked to the river."}], "logit_bias": ENDS}
 
 
 def wait_for(server: Server, metric: str, value: float, seconds: float = 20, **labels: str) -> None:
