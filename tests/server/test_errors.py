@@ -54,9 +54,9 @@ def test_context_length_in_openais_words() -> None:
     [
         ((), ""),
         (("temperature",), "temperature"),
-        (("messages", 0, "user", "content"), "messages[0].content"),
-        (("messages", 3, "assistant", "content", "<parts>", 1, "<text>", "type"), "messages[3].content[1].type"),
-        (("messages", 0, "user", "user"), "messages[0].user"),
+        (("messages", 0, "<user>", "content"), "messages[0].content"),
+        (("messages", 3, "<assistant>", "content", "<parts>", 1, "<text>", "type"), "messages[3].content[1].type"),
+        (("messages", 0, "<user>", "user"), "messages[0].user"),
         (("stop", "<list>", 2), "stop[2]"),
         (("stream_options", "include_usage"), "stream_options.include_usage"),
     ],

@@ -14,7 +14,7 @@ import pytest
 from server.engine.engine import MlxEngine
 from server.errors import ContextLengthExceeded, EngineDead, KernelFault
 from server.metrics import Metrics
-from server.protocol import Failed, Finished, SamplingParams
+from server.protocol import Conversation, Failed, Finished, SamplingParams
 from tests.server.engine.answers import Answer, owned_by_nobody
 from tests.server.engine.conftest import SETTINGS
 
@@ -157,7 +157,7 @@ def test_what_does_not_fit_a_session_rotates_or_is_refused(overflow: str) -> Non
     engine.start()
     try:
         fits, long = "The river runs by the mill. " * 20, "The river runs by the mill. " * 60
-        assert len(engine.tokenize([{"role": "user", "content": fits}]).tokens) < 200
+        assert len(engine.tokenize(Conversation([{"role": "user", "content": fits}])).tokens) < 200
         assert Answer(engine, fits, "a", max_tokens=20).text()
         if overflow == "rotate":
             assert (engine.model.max_tokens, engine.model.rotates_at) == (8192, 320)
