@@ -16,7 +16,7 @@ import httpx
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 90.0
 # Tests of official clients run in an environment without the server.
 PYTHON = os.environ.get("SERVER_PYTHON", sys.executable)
