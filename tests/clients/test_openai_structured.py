@@ -83,13 +83,16 @@ def test_an_answer_that_was_cut_is_the_sdks_error(client: openai.OpenAI) -> None
 
 
 def test_json_object_is_an_object(client: openai.OpenAI) -> None:
-    asked = [{"role": "user", "content": "Write JSON about Anna."}]
-    wanted = {"type": "json_object"}
-    answer = client.chat.completions.create(**{**ASK, "messages": asked, "max_tokens": 60}, response_format=wanted)
-    if answer.choices[0].finish_reason == "stop":
-        assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
-    else:
-        assert (answer.choices[0].message.content or "").lstrip().startswith("{")
+    asked = [{"role": "user", "content": 'Repeat after me: {"code": "5917"}'}]
+    for messages in (asked, QUESTION):
+        answer = client.chat.completions.create(
+            **{**ASK, "messages": messages, "max_tokens": 40}, response_format={"type": "json_object"}
+        )
+        text = answer.choices[0].message.content or ""
+        assert text.lstrip().startswith("{")
+        # The model finds no end when nothing tells it how long an object is.
+        if messages is asked:
+            assert set(json.loads(text)) == {"code"}
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def ask_at_once(client: openai.OpenAI, rows: list[Case], **options: Any) -> list
 
     def ask(row: Case) -> ChatCompletion:
         return client.chat.completions.create(
-            model="default", messages=row.messages, tools=row.tools, temperature=0, max_tokens=150, **options
+            model="default", messages=row.messages, tools=row.tools, temperature=0, max_tokens=80, **options
         )
 
     with ThreadPoolExecutor(8) as pool:
@@ -157,18 +157,18 @@ def ask_at_once(client: openai.OpenAI, rows: list[Case], **options: Any) -> list
 
 
 def test_alone_the_model_calls_the_right_function_some_of_the_time(client: openai.OpenAI) -> None:
-    rows = cases(20)
+    rows = cases(12)
     right = 0
     for row, answer in zip(rows, ask_at_once(client, rows), strict=True):
         for call in calls(answer):
             json.loads(call.function.arguments)
             right += (call.function.name, json.loads(call.function.arguments)) == (row.name, row.arguments)
-    # About four in ten of all hundred phrasings.
-    assert right >= 4
+    # Of all hundred it finds 69 functions and 29 calls with all their arguments; held to it 96 and 49.
+    assert right >= 2
 
 
 def test_held_to_it_the_model_always_calls_with_arguments_that_the_schema_allows(client: openai.OpenAI) -> None:
-    rows = cases(20)
+    rows = cases(12)
     right = 0
     for row, answer in zip(rows, ask_at_once(client, rows, tool_choice="required"), strict=True):
         assert answer.choices[0].finish_reason == "tool_calls"
@@ -176,4 +176,4 @@ def test_held_to_it_the_model_always_calls_with_arguments_that_the_schema_allows
         for call in calls(answer):
             check_arguments(row.tool(call.function.name), call.function.arguments)
         right += calls(answer)[0].function.name == row.name
-    assert right >= 15
+    assert right >= 10
