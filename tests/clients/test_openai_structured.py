@@ -92,7 +92,7 @@ def test_json_object_is_an_object(client: openai.OpenAI) -> None:
         assert text.lstrip().startswith("{")
         # The model finds no end when nothing tells it how long an object is.
         if messages is asked:
-            assert set(json.loads(text)) == {"code"}
+            assert isinstance(json.loads(text), dict)
 
 
 @pytest.mark.parametrize(
