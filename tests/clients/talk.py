@@ -16,6 +16,8 @@ COPY = "crème brûlée 🙂 naïve"
 # The bundled model's ids of the tokens that end a turn; without them it talks on until somebody stops it.
 ENDS = {"0": -100, "2": -100}
 ENDLESS = {"messages": [{"role": "user", "content": "Continue: the miller walked to the river."}], "logit_bias": ENDS}
+# For APIs that have no logit_bias: the model copies for some ten seconds.
+LONG = "Repeat after me: " + "one two three four " * 100
 
 
 def wait_for(server: Server, metric: str, value: float, seconds: float = 20, **labels: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from anthropic.types import Message
 
 from tests.clients.conftest import KEYS
-from tests.clients.talk import CODE, COPY, ENDLESS, QUESTION, wait_for, wait_until_idle
+from tests.clients.talk import CODE, COPY, LONG, QUESTION, wait_for, wait_until_idle
 from tests.serving.launch import Server, digits, filler
 
 # The package has no argument for the temperature any more.
@@ -170,7 +170,7 @@ def test_too_large_a_body_has_its_own_error(narrow: Server) -> None:
 
 
 def test_a_full_queue_is_a_rate_limit_error_and_streams_that_are_left_make_room(narrow: Server) -> None:
-    long = {**ASK, "max_tokens": 4000, "messages": ENDLESS["messages"], "extra_body": {"temperature": 1.5}}
+    long = {**ASK, "max_tokens": 4000, "messages": [{"role": "user", "content": LONG}]}
     with of(narrow, api_key=KEYS[0]) as client:
         streams = [client.messages.create(**long, stream=True)]
         wait_for(narrow, "requests_running", 1)

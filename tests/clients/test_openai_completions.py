@@ -1,17 +1,26 @@
 """The `openai` package on the older completions endpoint: plain text goes on."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from tokenizers import Tokenizer
 
+from tests.clients.conftest import openai_client
 from tests.clients.talk import ENDLESS, wait_until_idle
 from tests.serving.launch import ROOT, Server
 
 PROMPT = "The miller walked to the river. The miller walked to the"
 ASK: dict[str, Any] = {"model": "default", "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def lenient(server: Server) -> Iterator[openai.OpenAI]:
+    """For streams: the package's types want a finish reason in each chunk, OpenAI's own server has it in the last."""
+    with openai_client(server, _strict_response_validation=False) as made:
+        yield made
 
 
 def test_text_goes_on(client: openai.OpenAI) -> None:
@@ -26,15 +35,16 @@ def test_text_goes_on(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == 8
 
 
-def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
-    whole = client.completions.create(**ASK)
-    *body, last = client.completions.create(**ASK, stream=True, stream_options={"include_usage": True})
+def test_a_stream_says_the_same(lenient: openai.OpenAI) -> None:
+    whole = lenient.completions.create(**ASK)
+    *body, last = lenient.completions.create(**ASK, stream=True, stream_options={"include_usage": True})
     assert "".join(chunk.choices[0].text for chunk in body) == whole.choices[0].text
     reasons = [chunk.choices[0].finish_reason for chunk in body]
     assert reasons[-1] == "length"
     assert not any(reasons[:-1])
     assert last.choices == []
-    assert last.usage == whole.usage or last.usage.completion_tokens == 8
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 8
 
 
 def test_echo_repeats_the_prompt(client: openai.OpenAI) -> None:
@@ -84,9 +94,9 @@ def test_logprobs_have_the_older_shape(client: openai.OpenAI) -> None:
     assert told.text_offset == sorted(told.text_offset)
 
 
-def test_a_stream_that_is_left_ends_the_work(client: openai.OpenAI, server: Server) -> None:
+def test_a_stream_that_is_left_ends_the_work(lenient: openai.OpenAI, server: Server) -> None:
     bias = ENDLESS["logit_bias"]
-    stream = client.completions.create(**{**ASK, "max_tokens": 4000}, logit_bias=bias, stream=True)
+    stream = lenient.completions.create(**{**ASK, "max_tokens": 4000}, logit_bias=bias, stream=True)
     next(stream)
     stream.close()
     wait_until_idle(server)
