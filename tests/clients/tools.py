@@ -56,11 +56,11 @@ class Case:
         return next(tool for tool in self.tools if tool["function"]["name"] == name)
 
 
-def cases(n: int, path: Path = TOOL_CALLS) -> list[Case]:
-    """The first `n` of the shared phrasings. Skips the test where they are not."""
+def cases(first: int, last: int, path: Path = TOOL_CALLS) -> list[Case]:
+    """The shared phrasings from `first` up to `last`. Skips the test where they are not."""
     if not path.exists():
         pytest.skip(f"{path.name} is not next to the repository")
-    lines = path.read_text().splitlines()[:n]
+    lines = path.read_text().splitlines()[first:last]
     return [
         Case(row["tools"], row["messages"], row["name"], row["arguments"])
         for row in (json.loads(line) for line in lines)
