@@ -24,7 +24,7 @@ from server.schemas.response_input import new_id
 from server.schemas.response_items import CallItem, Item, MessageItem, OutputText, ReasoningItem, ReasoningText, Status
 from server.sse import data
 
-Wire = dict[str, Any]
+EventBody = dict[str, Any]
 """An event of the API, without its `sequence_number`."""
 
 
@@ -37,7 +37,7 @@ class Output:
         self._open: MessageItem | ReasoningItem | None = None
         self._text: list[str] = []
 
-    def take(self, event: TextDelta | ToolCall) -> list[Wire]:
+    def take(self, event: TextDelta | ToolCall) -> list[EventBody]:
         """What is new. Text goes on with the item that is open, if that is of its kind."""
         if isinstance(event, ToolCall):
             return [*self.close("completed"), *self._call(event)]
@@ -47,12 +47,12 @@ class Output:
             begun = [] if isinstance(self._open, ReasoningItem) or not event.text else self._begin(_thought())
         return [*begun, *self._extend(event)]
 
-    def finish(self, status: Status) -> list[Wire]:
+    def finish(self, status: Status) -> list[EventBody]:
         """The end. An answer that says nothing at all is an empty message."""
         begun = [] if self.items else self._begin(_message())
         return [*begun, *self.close(status)]
 
-    def close(self, status: Status) -> list[Wire]:
+    def close(self, status: Status) -> list[EventBody]:
         """The end of the item that is open, if there is one."""
         item, self._open = self._open, None
         if item is None:
@@ -60,7 +60,11 @@ class Output:
         part = item.content[0]
         item.status, part.text = status, "".join(self._text)
         if isinstance(part, OutputText):
-            done: Wire = {"type": "response.output_text.done", "text": part.text, "logprobs": dumped(part.logprobs)}
+            done: EventBody = {
+                "type": "response.output_text.done",
+                "text": part.text,
+                "logprobs": dumped(part.logprobs),
+            }
         else:
             done = {"type": "response.reasoning_text.done", "text": part.text}
         return [
@@ -73,10 +77,10 @@ class Output:
     def _index(self) -> int:
         return len(self.items) - 1
 
-    def _at(self, item: Item) -> Wire:
+    def _at(self, item: Item) -> EventBody:
         return {"item_id": item.id, "output_index": self._index}
 
-    def _begin(self, item: MessageItem | ReasoningItem) -> list[Wire]:
+    def _begin(self, item: MessageItem | ReasoningItem) -> list[EventBody]:
         """Opens an item with an empty part; what was open is complete."""
         closed = self.close("completed")
         self.items.append(item)
@@ -96,13 +100,13 @@ class Output:
             },
         ]
 
-    def _extend(self, event: TextDelta) -> list[Wire]:
+    def _extend(self, event: TextDelta) -> list[EventBody]:
         item = self._open
         if item is None or (event.channel == "content") != isinstance(item, MessageItem):
             return []  # no text, and nothing that it goes on with
         part = item.content[0]
         self._text.append(event.text)
-        delta: Wire = {"type": "response.reasoning_text.delta"}
+        delta: EventBody = {"type": "response.reasoning_text.delta"}
         if isinstance(part, OutputText):
             tokens = self._shown(event.tokens)
             part.logprobs += tokens
@@ -112,7 +116,7 @@ class Output:
     def _shown(self, tokens: Sequence[DrawnToken]) -> list[ContentLogprob]:
         return logprobs_body(tokens).content if self._logprobs else []
 
-    def _call(self, call: ToolCall) -> list[Wire]:
+    def _call(self, call: ToolCall) -> list[EventBody]:
         item = CallItem(
             id=new_id("fc"),
             type="function_call",
@@ -154,7 +158,7 @@ class ResponseForm:
 
     def fail(self, error: ServerError) -> Sequence[bytes]:
         self._output.close("incomplete")
-        update: Wire = {"status": "failed", "error": _error(error), "output": self._output.items}
+        update: EventBody = {"status": "failed", "error": _error(error), "output": self._output.items}
         body = self._body.model_copy(update=update)
         return [*self._opening(), *self._written([{"type": "response.failed", "response": dump(body)}])]
 
@@ -164,7 +168,7 @@ class ResponseForm:
             self._taken(event)
         return self._ended(usage)
 
-    def _taken(self, event: Event) -> list[Wire]:
+    def _taken(self, event: Event) -> list[EventBody]:
         if isinstance(event, TextDelta | ToolCall):
             return self._output.take(event)
         if isinstance(event, Finished):
@@ -173,7 +177,7 @@ class ResponseForm:
         return []
 
     def _ended(self, usage: Usage) -> ResponseBody:
-        update: Wire = {"output": self._output.items, "usage": _usage(usage)}
+        update: EventBody = {"output": self._output.items, "usage": _usage(usage)}
         if self._cut:
             update |= {"status": "incomplete", "incomplete_details": IncompleteDetails(reason="max_output_tokens")}
         else:
@@ -188,7 +192,7 @@ class ResponseForm:
         blank = dump(self._body)
         return self._written([{"type": f"response.{word}", "response": blank} for word in ("created", "in_progress")])
 
-    def _written(self, events: Sequence[Wire]) -> list[bytes]:
+    def _written(self, events: Sequence[EventBody]) -> list[bytes]:
         written = []
         for event in events:
             numbered = {**event, "sequence_number": self._n_events}

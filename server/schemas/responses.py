@@ -230,6 +230,7 @@ class ResponsesRequest(ResponseInput):
     user: str | None = None
     safety_identifier: str | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    client_metadata: dict[str, JsonValue] | None = None  # Codex CLI's
 
     # Known, but not honoured yet.
     background: Annotated[bool | None, only(False)] = None

@@ -42,6 +42,7 @@ CODEX: dict[str, Any] = {
     "stream": True,
     "include": ["reasoning.encrypted_content"],
     "prompt_cache_key": "0199-codex",
+    "client_metadata": {"x-codex-installation-id": "1"},
 }
 """A later request of Codex CLI's."""
 

@@ -11,14 +11,11 @@ from server.response_files import ResponseFiles
 from server.response_store import PreviousResponseNotFound, ResponseStore, StoredResponse, open_store
 from server.schemas.response_answer import ResponseBody
 from server.schemas.response_input import InputMessage
-from server.schemas.responses import ResponsesRequest
 
 
 def stored(id: str, previous: str | None = None, text: str = "hi", owner: str = "anna") -> StoredResponse:
-    nothing = dict.fromkeys(set(ResponseBody.model_fields) & set(ResponsesRequest.model_fields))
     body = {
         **dict.fromkeys(ResponseBody.model_fields),
-        **nothing,
         "id": id, "previous_response_id": previous, "object": "response", "created_at": 1, "status": "completed",
         "background": False, "metadata": {}, "model": "m", "parallel_tool_calls": True, "reasoning": {},
         "service_tier": "default", "store": True, "temperature": 1.0, "text": {}, "tools": [], "top_logprobs": 0,
