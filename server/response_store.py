@@ -1,8 +1,8 @@
 """The responses that clients go on with by their id.
 
 They are kept in memory, at most MOST of them and MOST_BYTES of their JSON, which takes a few times as much as Python's
-objects; those whose conversation was not used for longest go first. With a folder each is in a file as well, and a
-start reads them back.
+objects; those whose conversation was not used for longest go first, and a conversation that is more than that by itself
+can't be gone on with. With a folder each is in a file as well, and a start reads them back.
 """
 
 from collections import OrderedDict

@@ -1,6 +1,7 @@
 """From tokens to what is safe to send: whole characters, no stop strings, reasoning and calls kept apart."""
 
 import functools
+import json
 import uuid
 from collections.abc import Sequence
 
@@ -14,8 +15,8 @@ from server.protocol import AnswerRules, Channel, TextDelta, ToolCall
 
 _CHANNELS: dict[str, Channel] = {"normal": "content", "reasoning": "reasoning"}
 
-_CALL, _STOP = "call", "stop "
-"""States of a text: within a call, and, with a number, behind a stop string."""
+_CALL, _STOP = "tool", "stop "
+"""States of a text: within a call, as mlx-lm names it, and, with a number, behind a stop string."""
 
 _NO_RULES = AnswerRules()
 
@@ -58,9 +59,10 @@ class TextAssembler:
         self._rules, self._format = rules, format if rules.calls else None
         self._tools = [tool.template for tool in rules.tools]
         self._stops = {f"{_STOP}{i}": text for i, text in enumerate(stop)}
-        self._call = ""
+        self._call, self._looked = "", 0
         self._detokenizer = tokenizer.detokenizer
-        self._state = TextStateMachine(self._edges(tokenizer)).make_state(opening_state(tokenizer, prompt))
+        self._machine = TextStateMachine(self._edges(tokenizer))
+        self._state = self._machine.make_state(opening_state(tokenizer, prompt))
 
     def add(self, token: int) -> list[TextDelta | ToolCall]:
         """What one more token makes certain."""
@@ -77,7 +79,7 @@ class TextAssembler:
             return found
         self._state, rest, name = TextStateMachine.flush(self._state)
         if name != _CALL:
-            return [*found, *([TextDelta(rest, _CHANNELS[name])] if rest else [])]
+            return [*found, *([TextDelta(rest, _CHANNELS[name])] if rest and name in _CHANNELS else [])]
         self._call += rest
         return [*found, *self._read_call(ended=False)]
 
@@ -88,7 +90,11 @@ class TextAssembler:
             edges["reasoning"].append((tokenizer.think_end, "normal"))
         if self._format is not None:
             edges["normal"].append((self._format.start, _CALL))
-            edges[_CALL] = [(self._format.end, "normal")] if self._format.end else []
+            edges[_CALL] = []  # its end is looked for by `_call_end`, which knows of strings
+        for mark in tokenizer.structural_markers or ():
+            edges["normal"].append((mark, "normal"))
+        for state, more in tokenizer.response_transitions.items():
+            edges.setdefault(state, []).extend(edge for edge in more if edge[1] != _CALL or self._format is not None)
         for name, text in self._stops.items():
             edges["normal"].append((text, name))
             edges["reasoning"].append((text, name))
@@ -96,27 +102,41 @@ class TextAssembler:
         return edges
 
     def _split(self, text: str) -> list[TextDelta | ToolCall]:
-        if self.stopped or not text:
-            return []
         found: list[TextDelta | ToolCall] = []
-        self._state, segments = TextStateMachine.split(self._state, text)
-        for i, (name, part) in enumerate(segments):
-            if name in self._stops:
-                self.stopped, self.stop = True, self._stops[name]
-            elif name != _CALL:
-                found += [TextDelta(part, _CHANNELS[name])] if part else []
-            else:
-                self._call += part
-                if i + 1 < len(segments):
-                    found += self._read_call(ended=True)
-            if self.stopped:
-                break
+        while text and not self.stopped:
+            self._state, segments = TextStateMachine.split(self._state, text)
+            text = ""
+            for name, part in segments:
+                if name in self._stops:
+                    self.stopped, self.stop = True, self._stops[name]
+                    break
+                if name == _CALL:
+                    self._call += part
+                elif part and name in _CHANNELS:  # other states than these two are a form's own headings
+                    found.append(TextDelta(part, _CHANNELS[name]))
+            if (end := self._call_end()) is not None:
+                self._call, text = self._call[:end], self._call[end + len(self._end_mark) :]
+                found += self._read_call(ended=True)
+                self._state = self._machine.make_state("normal")
         return found
+
+    @property
+    def _end_mark(self) -> str:
+        return "" if self._format is None else self._format.end
+
+    def _call_end(self) -> int | None:
+        """Where the call's end mark stands; one within a string of its arguments is none."""
+        while self._end_mark and (end := self._call.find(self._end_mark, self._looked)) >= 0:
+            if not _within_string(self._call[:end]):
+                return end
+            self._looked = end + len(self._end_mark)
+        self._looked = max(self._looked, len(self._call) - len(self._end_mark) + 1, 0)
+        return None
 
     def _read_call(self, ended: bool) -> list[TextDelta | ToolCall]:
         """The calls of the text between the marks; one that can't be read is text as it was written."""
         assert self._format is not None
-        text, self._call = self._call, ""
+        text, self._call, self._looked = self._call, "", 0
         calls = self._format.read(text, self._tools)
         if calls is None:
             return [TextDelta(self._format.start + text + (self._format.end if ended else ""))]
@@ -126,8 +146,21 @@ class TextAssembler:
         return [ToolCall(call.id or f"call_{uuid.uuid4().hex[:24]}", call.name, call.arguments) for call in calls]
 
 
+def _within_string(text: str) -> bool:
+    """Whether a beginning of JSON ends within a string."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    return False
+
+
 def opening_state(tokenizer: TokenizerWrapper, prompt: Sequence[int]) -> str:
-    """`reasoning` when the template has opened a thought and not closed it, else `normal`."""
+    """`reasoning` when the template has opened a thought and not closed it, else `normal`, or what mlx-lm knows of a
+    model's own form of answers.
+    """
+    if tokenizer.response_initial_state is not None:
+        return str(tokenizer.response_initial_state)
     if not tokenizer.has_thinking:
         return "normal"
     opened, closed = tokenizer.rfind_think_start(prompt), tokenizer.rfind_think_end(prompt)
