@@ -37,12 +37,15 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @dataclass(slots=True)
 class Answer:
-    """One whole answer. `tokens` are those of its text, where they were asked for."""
+    """One whole answer. `tokens` are those of its text, where they were asked for. `parts` is all of it in the order in
+    which it came.
+    """
 
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     tokens: list[DrawnToken] = field(default_factory=list)
+    parts: list[TextDelta | ToolCall] = field(default_factory=list)
     finished: Finished | None = None
 
     @property
@@ -104,9 +107,11 @@ def check_model(name: str, model: ModelInfo) -> None:
         )
 
 
-def name_session(request: Request, key: str | None, stream: bool) -> str | None:
-    """The session's name, from the body's own key or a header; noted for the response's header and the log."""
-    session, record = session_key(key, request.headers), record_of(request)
+def name_session(request: Request, key: str | None, stream: bool, default: str | None = None) -> str | None:
+    """The session's name, from the body's own key or a header, else `default`; noted for the response's header and the
+    log.
+    """
+    session, record = session_key(key, request.headers) or default, record_of(request)
     record.session, record.session_name, record.stream = session_hash(session), session, stream
     return session
 
@@ -198,7 +203,9 @@ async def _whole(turn: Turn, form: AnswerForm) -> BaseModel:
             raise turn.public_error(event)
         if isinstance(event, Finished):
             answer.finished = event
-        elif isinstance(event, ToolCall):
+        elif isinstance(event, TextDelta | ToolCall):
+            answer.parts.append(event)
+        if isinstance(event, ToolCall):
             answer.calls.append(event)
         elif isinstance(event, TextDelta):
             (answer.text if event.channel == "content" else answer.reasoning).append(event.text)

@@ -15,11 +15,15 @@ from server.error_handlers import error_response
 from server.errors import InternalError, Unauthorized
 from server.metrics import Metrics
 from server.protocol import Engine, Usage
+from server.response_store import ResponseStore
 from server.settings import Settings
 
 logger = logging.getLogger("server.requests")
 
 CHAT_PATH = "/v1/chat/completions"
+RESPONSES_PATH = "/v1/responses"
+_ID_PREFIXES = {CHAT_PATH: "chatcmpl-", RESPONSES_PATH: "resp_"}
+"""What begins the ids of requests, which are those of the answers too."""
 _QUIET_PATHS = frozenset({"/health", "/metrics"})
 
 
@@ -77,6 +81,7 @@ class AppContext:
     engine: Engine
     settings: Settings
     metrics: Metrics
+    responses: ResponseStore
 
 
 def context_of(request: Request) -> AppContext:
@@ -119,8 +124,7 @@ class RequestScope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        prefix = "chatcmpl" if scope["path"] == CHAT_PATH else "req"
-        record = RequestRecord(f"{prefix}-{uuid.uuid4().hex}")
+        record = RequestRecord(f"{_ID_PREFIXES.get(scope['path'], 'req-')}{uuid.uuid4().hex}")
         scope.setdefault("state", {})["record"] = record
 
         async def send_with_id(message: Message) -> None:
