@@ -45,3 +45,13 @@ def test_reasoning_has_a_channel_of_its_own(tokenizer: TokenizerWrapper) -> None
     assert joined(deltas) == "so"
     opened = assemble(tokenizer, "because</think>so", prompt="<|im_start|>assistant\n<think>\n")
     assert joined(opened, "reasoning") == "because"
+
+
+@pytest.mark.parametrize(("begun", "text"), [(False, "more words"), (True, " more words")])
+def test_an_answer_that_goes_on_keeps_the_space_that_it_begins_with(
+    tokenizer: TokenizerWrapper, begun: bool, text: str
+) -> None:
+    prompt = tokenizer.encode("There are")
+    assembler = TextAssembler(tokenizer, prompt, (), begun=begun)
+    parts = [part for token in tokenizer.encode(" more words") for part in assembler.add(token)] + assembler.finish()
+    assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == text
