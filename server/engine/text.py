@@ -14,8 +14,8 @@ from server.protocol import AnswerRules, Channel, TextDelta, ToolCall
 
 _CHANNELS: dict[str, Channel] = {"normal": "content", "reasoning": "reasoning"}
 
-_CALL, _STOP = "call", "stop "
-"""States of a text: within a call, and, with a number, behind a stop string."""
+_CALL, _STOP = "tool", "stop "
+"""States of a text: within a call, as mlx-lm names it, and, with a number, behind a stop string."""
 
 _NO_RULES = AnswerRules()
 
@@ -80,7 +80,7 @@ class TextAssembler:
             return found
         self._state, rest, name = TextStateMachine.flush(self._state)
         if name != _CALL:
-            return [*found, *([TextDelta(rest, _CHANNELS[name])] if rest else [])]
+            return [*found, *([TextDelta(rest, _CHANNELS[name])] if rest and name in _CHANNELS else [])]
         self._call += rest
         return [*found, *self._read_call(ended=False)]
 
@@ -92,6 +92,10 @@ class TextAssembler:
         if self._format is not None:
             edges["normal"].append((self._format.start, _CALL))
             edges[_CALL] = [(self._format.end, "normal")] if self._format.end else []
+        for mark in tokenizer.structural_markers or ():
+            edges["normal"].append((mark, "normal"))
+        for state, more in tokenizer.response_transitions.items():
+            edges.setdefault(state, []).extend(edge for edge in more if edge[1] != _CALL or self._format is not None)
         for name, text in self._stops.items():
             edges["normal"].append((text, name))
             edges["reasoning"].append((text, name))
@@ -106,8 +110,8 @@ class TextAssembler:
         for i, (name, part) in enumerate(segments):
             if name in self._stops:
                 self.stopped, self.stop = True, self._stops[name]
-            elif name != _CALL:
-                found += [TextDelta(part, _CHANNELS[name])] if part else []
+            elif name != _CALL:  # other states than these two are a form's own headings
+                found += [TextDelta(part, _CHANNELS[name])] if part and name in _CHANNELS else []
             else:
                 self._call += part
                 if i + 1 < len(segments):
@@ -130,7 +134,11 @@ class TextAssembler:
 
 
 def opening_state(tokenizer: TokenizerWrapper, prompt: Sequence[int]) -> str:
-    """`reasoning` when the template has opened a thought and not closed it, else `normal`."""
+    """`reasoning` when the template has opened a thought and not closed it, else `normal`, or what mlx-lm knows of a
+    model's own form of answers.
+    """
+    if tokenizer.response_initial_state is not None:
+        return str(tokenizer.response_initial_state)
     if not tokenizer.has_thinking:
         return "normal"
     opened, closed = tokenizer.rfind_think_start(prompt), tokenizer.rfind_think_end(prompt)
