@@ -19,9 +19,7 @@ from server.schemas.anthropic_answer import (
     Thought,
     ToolUse,
 )
-
-SIGNATURE = "turbocache"
-"""Of all thoughts. Nobody checks it, but clients drop a thought that has none."""
+from server.schemas.anthropic_thoughts import SIGNATURE, signature_of
 
 _OURS = re.compile(r"call_([0-9a-f]{24})")
 """Ids of calls to which the model gave none. One that it gave must come back as it was written."""
@@ -30,7 +28,8 @@ BlockEvent = BlockStart | BlockDelta | BlockStop
 
 
 class Blocks:
-    """The events of one answer's blocks. With `hide_thoughts` its thoughts are there, but empty.
+    """The events of one answer's blocks. With `hide_thoughts` its thoughts are there, but only in their
+    signatures.
 
     White space alone is no block beside others: models write line breaks between thoughts, texts and calls, and clients
     as well as Anthropic's own API take a block of nothing else for a fault.
@@ -42,6 +41,7 @@ class Blocks:
         self._channel: Channel | None = None
         self._open = False
         self._held = ""
+        self._hidden = ""
 
     def add(self, part: TextDelta | ToolCall) -> list[BlockEvent]:
         if isinstance(part, ToolCall):
@@ -63,7 +63,9 @@ class Blocks:
         events: list[BlockEvent] = []
         if self._open:
             if self._channel == "reasoning":
-                events.append(self._delta(SignaturePart(type="signature_delta", signature=SIGNATURE)))
+                signature = signature_of(self._hidden) if self._hide else SIGNATURE
+                events.append(self._delta(SignaturePart(type="signature_delta", signature=signature)))
+                self._hidden = ""
             events.append(self._stop())
         self._channel, self._open, self._held = channel, False, ""
         return events
@@ -81,7 +83,10 @@ class Blocks:
         text, self._held = self._held, ""
         if self._channel == "content":
             return [self._delta(TextPart(type="text_delta", text=text))]
-        return [] if self._hide else [self._delta(ThinkingPart(type="thinking_delta", thinking=text))]
+        if self._hide:
+            self._hidden += text
+            return []
+        return [self._delta(ThinkingPart(type="thinking_delta", thinking=text))]
 
     def _call(self, call: ToolCall) -> list[BlockEvent]:
         ours = _OURS.fullmatch(call.id)

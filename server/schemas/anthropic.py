@@ -73,7 +73,7 @@ class Thinking(Wire):
 
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: Annotated[int, Field(ge=1)] | None = None
-    # Nobody sums up here: "summarized" shows all of a thought.
+    # Nobody sums up here: "summarized" shows all of a thought, "omitted" leaves it to the signature.
     display: Literal["summarized", "omitted"] | None = None
     block_binding: Annotated[JsonValue, only()] = None
 

@@ -13,7 +13,7 @@ class Text(BaseModel):
 
 
 class Thought(BaseModel):
-    """`signature` says nothing here; clients want one."""
+    """`signature` holds a thought that is not shown, see `server.schemas.anthropic_thoughts`."""
 
     type: Literal["thinking"]
     thinking: str

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
+from server.schemas.anthropic_thoughts import hidden_in
 from server.schemas.base import NonEmpty, Wire, by_field, kind_of, only
 
 
@@ -31,11 +32,16 @@ class TextBlock(Block):
 
 
 class ThinkingBlock(Block):
-    """What the assistant thought. Signatures are not checked: no thought here is secret, so none can be forged."""
+    """What the assistant thought. It is in the signature where it was not to be shown."""
 
     type: Literal["thinking"]
     thinking: str
     signature: str = ""
+
+    @property
+    def thought(self) -> str:
+        """Raises InvalidRequest for a damaged signature."""
+        return self.thinking or hidden_in(self.signature)
 
 
 class RedactedThinkingBlock(Block):

@@ -76,7 +76,7 @@ def _answer(blocks: Sequence[Any], names: Names) -> dict[str, Any]:
         "role": "assistant",
         "content": _joined(block.text for block in blocks if isinstance(block, TextBlock)),
     }
-    if thought := _joined(block.thinking for block in blocks if isinstance(block, ThinkingBlock)):
+    if thought := _joined(block.thought for block in blocks if isinstance(block, ThinkingBlock)):
         message["reasoning_content"] = thought
     if calls := [block for block in blocks if isinstance(block, ToolUseBlock)]:
         names |= {call.id: call.name for call in calls}

@@ -9,6 +9,7 @@ from server.errors import InvalidRequest, UnsupportedField
 from server.protocol import AnswerRules, SamplingParams, Tool
 from server.routes.exchange import parse as parse_body
 from server.schemas.anthropic import CountTokensRequest, MessagesRequest
+from server.schemas.anthropic_thoughts import SIGNATURE, signature_of
 
 USER = {"role": "user", "content": "hi"}
 CACHED = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
@@ -239,6 +240,21 @@ def test_calls_and_their_results() -> None:
         {"role": "tool", "content": "Error: no such city", "tool_call_id": "toolu_2", "name": "weather"},
         {"role": "user", "content": "Well?"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("signature", "thought"),
+    [(signature_of("hm 🙂"), "hm 🙂"), (SIGNATURE, None), ("EqQBCgIYAhIM", None), ("", None)],
+)
+def test_a_thought_that_was_not_shown_comes_back(signature: str, thought: str | None) -> None:
+    blocks = [{"type": "thinking", "thinking": "", "signature": signature}, {"type": "text", "text": "a"}]
+    assert rendered(USER, {"role": "assistant", "content": blocks}, USER)[1].get("reasoning_content") == thought
+
+
+@pytest.mark.parametrize("signature", ["turbocache:aGk", "turbocache:/w==", "turbocache:ä"])
+def test_a_damaged_signature_is_refused(signature: str) -> None:
+    blocks = [{"type": "thinking", "thinking": "", "signature": signature}]
+    assert "signature was changed" in refusal(messages=[USER, {"role": "assistant", "content": blocks}]).message
 
 
 @pytest.mark.parametrize(

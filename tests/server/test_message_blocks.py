@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from server.protocol import Channel, TextDelta, ToolCall
-from server.routes.message_blocks import SIGNATURE, Blocks, whole_blocks
+from server.routes.message_blocks import Blocks, whole_blocks
+from server.schemas.anthropic_thoughts import SIGNATURE, hidden_in
 
 Parts = list[TextDelta | ToolCall]
 OWN = "0123456789abcdef01234567"
@@ -50,9 +51,11 @@ def test_whole(parts: Parts, expected: list[dict[str, Any]]) -> None:
     assert [block.model_dump() for block in whole_blocks(parts, hide_thoughts=False)] == expected
 
 
-def test_hidden_thoughts_leave_an_empty_block() -> None:
-    blocks = whole_blocks([thought("secret"), TextDelta("Yes")], hide_thoughts=True)
-    assert [block.model_dump() for block in blocks] == [thinking(""), text("Yes")]
+def test_hidden_thoughts_are_in_their_signatures() -> None:
+    parts: Parts = [thought("sec"), thought("ret 🙂"), TextDelta("Yes"), thought("more")]
+    first, said, second = (block.model_dump() for block in whole_blocks(parts, hide_thoughts=True))
+    assert (first["thinking"], second["thinking"], said) == ("", "", text("Yes"))
+    assert [hidden_in(block["signature"]) for block in (first, second)] == ["secret 🙂", "more"]
 
 
 def test_every_block_is_ended_before_the_next_begins() -> None:

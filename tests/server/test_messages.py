@@ -127,7 +127,7 @@ def test_thoughts_texts_and_calls(serve: Serve) -> None:
     assert server.engine.messages[-1][-1]["content"] == "rain"
 
 
-def test_thoughts_that_are_not_wanted_are_not_sent(serve: Serve) -> None:
+def test_thoughts_that_are_not_to_be_shown(serve: Serve) -> None:
     server = serve(ScriptedEngine([TextDelta("secret", "reasoning"), TextDelta("Yes"), Finished("stop", USAGE)]))
     thinking = {"thinking": {"type": "adaptive", "display": "omitted"}}
     for body in (BODY, STREAM):
