@@ -1,6 +1,7 @@
 """From tokens to what is safe to send: whole characters, no stop strings, reasoning and calls kept apart."""
 
 import functools
+import json
 import uuid
 from collections.abc import Sequence
 
@@ -59,13 +60,14 @@ class TextAssembler:
         self._rules, self._format = rules, format if rules.calls else None
         self._tools = [tool.template for tool in rules.tools]
         self._stops = {f"{_STOP}{i}": text for i, text in enumerate(stop)}
-        self._call = ""
+        self._call, self._looked = "", 0
         self._detokenizer = tokenizer.detokenizer
         if begun:  # detokenizers leave out a space at the beginning of all their text
             for token in tokenizer.encode("a", add_special_tokens=False):
                 self._detokenizer.add_token(token)
             _ = self._detokenizer.last_segment
-        self._state = TextStateMachine(self._edges(tokenizer)).make_state(opening_state(tokenizer, prompt))
+        self._machine = TextStateMachine(self._edges(tokenizer))
+        self._state = self._machine.make_state(opening_state(tokenizer, prompt))
 
     def add(self, token: int) -> list[TextDelta | ToolCall]:
         """What one more token makes certain."""
@@ -91,7 +93,7 @@ class TextAssembler:
             edges["reasoning"].append((tokenizer.think_end, "normal"))
         if self._format is not None:
             edges["normal"].append((self._format.start, _CALL))
-            edges[_CALL] = [(self._format.end, "normal")] if self._format.end else []
+            edges[_CALL] = []  # its end is looked for by `_call_end`, which knows of strings
         for mark in tokenizer.structural_markers or ():
             edges["normal"].append((mark, "normal"))
         for state, more in tokenizer.response_transitions.items():
@@ -103,27 +105,41 @@ class TextAssembler:
         return edges
 
     def _split(self, text: str) -> list[TextDelta | ToolCall]:
-        if self.stopped or not text:
-            return []
         found: list[TextDelta | ToolCall] = []
-        self._state, segments = TextStateMachine.split(self._state, text)
-        for i, (name, part) in enumerate(segments):
-            if name in self._stops:
-                self.stopped, self.stop = True, self._stops[name]
-            elif name != _CALL:  # other states than these two are a form's own headings
-                found += [TextDelta(part, _CHANNELS[name])] if part and name in _CHANNELS else []
-            else:
-                self._call += part
-                if i + 1 < len(segments):
-                    found += self._read_call(ended=True)
-            if self.stopped:
-                break
+        while text and not self.stopped:
+            self._state, segments = TextStateMachine.split(self._state, text)
+            text = ""
+            for name, part in segments:
+                if name in self._stops:
+                    self.stopped, self.stop = True, self._stops[name]
+                    break
+                if name == _CALL:
+                    self._call += part
+                elif part and name in _CHANNELS:  # other states than these two are a form's own headings
+                    found.append(TextDelta(part, _CHANNELS[name]))
+            if (end := self._call_end()) is not None:
+                self._call, text = self._call[:end], self._call[end + len(self._end_mark) :]
+                found += self._read_call(ended=True)
+                self._state = self._machine.make_state("normal")
         return found
+
+    @property
+    def _end_mark(self) -> str:
+        return "" if self._format is None else self._format.end
+
+    def _call_end(self) -> int | None:
+        """Where the call's end mark stands; one within a string of its arguments is none."""
+        while self._end_mark and (end := self._call.find(self._end_mark, self._looked)) >= 0:
+            if not _within_string(self._call[:end]):
+                return end
+            self._looked = end + len(self._end_mark)
+        self._looked = max(self._looked, len(self._call) - len(self._end_mark) + 1, 0)
+        return None
 
     def _read_call(self, ended: bool) -> list[TextDelta | ToolCall]:
         """The calls of the text between the marks; one that can't be read is text as it was written."""
         assert self._format is not None
-        text, self._call = self._call, ""
+        text, self._call, self._looked = self._call, "", 0
         calls = self._format.read(text, self._tools)
         if calls is None:
             return [TextDelta(self._format.start + text + (self._format.end if ended else ""))]
@@ -131,6 +147,15 @@ class TextAssembler:
         if not self._rules.parallel:
             calls, self.stopped = calls[:1], True
         return [ToolCall(call.id or f"call_{uuid.uuid4().hex[:24]}", call.name, call.arguments) for call in calls]
+
+
+def _within_string(text: str) -> bool:
+    """Whether a beginning of JSON ends within a string."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    return False
 
 
 def opening_state(tokenizer: TokenizerWrapper, prompt: Sequence[int]) -> str:

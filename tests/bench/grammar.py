@@ -2,8 +2,8 @@
 
     python -m tests.bench.grammar [--pairs N] [--streams N]
 
-Each pair is the same prompt twice, one answer free and one held to a JSON schema, in turns; the order changes with every
-pair. The figure is the median over pairs of the ratio of their median times between two tokens.
+Each pair is the same prompt twice, one answer free and one held to a JSON schema, in turns; the order changes with
+every pair. The figure is the median over pairs of the ratio of their median times between two tokens.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from server.engine.text import Lexicon
 from server.engine.tool_formats import ToolFormat, tool_format
 from server.errors import InvalidRequest, UnsupportedField
 from server.protocol import AnswerRules, Tool
-from tests.server.engine.test_tool_formats import PARAMETERS, with_template
+from tests.server.engine.test_tool_formats import NUMBERED, PARAMETERS, with_template
 from turbocache.model import LoadedModel
 
 POINT = {
@@ -166,16 +166,59 @@ def test_options_of_the_grammar_library_are_not_taken_from_requests(bundled: Loa
         maker.make(AnswerRules(schema={**sly, "x-guidance": {"lenient": True}}), in_thought=False)
 
 
-def test_models_without_tools_or_with_calls_that_are_no_json(bundled: LoadedModel) -> None:
+def test_models_without_tools_or_with_calls_that_have_names(bundled: LoadedModel) -> None:
     lexicon = Lexicon(bundled.tokenizer)
     with pytest.raises(UnsupportedField, match="knows no tools"):
         GrammarMaker(bundled.tokenizer, None, lambda: lexicon.tokens).make(AnswerRules(TOOLS), in_thought=False)
-    format = tool_format(with_template(bundled, PARAMETERS))
+    format = tool_format(with_template(bundled, NUMBERED))
     assert isinstance(format, ToolFormat)
     maker = GrammarMaker(bundled.tokenizer, format, lambda: lexicon.tokens)
     assert maker.make(AnswerRules(TOOLS), in_thought=False) is None
-    with pytest.raises(UnsupportedField, match="qwen3_coder"):
+    with pytest.raises(UnsupportedField, match="json_tools"):
         maker.make(REQUIRED, in_thought=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "may"),
+    [
+        ({"text": "Hi!\n</b> 3 < 4", "n": 3, "kind": "b"}, True),
+        ({"text": "", "n": 3, "kind": "b", "more": {"x": [1]}}, True),
+        ({"n": 3, "kind": "b"}, False),
+        ({"text": "", "n": "three", "kind": "b"}, False),
+        ({"text": "", "n": 3, "kind": "c"}, False),
+        ({"text": "a\n</parameter>b", "n": 3, "kind": "b"}, False),
+        ({"text": "</tool_call>", "n": 3, "kind": "b"}, False),
+    ],
+)
+def test_calls_whose_arguments_stand_each_by_itself(bundled: LoadedModel, arguments: dict[str, Any], may: bool) -> None:
+    """As Qwen3-Coder and others write them; what is accepted reads back as it was."""
+    tokenizer = with_template(bundled, PARAMETERS)
+    format, lexicon = tool_format(tokenizer), Lexicon(tokenizer)
+    assert format is not None
+    types: dict[str, Any] = {"text": {"type": "string"}, "n": {"type": "integer"}, "kind": {"enum": ["a", "b"]}}
+    schema = {"type": "object", "properties": {**types, "more": {"type": "object"}}, "required": list(types)}
+    tool = Tool("f", schema, strict=True)
+    parameters = "".join(
+        f"<parameter={key}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n"
+        for key, value in arguments.items()
+    )
+    call = f"<tool_call>\n<function=f>\n{parameters}</function>\n</tool_call>"
+    maker = GrammarMaker(tokenizer, format, lambda: lexicon.tokens)
+    assert accepts(bundled, maker, AnswerRules((tool,), "required"), call) is may
+    if may:
+        read = format.read(call.removeprefix(format.start).removesuffix(format.end), [tool.template])
+        assert read is not None
+        assert json.loads(read[0].arguments) == arguments
+
+
+def test_strict_strings_with_bounds_are_refused_where_arguments_are_no_json(bundled: LoadedModel) -> None:
+    tokenizer = with_template(bundled, PARAMETERS)
+    lexicon = Lexicon(tokenizer)
+    maker = GrammarMaker(tokenizer, tool_format(tokenizer), lambda: lexicon.tokens)
+    schema = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}}}
+    with pytest.raises(UnsupportedField, match="each by itself"):
+        maker.make(AnswerRules((Tool("f", schema, strict=True),)), in_thought=False)
+    assert maker.make(AnswerRules((Tool("f", schema),), "required"), in_thought=False) is not None
 
 
 def test_the_same_rules_are_compiled_once(maker: GrammarMaker) -> None:

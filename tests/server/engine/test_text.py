@@ -131,3 +131,9 @@ def test_stop_strings_do_not_cut_calls(tokenizer: TokenizerWrapper) -> None:
     parts, assembler = with_calls(tokenizer, f"{CALL} now END of it", stop=("arguments", "END"))
     assert parts == ['f({"a": 1})', " now "]
     assert (assembler.stopped, assembler.stop) == (True, "END")
+
+
+def test_the_end_mark_within_a_string_does_not_end_a_call(tokenizer: TokenizerWrapper) -> None:
+    arguments = '{"text": "a</tool_call>b<tool_call>{"}'
+    call = CALL.replace('{"a": 1}', arguments)
+    assert with_calls(tokenizer, f"{call} and {CALL}")[0] == [f"f({arguments})", " and ", 'f({"a": 1})']

@@ -7,7 +7,8 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import json_tools, mistral
 
-from server.engine.tool_formats import Call, CallShape, ToolFormat, tool_format
+from server.engine.call_shapes import CallShape, ParameterShape
+from server.engine.tool_formats import Call, ToolFormat, tool_format
 from turbocache.model import LoadedModel
 
 _TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
@@ -25,6 +26,27 @@ PARAMETERS = (
     + "{% for k, v in c.function.arguments.items() %}<parameter={{ k }}>\n{{ v }}\n</parameter>\n{% endfor %}"
     + "</function>\n</tool_call>{% endfor %}"
     + _END
+)
+PARAMETER_SHAPE = CallShape(
+    "<tool_call>\n<function=",
+    ">",
+    "\n</function>\n</tool_call>",
+    "",
+    ParameterShape("\n<parameter=", ">\n", "\n</parameter>"),
+)
+PAIRS = (
+    _TURNS
+    + "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}\n"
+    + "{% for k, v in c.function.arguments.items() %}<arg_key>{{ k }}</arg_key>{{ '\\n' }}"
+    + "<arg_value>{{ v }}</arg_value>{{ '\\n' }}{% endfor %}</tool_call>{% endfor %}"
+    + _END
+)
+PAIR_SHAPE = CallShape(
+    "<tool_call>",
+    "",
+    "\n</tool_call>",
+    "",
+    ParameterShape("\n<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>"),
 )
 NUMBERED = (
     _TURNS
@@ -53,10 +75,11 @@ def test_the_bundled_model(bundled: LoadedModel) -> None:
     ("template", "name", "shape"),
     [
         (HERMES, "json_tools", CallShape('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n")),
-        (PARAMETERS, "qwen3_coder", None),
+        (PARAMETERS, "qwen3_coder", PARAMETER_SHAPE),
+        (PAIRS, "glm47", PAIR_SHAPE),
         (NUMBERED, "json_tools", None),
     ],
-    ids=["hermes", "parameters", "numbered"],
+    ids=["hermes", "parameters", "pairs", "numbered"],
 )
 def test_what_a_template_writes_tells(bundled: LoadedModel, template: str, name: str, shape: CallShape | None) -> None:
     found = tool_format(with_template(bundled, template))
