@@ -59,6 +59,16 @@ def test_tokens_of_a_thought_are_counted(tokenizer: TokenizerWrapper) -> None:
     assert len(thought) < assembler.reasoned <= len(thought) + len(tokenizer.encode("</think>"))
 
 
+@pytest.mark.parametrize(("begun", "text"), [(False, "more words"), (True, " more words")])
+def test_an_answer_that_goes_on_keeps_the_space_that_it_begins_with(
+    tokenizer: TokenizerWrapper, begun: bool, text: str
+) -> None:
+    prompt = tokenizer.encode("There are")
+    assembler = TextAssembler(tokenizer, prompt, (), begun=begun)
+    parts = [part for token in tokenizer.encode(" more words") for part in assembler.add(token)] + assembler.finish()
+    assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == text
+
+
 CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
 RULES = AnswerRules((Tool("f"), Tool("g")))
 
