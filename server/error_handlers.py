@@ -1,4 +1,4 @@
-"""Every error that reaches the web framework, turned into OpenAI's envelope."""
+"""Every error that reaches the web framework, turned into the envelope of the API that the address belongs to."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,9 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
+from server import anthropic_errors
 from server.errors import InvalidRequest, MethodNotAllowed, NotFound, ServerError, UnsupportedField
 from server.schemas.base import UNSUPPORTED_PARAMETER, UNSUPPORTED_VALUE
 
@@ -41,9 +43,15 @@ _BOUNDS = {
 }
 
 
-def error_response(error: ServerError) -> JSONResponse:
-    """The envelope with its status and headers."""
-    return JSONResponse(error.envelope(), status_code=error.status, headers=error.headers())
+def error_response(error: ServerError, scope: Scope, status: int | None = None) -> JSONResponse:
+    """The envelope, OpenAI's or on its addresses Anthropic's, with the error's status, if no other is given, and
+    headers.
+    """
+    status, body = status or error.status, error.envelope()
+    if anthropic_errors.is_anthropics(scope["path"]):
+        record = scope.get("state", {}).get("record")
+        body = anthropic_errors.envelope(error, status, None if record is None else record.request_id)
+    return JSONResponse(body, status_code=status, headers=error.headers())
 
 
 def invalid_body(error: ValidationError) -> InvalidRequest:
@@ -163,7 +171,7 @@ async def _server_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServerError)
     if (record := getattr(request.state, "record", None)) is not None:
         record.error = error.code or error.type
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
@@ -171,12 +179,12 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     method, path = request.method, _shown(request.url.path)
     if error.status_code == 404:
-        response = error_response(NotFound(f"Invalid URL ({method} {path})"))
+        response = error_response(NotFound(f"Invalid URL ({method} {path})"), request.scope)
     elif error.status_code == 405:
-        response = error_response(MethodNotAllowed(f"Not allowed to {method} on {path}."))
+        response = error_response(MethodNotAllowed(f"Not allowed to {method} on {path}."), request.scope)
     else:
         plain = ServerError if error.status_code >= 500 else InvalidRequest
-        response = JSONResponse(plain(str(error.detail)).envelope(), status_code=error.status_code)
+        response = error_response(plain(str(error.detail)), request.scope, error.status_code)
     response.headers.update(error.headers or {})
     return response
 
@@ -186,7 +194,7 @@ async def _request_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     detail = cast(ErrorDetails, error.errors()[0])
     # The first step says "path" or "query".
-    return error_response(invalid_field({**detail, "loc": detail["loc"][1:]}))
+    return error_response(invalid_field({**detail, "loc": detail["loc"][1:]}), request.scope)
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:

@@ -81,6 +81,7 @@ class ContextLengthExceeded(InvalidRequest):
                 "the completion). Please reduce the length of the messages or completion."
             )
         super().__init__(opening + rest, param="messages")
+        self.limit, self.prompt_tokens, self.max_tokens = limit, prompt_tokens, max_tokens
 
 
 class Unauthorized(ServerError):

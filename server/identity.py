@@ -1,15 +1,20 @@
 """Which conversation a request belongs to, from what clients already send."""
 
+import json
+import re
 from collections.abc import Mapping
 
 from server.errors import InvalidRequest
 
 MAX_LENGTH = 256
 SESSION_HEADERS = ("X-Session-ID", "Session-Id", "X-Session-Affinity", "X-Claude-Code-Session-Id")
+_IN_USER_ID = re.compile(r"user_\S*_session_([0-9a-fA-F-]{36})")
+"""`metadata.user_id` of Claude Code before it was JSON."""
 
 
-def session_key(prompt_cache_key: str | None, headers: Mapping[str, str]) -> str | None:
-    """The session's name: `prompt_cache_key`, else the first of SESSION_HEADERS that is present, else None.
+def session_key(prompt_cache_key: str | None, headers: Mapping[str, str], user_id: str | None = None) -> str | None:
+    """The session's name: `prompt_cache_key`, else the first of SESSION_HEADERS that is present, else the session in an
+    Anthropic client's `metadata.user_id`, else None.
 
     An empty name counts as none, and spaces around it do not count. `headers` must look names up without regard to
     case. Raises InvalidRequest when the chosen name can't be one, as `checked_name` says.
@@ -19,7 +24,21 @@ def session_key(prompt_cache_key: str | None, headers: Mapping[str, str]) -> str
     for name in SESSION_HEADERS:
         if raw := headers.get(name, "").strip(" "):
             return checked_name(_decoded(raw, name), name)
+    if user_id and (key := _session_in(user_id).strip(" ")):
+        return checked_name(key, "metadata.user_id")
     return None
+
+
+def _session_in(user_id: str) -> str:
+    """The session that a user id carries, empty if it carries none: users are no sessions."""
+    if (found := _IN_USER_ID.fullmatch(user_id)) is not None:
+        return found[1]
+    try:
+        fields = json.loads(user_id)
+    except (ValueError, RecursionError):
+        return ""
+    session = fields.get("session_id") if isinstance(fields, dict) else None
+    return session if isinstance(session, str) else ""
 
 
 def checked_name(key: str, param: str) -> str:

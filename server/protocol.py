@@ -40,12 +40,17 @@ class SamplingParams:
 class Conversation:
     """What a chat template renders: `messages` and `tools` as it takes them, with `options` for it. `go_on`: the answer
     continues the last message, which is the assistant's, instead of beginning one.
+
+    `thinking` lets the model think or forbids it, where the template has a switch for that. A `reasoning_effort` that
+    the template knows nothing of is refused, or passed over if `lenient`.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     reasoning_effort: str | None = None
+    thinking: bool | None = None
+    lenient: bool = False
     go_on: bool = False
 
 
@@ -97,12 +102,14 @@ class Prompt:
     """A conversation as token ids (never empty). `system_end` and `messages_end` are numbers of tokens: what a system
     message begins, and all messages without the answer's opening; later conversations often leave each other there. 0
     where that is not known. `tool`: the last message is a tool's result, so the turn that a user began goes on.
+    `begun`: the answer goes on with the text at the prompt's end, and a space that it begins with belongs to it.
     """
 
     tokens: Sequence[int]
     system_end: int = 0
     messages_end: int = 0
     tool: bool = False
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +141,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one turn. `cached_tokens` of the prompt were found in the session's cache, the rest prefilled."""
+    """Token counts of one turn. `cached_tokens` of the prompt were found in the session's cache, the rest prefilled;
+    `reasoning_tokens` of the completion are of a thought.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

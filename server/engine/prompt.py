@@ -47,10 +47,18 @@ class PromptMaker:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
+        except ValueError as error:
+            if not conversation.go_on:
+                raise
+            # transformers says so where the template does not end with the last message's text.
+            raise InvalidRequest(
+                "The model's chat template can't go on with a begun answer.", param="messages"
+            ) from error
         if not tokens:
             raise InvalidRequest("The model's chat template makes no prompt of these messages.", param="messages")
         tool = conversation.messages[-1].get("role") == "tool"
-        return Prompt(tokens, system_end, self._encoder.messages_end(tokens), tool=tool)
+        messages_end = self._encoder.messages_end(tokens)
+        return Prompt(tokens, system_end, messages_end, tool=tool, begun=conversation.go_on)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """See `server.protocol.Engine`."""
@@ -78,14 +86,16 @@ class PromptMaker:
                     "template.",
                     param=f"chat_template_kwargs.{name[:100]}",
                 )
+        thinking = next((name for name in _THINKING if self._knows(name)), None)
+        if thinking is not None and conversation.thinking is not None:
+            options.setdefault(thinking, conversation.thinking)
         if (effort := conversation.reasoning_effort) is None:
             return options
-        thinking = next((name for name in _THINKING if self._knows(name)), None)
         if thinking is not None and (effort in _NO_EFFORT or not self._knows("reasoning_effort")):
             options.setdefault(thinking, effort not in _NO_EFFORT)
         elif self._knows("reasoning_effort"):
             options.setdefault("reasoning_effort", effort)
-        elif effort != "none":
+        elif effort != "none" and not conversation.lenient:
             raise UnsupportedField(
                 "Unsupported parameter: 'reasoning_effort' is no option of the model's chat template.",
                 param="reasoning_effort",

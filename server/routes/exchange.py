@@ -37,8 +37,11 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @dataclass(slots=True)
 class Answer:
-    """One whole answer. `tokens` are those of its text, where they were asked for."""
+    """One whole answer. `parts` are its texts and calls as they came, `tokens` those of its text, where they were asked
+    for.
+    """
 
+    parts: list[TextDelta | ToolCall] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
@@ -104,9 +107,13 @@ def check_model(name: str, model: ModelInfo) -> None:
         )
 
 
-def name_session(request: Request, key: str | None, stream: bool) -> str | None:
-    """The session's name, from the body's own key or a header; noted for the response's header and the log."""
-    session, record = session_key(key, request.headers), record_of(request)
+def name_session(
+    request: Request, key: str | None, stream: bool, *, user_id: str | None = None, default: str | None = None
+) -> str | None:
+    """The session's name, from the body's own key, a header or a user id, else `default`; noted for the answer's header
+    and the log.
+    """
+    session, record = session_key(key, request.headers, user_id) or default, record_of(request)
     record.session, record.session_name, record.stream = session_hash(session), session, stream
     return session
 
@@ -199,8 +206,10 @@ async def _whole(turn: Turn, form: AnswerForm) -> BaseModel:
         if isinstance(event, Finished):
             answer.finished = event
         elif isinstance(event, ToolCall):
+            answer.parts.append(event)
             answer.calls.append(event)
         elif isinstance(event, TextDelta):
+            answer.parts.append(event)
             (answer.text if event.channel == "content" else answer.reasoning).append(event.text)
             answer.tokens += event.tokens
     return form.whole(answers, event.usage)

@@ -11,15 +11,20 @@ from typing import cast
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.anthropic_errors import MESSAGES_PATH, is_anthropics
 from server.error_handlers import error_response
 from server.errors import InternalError, Unauthorized
 from server.metrics import Metrics
 from server.protocol import Engine, Usage
+from server.response_store import ResponseStore
 from server.settings import Settings
 
 logger = logging.getLogger("server.requests")
 
 CHAT_PATH = "/v1/chat/completions"
+RESPONSES_PATH = "/v1/responses"
+_ID_PREFIXES = {CHAT_PATH: "chatcmpl-", RESPONSES_PATH: "resp_", MESSAGES_PATH: "msg_"}
+"""Where a request's id is the id of its answer."""
 _QUIET_PATHS = frozenset({"/health", "/metrics"})
 
 
@@ -77,6 +82,7 @@ class AppContext:
     engine: Engine
     settings: Settings
     metrics: Metrics
+    responses: ResponseStore
 
 
 def context_of(request: Request) -> AppContext:
@@ -92,17 +98,25 @@ async def require_key(request: Request) -> None:
     keys = context_of(request).settings.api_keys
     if not keys:
         return
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    presented = token.strip().encode("latin-1")
-    if scheme.lower() != "bearer" or not presented:
+    all_presented = _presented_keys(request)
+    if not all_presented:
         raise Unauthorized(
             "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer "
-            "auth (i.e. Authorization: Bearer YOUR_KEY)."
+            "auth (i.e. Authorization: Bearer YOUR_KEY) or in an x-api-key header."
         )
-    # All keys are compared, each in constant time, so the time taken tells nothing about them.
-    if not sum(hmac.compare_digest(presented, key.encode()) for key in keys):
-        raise Unauthorized("Incorrect API key provided.")
-    record_of(request).owner = hashlib.sha256(b"turbocache owner " + presented).hexdigest()[:32]
+    for presented in all_presented:
+        # All keys are compared, each in constant time, so the time taken tells nothing about them.
+        if sum(hmac.compare_digest(presented, key.encode()) for key in keys):
+            record_of(request).owner = hashlib.sha256(b"turbocache owner " + presented).hexdigest()[:32]
+            return
+    raise Unauthorized("Incorrect API key provided.")
+
+
+def _presented_keys(request: Request) -> list[bytes]:
+    """As a bearer, and as Anthropic's clients send it; some send both, of which one may be for somebody else."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    keys = (token if scheme.lower() == "bearer" else "", request.headers.get("x-api-key", ""))
+    return [key.strip().encode("latin-1") for key in keys if key.strip()]
 
 
 class RequestScope:
@@ -119,14 +133,15 @@ class RequestScope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        prefix = "chatcmpl" if scope["path"] == CHAT_PATH else "req"
-        record = RequestRecord(f"{prefix}-{uuid.uuid4().hex}")
+        record = RequestRecord(f"{_ID_PREFIXES.get(scope['path'], 'req-')}{uuid.uuid4().hex}")
         scope.setdefault("state", {})["record"] = record
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = [*message.get("headers", []), (b"x-request-id", record.request_id.encode())]
+                if is_anthropics(scope["path"]):
+                    headers.append((b"request-id", record.request_id.encode()))
                 if record.session_name is not None:
                     headers.append((b"x-session-id", record.session_name.encode()))
                 if record.rotated:
@@ -140,7 +155,7 @@ class RequestScope:
             logger.exception("%s ended with an unexpected error", record.request_id)
             record.error = type(error).__name__
             if record.status is None:
-                await error_response(InternalError.of(record.request_id))(scope, receive, send_with_id)
+                await error_response(InternalError.of(record.request_id), scope)(scope, receive, send_with_id)
         finally:
             # The template, not the address: addresses are text from users.
             path = getattr(scope.get("route"), "path", "unmatched")
