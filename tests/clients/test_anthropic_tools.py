@@ -44,7 +44,9 @@ def test_a_tool_is_used_and_its_result_answered(claude: anthropic.Anthropic) -> 
     assert "sunny" in "".join(block.text for block in second.content if block.type == "text")
     assert first.usage.cache_read_input_tokens is not None
     known = first.usage.input_tokens + first.usage.cache_read_input_tokens + first.usage.output_tokens
-    assert second.usage.cache_read_input_tokens == known
+    # More where another client has held this conversation before.
+    assert second.usage.cache_read_input_tokens is not None
+    assert second.usage.cache_read_input_tokens >= known
 
 
 def test_a_streamed_use_comes_as_json_deltas(claude: anthropic.Anthropic) -> None:

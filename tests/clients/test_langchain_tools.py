@@ -55,7 +55,8 @@ def test_a_bound_tool_is_called_run_and_answered(model: Make) -> None:
     assert second.tool_calls == []
     assert second.usage_metadata is not None
     assert first.usage_metadata is not None
-    assert second.usage_metadata["input_token_details"]["cache_read"] == first.usage_metadata["total_tokens"]
+    # More where another client has held this conversation before.
+    assert second.usage_metadata["input_token_details"]["cache_read"] >= first.usage_metadata["total_tokens"]
 
 
 def test_streamed_chunks_add_up_to_the_call(model: Make) -> None:

@@ -41,7 +41,8 @@ def test_a_function_is_called_and_its_result_answered(call: dict[str, Any]) -> N
     talk = [*ASK_WEATHER, message, {"role": "tool", "tool_call_id": made.id, "content": RESULT}]
     second = litellm.completion(**call, messages=talk, tools=[WEATHER, NOTE])
     assert "sunny" in second.choices[0].message.content
-    assert second.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens
+    # More where another client has held this conversation before.
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens
 
 
 def test_chunks_are_built_into_the_call(call: dict[str, Any]) -> None:

@@ -149,7 +149,7 @@ def test_a_function_is_called_and_its_result_answered(client: openai.OpenAI, sta
     assert "sunny" in second.output_text
     assert first.usage is not None
     assert second.usage is not None
-    # More where the same turn has been there before.
+    # More where another client has held this conversation before.
     assert second.usage.input_tokens_details.cached_tokens >= first.usage.total_tokens
 
 

@@ -44,7 +44,8 @@ def test_the_model_calls_a_function_and_answers_with_its_result(client: openai.O
     assert first.usage is not None
     assert second.usage is not None
     assert second.usage.prompt_tokens_details is not None
-    assert second.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens
+    # More where another client has held this conversation before.
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])

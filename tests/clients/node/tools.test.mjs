@@ -35,7 +35,8 @@ test('a function is called and its result answered', async () => {
   const talk = [...messages, message, { role: 'tool', tool_call_id: call.id, content: RESULT }];
   const second = await completions.create({ ...ask, messages: talk });
   assert.match(second.choices[0].message.content, /sunny/);
-  assert.equal(second.usage.prompt_tokens_details.cached_tokens, first.usage.total_tokens);
+  // More where another client has held this conversation before.
+  assert.ok(second.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens);
 });
 
 for (const stream of [false, true])
