@@ -1,5 +1,6 @@
 """Every error that reaches the web framework, turned into OpenAI's envelope."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -12,11 +13,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from server.errors import InvalidRequest, MethodNotAllowed, NotFound, ServerError, UnsupportedField
-from server.schemas import BRANCHES, UNSUPPORTED_PARAMETER, UNSUPPORTED_VALUE
+from server.schemas.base import UNSUPPORTED_PARAMETER, UNSUPPORTED_VALUE
 
 # nginx's number for "the client closed the connection"; nobody reads it but the log and the metrics.
 CLIENT_CLOSED = 499
 _SHOWN = 100
+_BRANCH = re.compile("<[a-z_]+>")
 
 _EXPECTED = {
     "string_type": "a string",
@@ -29,6 +31,7 @@ _EXPECTED = {
     "model_attributes_type": "an object",
     "content_type": "one of a string or array of objects",
     "stop_type": "one of a string or array of strings",
+    "choice_type": "one of a string or an object",
 }
 _BOUNDS = {
     "less_than_equal": ("above maximum", "above_max", "le", "<="),
@@ -64,11 +67,14 @@ def invalid_field(detail: ErrorDetails) -> InvalidRequest:
     if kind in (UNSUPPORTED_PARAMETER, UNSUPPORTED_VALUE):
         noun = "value" if kind == UNSUPPORTED_VALUE else "parameter"
         return UnsupportedField(f"Unsupported {noun}: '{param}' {detail['msg']}.", param=param, code=kind)
+    if kind == "union_tag_not_found" and not isinstance(value, dict):
+        kind = "model_type"
     if kind in ("missing", "union_tag_not_found"):
         param = param if kind == "missing" else f"{param}.{_discriminator(context)}"
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if kind == "union_tag_invalid":
-        text = f"Invalid value: '{_shown(context['tag'])}'. Supported values are: {context['expected_tags']}."
+        tag, tags = (re.sub(r"(?<!\w)<|>(?!\w)", "", context[key]) for key in ("tag", "expected_tags"))
+        text = f"Invalid value: '{_shown(tag)}'. Supported values are: {tags}."
         return InvalidRequest(text, param=f"{param}.{_discriminator(context)}", code="invalid_value")
     if kind == "literal_error":
         text = f"Invalid value: '{_shown(value)}'. Supported values are: {context['expected']}."
@@ -118,22 +124,22 @@ def _wrong_length(value: Any, context: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def param_of(location: Sequence[str | int]) -> str:
-    """A location in OpenAI's style: ("messages", 0, "user", "content", "<parts>", 1) is "messages[0].content[1]".
+    """A location in OpenAI's style: ("messages", 0, "<user>", "content", "<parts>", 1) is "messages[0].content[1]".
 
-    Pydantic puts the names of union branches into its locations: ours are in angle brackets, and below a message it is
-    the role. It says `[key]` where an object's key is wrong.
+    Pydantic puts the names of union branches into its locations: ours are in angle brackets. It says
+    `[key]` where an object's key is wrong.
     """
     param = ""
-    for index, step in enumerate(location):
+    for step in location:
         if isinstance(step, int):
             param += f"[{step}]"
-        elif not (step in BRANCHES or step == "[key]" or (index == 2 and location[0] == "messages")):
+        elif not (_BRANCH.fullmatch(step) or step == "[key]"):
             param += f".{step}" if param else step
     return _shown(param)
 
 
 def _discriminator(context: Mapping[str, Any]) -> str:
-    return str(context["discriminator"]).strip("'")
+    return str(context["discriminator"]).strip("'()")
 
 
 def _shown(value: Any) -> str:

@@ -234,6 +234,19 @@ class InternalError(ServerError):
         return cls(f"The server had an error while processing your request. The request id is {request_id}.")
 
 
+class GrammarFailed(InternalError):
+    """500: an answer could not be held to its schema or its calls any further."""
+
+    default_code = "grammar_failed"
+
+    @classmethod
+    def of(cls, request_id: str) -> "GrammarFailed":
+        return cls(
+            "The answer ends here: its schema has become too complex to hold the answer to it. Simplify the schema, "
+            f"for example its patterns or its nested unions. The request id is {request_id}."
+        )
+
+
 class KernelFault(InternalError):
     """500: a step failed, or its result is not a number. Nothing that it computed was sent."""
 

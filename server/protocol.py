@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+ToolChoice = Literal["none", "auto", "required"]
 Channel = Literal["content", "reasoning"]
 SessionChange = Literal["delete", "fork", "save", "restore"]
 
@@ -36,6 +37,62 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a chat template renders: `messages` and `tools` as it takes them, with `options` for it. `go_on`: the answer
+    continues the last message, which is the assistant's, instead of beginning one.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    reasoning_effort: str | None = None
+    go_on: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. `parameters` is the JSON schema of its arguments, None for any object.
+    `strict`: calls must satisfy it. `param` is where in the request the schema stands.
+    """
+
+    name: str
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+    param: str = "tools"
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """As parsers and most templates take it, without its description."""
+        return {"type": "function", "function": {"name": self.name, "parameters": self.parameters or {}}}
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRules:
+    """What an answer may be. Without rules it is text.
+
+    With `choice` "none" no tool is called, with "auto" the model decides, with "required" the answer is a call, or with
+    `parallel` several. Only tools in `allowed` are called, None for all. `schema` is the JSON schema that the content
+    must satisfy; `param` is where in the request it stands.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    choice: ToolChoice = "auto"
+    allowed: frozenset[str] | None = None
+    parallel: bool = True
+    schema: dict[str, Any] | None = None
+    param: str = "response_format"
+
+    @property
+    def calls(self) -> bool:
+        """Whether the answer may hold calls."""
+        return bool(self.tools) and self.choice != "none"
+
+
+class Grammar(Protocol):
+    """Rules of an answer, compiled. Only the engine that made it looks inside."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A conversation as token ids (never empty). `system_end` and `messages_end` are numbers of tokens: what a system
     message begins, and all messages without the answer's opening; later conversations often leave each other there. 0
@@ -50,12 +107,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One accepted chat turn, tokenised.
+    """One answer to be given, its prompt tokenised.
 
-    `prompt` is the whole conversation. `max_tokens` is None for "as far as the model's
-    positions reach". `session` is the client's name for the conversation, None for an unnamed one. Sessions of one
-    `owner` are nobody else's. `arrived` is a time as `time.time` gives it. `logprobs` asks for the tokens with so many
-    alternatives each, None for none.
+    `prompt` is the whole conversation. `max_tokens` is None for "as far as the model's positions reach". `session` is
+    the client's name for the conversation, None for an unnamed one. Sessions of one `owner` are nobody else's.
+    `arrived` is a time as `time.time` gives it. `logprobs` asks for the tokens with so many alternatives each, None for
+    none. `rules` say how calls are read, and `grammar` holds the answer to them, None where nothing must. `choice` is
+    the answer's place among several of one HTTP request; all its events carry it. `beside` is the id of a request with
+    the same prompt: this one waits until that has been read, starts from there, and leaves no session behind.
     """
 
     request_id: str
@@ -66,6 +125,10 @@ class GenerationRequest:
     session: str | None = None
     owner: str = ""
     logprobs: int | None = None
+    rules: AnswerRules = field(default_factory=AnswerRules)
+    grammar: Grammar | None = None
+    choice: int = 0
+    beside: str | None = None
     arrived: float = field(default_factory=time.time)
 
 
@@ -84,6 +147,7 @@ class PrefillProgress:
 
     processed: int
     total: int
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +174,27 @@ class TextDelta:
     text: str
     channel: Channel = "content"
     tokens: tuple[DrawnToken, ...] = ()
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A whole call. `arguments` is JSON text of an object."""
+
+    id: str
+    name: str
+    arguments: str
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Terminal: the answer is complete."""
+    """Terminal: the answer is complete. `stop` is the stop string that ended it, if one did."""
 
     finish_reason: FinishReason
     usage: Usage
+    stop: str | None = None
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +202,10 @@ class Failed:
     """Terminal: the request ended with an error; `error` is one of server.errors' classes."""
 
     error: Exception
+    choice: int = 0
 
 
-Event = PrefillProgress | TextDelta | Finished | Failed
+Event = PrefillProgress | TextDelta | ToolCall | Finished | Failed
 Deliver = Callable[[Event], None]
 
 
@@ -153,17 +231,35 @@ class ModelInfo:
 
 class Engine(Protocol):
     """What the HTTP rooms need of the engine. All methods may be called from the event loop and return at once,
-    except `tokenize`, which may be called from any worker thread and takes as long as the template needs."""
+    except `tokenize`, `encode`, `decode` and `constrain`, which are called from worker threads and take as long as
+    they need."""
 
     @property
     def model(self) -> ModelInfo: ...
 
-    def tokenize(self, messages: list[dict[str, Any]]) -> Prompt:
-        """Messages through the model's chat template. Raises server.errors.InvalidRequest when the template refuses."""
+    def tokenize(self, conversation: Conversation) -> Prompt:
+        """A conversation through the model's chat template. Raises server.errors.InvalidRequest when that refuses it,
+        UnsupportedField for an option that it doesn't know."""
         ...
 
-    def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
-        """Queue a request. `deliver` is called from the engine's thread. Raises server.errors.QueueFull,
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Plain text as token ids, with those that the tokenizer puts around a text if `special`."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Token ids as text. Raises server.errors.InvalidRequest for an id that the model doesn't have."""
+        ...
+
+    def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:
+        """The grammar that holds an answer to its rules; None where nothing needs to be held.
+
+        Raises server.errors.InvalidRequest for a schema with anything that can't be held to, and UnsupportedField where
+        the model's own form of calls can't be.
+        """
+        ...
+
+    def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
+        """Queue requests, all or none. `deliver` is called from the engine's thread. Raises server.errors.QueueFull,
         OutOfMemory, ContextLengthExceeded or EngineDead; after a raise nothing was queued."""
         ...
 

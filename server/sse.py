@@ -1,11 +1,12 @@
-"""Server-sent events: an engine's events from a queue as the bytes of a stream that never falls silent."""
+"""Server-sent events: an answer's events from a queue as the bytes of a stream that never falls silent."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from server.protocol import Event, Failed, Finished
+from server.errors import ServerError
+from server.protocol import Event, Failed, Usage
 
 T = TypeVar("T")
 
@@ -15,9 +16,33 @@ DONE = b"data: [DONE]\n\n"
 IDLE_SECONDS = 1.0
 
 
-def data(payload: str) -> bytes:
-    """One event; `payload` is JSON on one line."""
-    return f"data: {payload}\n\n".encode()
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Every answer of a turn is complete."""
+
+    usage: Usage
+
+
+class Renderer(Protocol):
+    """An API's stream: what its clients see of an answer's events, each as complete server-sent events."""
+
+    def render(self, event: Event) -> Sequence[bytes]:
+        """Nothing for events that clients don't see."""
+        ...
+
+    def end(self, usage: Usage) -> Sequence[bytes]:
+        """What follows the last event of all answers."""
+        ...
+
+    def fail(self, error: ServerError) -> Sequence[bytes]:
+        """The stream's end when the answer failed."""
+        ...
+
+
+def data(payload: str, event: str | None = None) -> bytes:
+    """One event, with its name if it has one; `payload` is JSON on one line."""
+    head = "" if event is None else f"event: {event}\n"
+    return f"{head}data: {payload}\n\n".encode()
 
 
 async def next_within(queue: asyncio.Queue[T], seconds: float) -> T | None:
@@ -30,36 +55,36 @@ async def next_within(queue: asyncio.Queue[T], seconds: float) -> T | None:
 
 
 async def write_events(
-    queue: asyncio.Queue[Event],
-    render: Callable[[Event], Sequence[bytes]],
-    envelope: Callable[[Failed], dict[str, Any]],
+    queue: asyncio.Queue[Event | Ended],
+    renderer: Renderer,
+    public_error: Callable[[Failed], ServerError],
     *,
     keepalive_seconds: float,
     on_idle: Callable[[], Awaitable[None]],
     silent_since: float | None = None,
 ) -> AsyncIterator[bytes]:
-    """The stream's bytes, up to and including the terminal event.
+    """The stream's bytes, up to and including its end: `Ended`, or `Failed` with the error that clients are told.
 
-    `render` gives the bytes of an event (none for events that clients don't see). A comment is sent whenever nothing
-    else was for `keepalive_seconds`, counted from `silent_since` (event loop time, None: now); events that render to
-    nothing don't count as sent. `on_idle` runs at least every IDLE_SECONDS in which no event comes; it may put a
-    terminal event into the queue. `Finished` ends the stream with [DONE]; `Failed` with `envelope`'s JSON and without
-    [DONE].
+    A comment is sent whenever nothing else was for `keepalive_seconds`, counted from `silent_since` (event loop time,
+    None: now); events that render to nothing don't count as sent. `on_idle` runs at least every IDLE_SECONDS in which
+    no event comes; it may put a terminal event into the queue.
     """
     loop = asyncio.get_running_loop()
     due = (loop.time() if silent_since is None else silent_since) + keepalive_seconds
     while True:
         event = await next_within(queue, min(IDLE_SECONDS, due - loop.time()))
+        chunks: Sequence[bytes] = ()
         if event is None:
             await on_idle()
+        elif isinstance(event, Ended):
+            chunks = renderer.end(event.usage)
         elif isinstance(event, Failed):
-            yield data(json.dumps(envelope(event), ensure_ascii=False))
-            return
-        chunks = render(event) if event is not None else ()
+            chunks = renderer.fail(public_error(event))
+        else:
+            chunks = renderer.render(event)
         for chunk in chunks:
             yield chunk
-        if isinstance(event, Finished):
-            yield DONE
+        if isinstance(event, Ended | Failed):
             return
         if chunks:
             due = loop.time() + keepalive_seconds

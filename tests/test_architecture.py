@@ -57,7 +57,7 @@ def test_imports_follow_the_rules() -> None:
     [
         ("kernels.packed", "import mlx_lm.models.base"),
         ("server.sessions", "def f():\n    from mlx_lm import load"),
-        ("server.schemas", "from starlette.responses import Response"),
+        ("server.schemas.chat", "from starlette.responses import Response"),
         ("turbocache.cache", "import fastapi"),
         ("server.engine", "from kernels import probe"),
         ("turbocache.cache", "import server"),

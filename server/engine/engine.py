@@ -5,19 +5,22 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from server.engine.budget import Budget
 from server.engine.disk import SessionDisk
+from server.engine.grammar import GrammarMaker
 from server.engine.host import Host, announce, load_host
 from server.engine.prompt import PromptMaker
 from server.engine.run import ANSWER_STEP
 from server.engine.session_changes import SessionChanges
 from server.engine.sessions import LEAST_SHARED, SessionRegistry
+from server.engine.text import Lexicon, opening_state
+from server.engine.tool_formats import tool_format
 from server.engine.turns import Turns
 from server.engine.waiting import Entry, WaitingRoom
 from server.errors import (
@@ -30,7 +33,17 @@ from server.errors import (
     StartupError,
 )
 from server.metrics import Metrics
-from server.protocol import Deliver, GenerationRequest, Health, ModelInfo, Prompt, SamplingParams, SessionChange
+from server.protocol import (
+    AnswerRules,
+    Conversation,
+    Deliver,
+    GenerationRequest,
+    Grammar,
+    Health,
+    ModelInfo,
+    Prompt,
+    SessionChange,
+)
 from server.settings import Settings
 from turbocache.memory import keep_freed_memory
 from turbocache.persistence import SessionFiles
@@ -59,6 +72,11 @@ class _Call:
             self.done.set_exception(error)
 
 
+def _of_choice(choice: int, deliver: Deliver) -> Deliver:
+    """Stamps an answer's events with its place among several."""
+    return deliver if choice == 0 else lambda event: deliver(replace(event, choice=choice))
+
+
 def _wait_for_last_words(thread: threading.Thread) -> None:
     """Python counts a thread as joined when its function has returned. MLX's compile cache of that thread goes after
     that, and needs the interpreter for it: a process that ends meanwhile is aborted.
@@ -85,6 +103,7 @@ class MlxEngine:
         # Owned by the engine's thread from here on.
         self._host: Host
         self._prompts: PromptMaker
+        self._grammars: GrammarMaker
         self._budget: Budget
         self._registry: SessionRegistry
         self._turns: Turns
@@ -117,24 +136,43 @@ class MlxEngine:
             return ModelInfo(model.id, model.created, max_size)
         return ModelInfo(model.id, model.created, model.max_positions, max_size)
 
-    def tokenize(self, messages: list[dict[str, Any]]) -> Prompt:
-        """Messages through the model's chat template. Raises InvalidRequest when the template refuses them."""
-        return self._prompts.prompt(messages)
+    def tokenize(self, conversation: Conversation) -> Prompt:
+        return self._prompts.prompt(conversation)
 
-    def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
-        """Accept a request, or raise and accept nothing; see `server.protocol.Engine`."""
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return self._prompts.encode(text, special)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._prompts.decode(tokens)
+
+    def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:
+        return self._grammars.make(rules, opening_state(self._host.model.tokenizer, prompt.tokens) == "reasoning")
+
+    def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
+        """Accept all requests, or raise and accept none; see `server.protocol.Engine`."""
         self._check_alive()
-        self._check_tokens(request.sampling)
-        limit, n_prompt = self._answer_limit(request), len(request.prompt.tokens)
+        entries = [self._entry(request, deliver) for request in requests]
+        self._waiting.enter(len(entries))
+        promised: list[str] = []
+        try:
+            for entry in entries:
+                id, n_prompt = entry.request.request_id, len(entry.request.prompt.tokens)
+                self._budget.promise(id, n_prompt + entry.allowed, n_prompt)
+                promised.append(id)
+        except OutOfMemory:
+            self._waiting.leave(len(entries))
+            for id in promised:
+                self._budget.release(id)
+            raise
+        for entry in entries:
+            self._commands.put(entry)
+
+    def _entry(self, request: GenerationRequest, deliver: Deliver) -> Entry:
+        self._check_tokens(request)
+        limit = self._answer_limit(request)
         # Without max_tokens the promise starts small and grows as the answer does.
         allowed = limit if request.max_tokens is not None else min(limit, ANSWER_STEP)
-        self._waiting.enter()
-        try:
-            self._budget.promise(request.request_id, n_prompt + allowed, n_prompt)
-        except OutOfMemory:
-            self._waiting.leave()
-            raise
-        self._commands.put(Entry(request, deliver, limit, allowed))
+        return Entry(request, _of_choice(request.choice, deliver), limit, allowed)
 
     def cancel(self, request_id: str) -> None:
         self._commands.put(_Call(lambda: self._turns.cancel(request_id)))
@@ -173,11 +211,17 @@ class MlxEngine:
         if not health.alive:
             raise EngineDead(health.detail)
 
-    def _check_tokens(self, sampling: SamplingParams) -> None:
-        """A bias beyond the vocabulary would be written beyond the logits."""
-        model = self._host.model
-        n_tokens = min(len(model.tokenizer), getattr(model.model.args, "vocab_size", None) or len(model.tokenizer))
-        for token, _ in sampling.logit_bias:
+    def _check_tokens(self, request: GenerationRequest) -> None:
+        """A token beyond the vocabulary would be read beyond the embeddings, a bias written beyond the logits."""
+        n_tokens = self._prompts.n_tokens
+        for token in request.prompt.tokens:
+            if not 0 <= token < n_tokens:
+                raise InvalidRequest(
+                    f"Invalid 'prompt': {token} is not a token of the model, whose tokens end at {n_tokens - 1}.",
+                    param="prompt",
+                    code="invalid_value",
+                )
+        for token, _ in request.sampling.logit_bias:
             if token >= n_tokens:
                 raise InvalidRequest(
                     f"Invalid 'logit_bias': {token} is not a token of the model, whose tokens end at {n_tokens - 1}.",
@@ -224,13 +268,17 @@ class MlxEngine:
     def _load(self) -> None:
         host = self._host = load_host(self._settings)
         self._prompts = PromptMaker(host.model)
+        lexicon, format = Lexicon(host.model.tokenizer), tool_format(host.model.tokenizer)
+        self._grammars = GrammarMaker(host.model.tokenizer, format, lambda: lexicon.tokens)
         store, chunk = host.store, host.chunk
         self._budget = Budget(
             host.budget, lambda n: store.session_nbytes(n, chunk), lambda n: store.prefill_nbytes(n, chunk)
         )
         disk = self._disk()
         self._registry = SessionRegistry(store, disk)
-        self._turns = Turns(self._settings, self._metrics, host, self._waiting, self._budget, self._registry)
+        self._turns = Turns(
+            self._settings, self._metrics, host, self._waiting, self._budget, self._registry, lexicon, format
+        )
         self._changes = SessionChanges(self._settings, disk, self._budget, self._registry, self._turns)
         # What the start has loaded lives as long as the process: collections need not look at it between tokens.
         gc.collect()

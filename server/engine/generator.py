@@ -9,6 +9,7 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 from mlx_lm.sample_utils import Sampler
 
+from server.engine.grammar import CompiledGrammar, Guide
 from server.engine.sampling import processors_for, sampler_for, seeded_sampler
 from server.engine.short_prompts import ShortPromptGenerator
 from server.protocol import SamplingParams
@@ -20,6 +21,17 @@ _MAX_SAMPLERS = 64
 
 _Drawn = dict[int, tuple[mx.array, int]]
 """For each row's uid the flags of the call that drew its token, and the row's place among them."""
+
+
+class _Row:
+    """A row, for what is made before it has its uid."""
+
+    def __init__(self, generator: "Generator") -> None:
+        self.uid: int | None = None
+        self._generator = generator
+
+    def latest(self) -> int | None:
+        return None if self.uid is None else self._generator.latest(self.uid)
 
 
 class Generator:
@@ -46,6 +58,7 @@ class Generator:
         self._flags: list[mx.array] = []
         self._handed: _Drawn = {}
         self._ahead: _Drawn = {}
+        self._guides: dict[int, Guide] = {}
 
     def insert(
         self,
@@ -55,10 +68,16 @@ class Generator:
         limit: int,
         sampling: SamplingParams,
         stops: Iterable[int] = (),
+        grammar: CompiledGrammar | None = None,
     ) -> int:
         """Queue a prompt of which `cache` holds the first `cached` tokens, for `limit` more at most; its uid. `next`
         returns with the cache at each of `stops`, numbers of the prompt's tokens, for which `end_of_segment` is set.
+        What follows the prompt is held to `grammar`.
         """
+        processors, row = processors_for(sampling, len(prompt)), _Row(self)
+        guide = None if grammar is None else grammar.guide(row.latest)
+        if guide is not None:
+            processors.append(guide)
         edges = [cached, *sorted(stop for stop in stops if cached < stop < len(prompt)), len(prompt)]
         (uid,) = self._batch.insert_segments(
             [[list(prompt[start:end]) for start, end in pairwise(edges)]],
@@ -66,9 +85,12 @@ class Generator:
             caches=[cache],
             all_tokens=[list(prompt[:cached])],
             samplers=[self._sampler(sampling)],
-            logits_processors=[processors_for(sampling, len(prompt))],
+            logits_processors=[processors],
         )
-        return int(uid)
+        row.uid = int(uid)
+        if guide is not None:
+            self._guides[row.uid] = guide
+        return row.uid
 
     def next(self) -> tuple[list[PromptProcessingBatch.Response], list[GenerationBatch.Response]]:
         """One decode step of the batch and one prefill chunk: the prompts' progress and one token for each row."""
@@ -86,6 +108,18 @@ class Generator:
         else:
             self._ahead |= fresh
         return prompts, tokens
+
+    def grammar_error(self, uid: int, ended: bool = False) -> str | None:
+        """Why a row could not be held to its grammar, if so. One that has `ended` is not asked for again."""
+        guide = self._guides.pop(uid, None) if ended else self._guides.get(uid)
+        return None if guide is None else guide.error
+
+    def latest(self, uid: int) -> int | None:
+        """The token that a row goes into its running step with; None while it has none."""
+        batch = self._batch._generation_batch
+        if uid not in batch.uids:
+            return None
+        return int(np.array(batch._current_tokens)[batch.uids.index(uid)])
 
     def finite(self, uid: int) -> bool:
         """Whether the token that `next` has just handed out for this row was drawn from finite logits."""
@@ -119,11 +153,13 @@ class Generator:
 
     def remove(self, uid: int) -> tuple[Any, Any]:
         """Take a row out; returns its cache and the tokens that it holds."""
+        self._guides.pop(uid, None)
         cache, tokens = self._batch.remove([uid], return_prompt_caches=True)[uid]
         return cache, tokens
 
     def drop(self, uid: int) -> None:
         """Take a row out without its cache. A row that has ended by itself is out already."""
+        self._guides.pop(uid, None)
         self._batch.remove([uid])
 
     def _sampler(self, params: SamplingParams) -> Sampler:

@@ -4,13 +4,20 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from server.protocol import Conversation
+
 _MOST_CHARACTERS = 1 << 22
 """Text whose ids are remembered: about 4 MiB of ids."""
+
+_OPENED: Mapping[str, Any] = MappingProxyType({"add_generation_prompt": True})
 
 _SAMPLES: tuple[list[dict[str, Any]], ...] = (
     [{"role": "user", "content": "Hello! 12 + 3.5 =\n\n  15,5\t(Größe, 名前, 🙂)  "}],
@@ -46,23 +53,32 @@ class PromptEncoder:
     def remembers(self) -> bool:
         return self._cut is not None
 
-    def encode(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode(self, conversation: Conversation) -> list[int]:
         """Token ids of the conversation and of the answer's opening. Raises what the template raises."""
-        messages = [_plain(message) for message in messages]
+        messages = [_plain(message) for message in conversation.messages]
+        options: dict[str, Any] = {**conversation.options, "add_generation_prompt": True}
+        if conversation.tools:
+            options["tools"] = conversation.tools
+        if conversation.go_on:
+            options |= {"add_generation_prompt": False, "continue_final_message": True}
         with self._lock:
-            return self._plainly(messages) if self._cut is None else self._encode(messages)
+            return self._plainly(messages, options) if self._cut is None else self._encode(messages, options)
 
     def messages_end(self, tokens: list[int]) -> int:
         """Number of `tokens` without the answer's opening; 0 where the template's opening is not at the end."""
         n = len(self._opening)
         return len(tokens) - n if n and tokens[-n:] == self._opening else 0
 
-    def system_end(self, messages: list[dict[str, Any]], tokens: list[int]) -> int:
-        """Number of `tokens` that any conversation with the same system message begins with; 0 without one."""
-        if len(messages) < 2 or messages[0]["role"] not in ("system", "developer"):
+    def system_end(self, conversation: Conversation, tokens: list[int]) -> int:
+        """Number of `tokens` that any conversation with the same system message and tools begins with; 0 without."""
+        messages = conversation.messages
+        system = messages[:1] if messages[0]["role"] in ("system", "developer") else []
+        if len(messages) == len(system) or not (system or conversation.tools):
             return 0
         try:
-            other = self.encode([messages[0], {"role": "user", "content": "."}])
+            other = self.encode(
+                replace(conversation, messages=[*system, {"role": "user", "content": "."}], go_on=False)
+            )
         except TemplateError:  # what the template minds is the other conversation
             return 0
         return _common(tokens, other)
@@ -76,12 +92,12 @@ class PromptEncoder:
             return []
         return opened[len(closed) :] if opened[: len(closed)] == closed else []
 
-    def _plainly(self, messages: list[dict[str, Any]]) -> list[int]:
-        return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    def _plainly(self, messages: Sequence[dict[str, Any]], options: Mapping[str, Any] = _OPENED) -> list[int]:
+        return list(self._tokenizer.apply_chat_template(list(messages), **options))
 
-    def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
+    def _encode(self, messages: Sequence[dict[str, Any]], options: Mapping[str, Any] = _OPENED) -> list[int]:
         assert self._cut is not None
-        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
         ids: list[int] = []
         for piece in self._cut.split(text):
             if piece:

@@ -1,13 +1,14 @@
 """One request while it is in the batch."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from server.engine.checkpoints import Kind
 from server.engine.prefill_reasons import Reason
 from server.engine.session import Session
 from server.engine.text import TextAssembler
-from server.protocol import Deliver, DrawnToken, GenerationRequest, TextDelta, Usage
+from server.protocol import Deliver, DrawnToken, GenerationRequest, TextDelta, ToolCall, Usage
 
 ANSWER_STEP = 1024
 """Tokens by which the promise of a request without max_tokens grows as it goes on."""
@@ -19,8 +20,9 @@ class Run:
 
     Of the prompt's tokens the first `cached` were in the cache, the others are prefilled for the reasons in `prefill`.
     `allowed` is the number of answer tokens that memory is promised for; `limit` the most that the request wants.
-    `sent_ahead`: the next token's text has gone out already. `stops`: after how many of the prompt's tokens to take
-    checkpoints. `drawn`: tokens whose text has not been sent yet, if the client wants to see them.
+    `answering`: the prompt is through. `sent_ahead`: the next token's text has gone out already. `stops`: after how
+    many of the prompt's tokens to take checkpoints. `drawn`: tokens whose text has not been sent yet, if the client
+    wants to see them.
     """
 
     request: GenerationRequest
@@ -32,6 +34,7 @@ class Run:
     limit: int
     allowed: int
     generated: int = 0
+    answering: bool = False
     sent_ahead: bool = False
     stops: dict[int, Kind] = field(default_factory=dict)
     drawn: list[DrawnToken] = field(default_factory=list)
@@ -41,13 +44,13 @@ class Run:
     def usage(self) -> Usage:
         return Usage(len(self.request.prompt.tokens), self.cached, self.generated)
 
-    def send(self, deltas: list[TextDelta]) -> None:
-        """Text to the client, the first with the tokens that were `drawn` for it."""
+    def send(self, deltas: Iterable[TextDelta | ToolCall]) -> None:
+        """To the client, the first text with the tokens that were `drawn` for it. Those of calls are not shown."""
         for delta in deltas:
             drawn, self.drawn = tuple(self.drawn), []
-            self.deliver(replace(delta, tokens=drawn) if drawn else delta)
+            self.deliver(replace(delta, tokens=drawn) if drawn and isinstance(delta, TextDelta) else delta)
 
-    def send_rest(self, deltas: list[TextDelta]) -> None:
+    def send_rest(self, deltas: Iterable[TextDelta | ToolCall]) -> None:
         """The last text. Tokens without any come after it, but not those of a stop string."""
         self.send(deltas)
         if self.drawn and not self.text.stopped:

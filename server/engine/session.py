@@ -18,7 +18,8 @@ class Session:
 
     `id` is unique among the sessions of its `owner` (the API key's, or ""). `name` is what the client calls the
     conversation, None where it doesn't; a name's first session has it for its id, other histories under the same name
-    have ids of their own. `keep`: it is evicted after those without.
+    have ids of their own. `keep`: it is evicted after those without. `passing`: nothing of it
+    stays when its turn ends.
 
     `tokens`, int32, are exactly the tokens that went into `cache`, of a running session its prompt's; `asked` of them
     are the messages of its last prompt. A running session's cache is with the generator and None here. Checkpoints stay
@@ -34,6 +35,7 @@ class Session:
     asked: int = 0
     cache: list[Any] | None = None
     running: bool = False
+    passing: bool = False
     turns: int = 0
     last_used: float = field(default_factory=time.time)
     checkpoints: list[Checkpoint] = field(default_factory=list)

@@ -65,7 +65,13 @@ class SessionRegistry:
     # Turns.
 
     def claim(
-        self, name: str | None, prompt: Prompt, owner: str = "", make_room: Callable[[], object] = lambda: None
+        self,
+        name: str | None,
+        prompt: Prompt,
+        owner: str = "",
+        make_room: Callable[[], object] = lambda: None,
+        *,
+        passing: bool = False,
     ) -> Claim | None:
         """The session for a prompt, running from now on, or None while its conversation still runs another turn.
 
@@ -74,10 +80,15 @@ class SessionRegistry:
         while the name's other history runs, gets a session of its own. An unnamed prompt continues the unnamed session
         that it extends; one that only shares a prefix gets a session of its own on the shared pages.
 
+        One that is `passing` gets a session of its own, which is gone when the turn ends.
+
         `make_room` is called before a session comes back from disk.
         """
         tokens = np.asarray(prompt.tokens, dtype=np.int32)
-        session = self._unnamed(owner, tokens) if name is None else self._named(owner, name, prompt, tokens)
+        if passing:
+            session: Session | None = Session(f"unnamed-{uuid.uuid4().hex[:12]}", None, owner, passing=True)
+        else:
+            session = self._unnamed(owner, tokens) if name is None else self._named(owner, name, prompt, tokens)
         if session is None:
             return None
         own_on_disk = session.spilled and common_prefix(session.tokens, tokens) >= LEAST_SHARED
@@ -111,8 +122,8 @@ class SessionRegistry:
         """A turn has ended and its cache holds `tokens`; a None cache (the turn failed) forgets the session."""
         session.running = False
         session.last_used = time.time()
-        if cache is None or not tokens:
-            self.forget(session, "failed" if cache is None else None)
+        if cache is None or not tokens or session.passing:
+            self.forget(session, "failed" if cache is None and not session.passing else None)
             return
         session.cache, session.tokens = cache, np.asarray(tokens, dtype=np.int32)
         session.stored = session.unsavable = False

@@ -3,6 +3,7 @@
 Everything here runs on the engine's thread.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Iterable
@@ -16,13 +17,23 @@ from server.engine.checkpoints import Kind
 from server.engine.faults import FaultLog
 from server.engine.gauges import Gauges
 from server.engine.generator import Generator
+from server.engine.grammar import compiled
 from server.engine.host import Host
 from server.engine.run import ANSWER_STEP, Run
 from server.engine.sampling import top_tokens
 from server.engine.sessions import LEAST_SHARED, Claim, SessionRegistry
-from server.engine.text import TextAssembler, TokenBytes
+from server.engine.text import Lexicon, TextAssembler
+from server.engine.tool_formats import ToolFormat
 from server.engine.waiting import Entry, WaitingRoom
-from server.errors import EngineDead, InternalError, KernelFault, OutOfMemory, ServerError, ShuttingDown
+from server.errors import (
+    EngineDead,
+    GrammarFailed,
+    InternalError,
+    KernelFault,
+    OutOfMemory,
+    ServerError,
+    ShuttingDown,
+)
 from server.metrics import Metrics
 from server.protocol import (
     DrawnToken,
@@ -55,6 +66,8 @@ class Turns:
         waiting: WaitingRoom,
         budget: Budget,
         registry: SessionRegistry,
+        lexicon: Lexicon,
+        format: ToolFormat | None,
     ) -> None:
         self.runs: dict[int, Run] = {}
         self.faults = FaultLog(metrics, host.backend.name)
@@ -65,7 +78,8 @@ class Turns:
         self._waiting = waiting
         self._budget = budget
         self._registry = registry
-        self._token_bytes = TokenBytes(host.model.tokenizer)
+        self._lexicon = lexicon
+        self._format = format
         self.generator = self._new_generator()
 
     def _new_generator(self) -> Generator:
@@ -81,38 +95,51 @@ class Turns:
     # Into the batch.
 
     def admit(self) -> None:
-        """Start waiting requests, oldest first, while the batch has room. A turn whose session runs is passed over."""
+        """Start waiting requests, oldest first, while the batch has room. A turn whose session runs is passed over, and
+        so is one beside another whose prompt is not through.
+        """
         for entry in self._waiting:
             if len(self.runs) >= self._settings.max_batch:
                 return
-            if self._start(entry):
+            if not self._unread(entry.request.beside) and self._start(entry):
                 self._waiting.remove(entry)
+
+    def _unread(self, request_id: str | None) -> bool:
+        """Whether a request still waits or reads its prompt."""
+        if request_id is None:
+            return False
+        reading = any(run.request.request_id == request_id and not run.answering for run in self.runs.values())
+        return reading or any(entry.request.request_id == request_id for entry in self._waiting)
 
     def _start(self, entry: Entry) -> bool:
         """Begin a turn, or refuse it for good; False when it has to wait."""
         request = entry.request
         self._budget.start(request.request_id)
-        claim = self._registry.claim(request.session, request.prompt, request.owner, lambda: self.make_room(request))
+        room = functools.partial(self.make_room, request)
+        passing = request.beside is not None
+        claim = self._registry.claim(request.session, request.prompt, request.owner, room, passing=passing)
         if claim is None:
             self._budget.start(request.request_id, started=False)
             return False
         if not self.make_room(request):
             self._registry.give_back(claim, request.prompt.tokens)
             self._budget.release(request.request_id)
-            error = OutOfMemory(
+            refusal = OutOfMemory(
                 "The memory is held by named conversations that were used after this request came. Please try again."
             )
             self._metrics.admission_refusals.labels(reason="later_sessions").inc()
-            entry.deliver(Failed(error))
+            entry.deliver(Failed(refusal))
             return True
         self._insert(entry, claim)
         return True
 
     def _insert(self, entry: Entry, claim: Claim) -> None:
         request, tokens = entry.request, entry.request.prompt.tokens
-        stops = self._stops(request.prompt, claim.cached)
-        uid = self.generator.insert(tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops)
-        text = TextAssembler(self._host.model.tokenizer, tokens, request.stop)
+        stops = self._stops(request.prompt, claim.cached) if request.beside is None else {}
+        uid = self.generator.insert(
+            tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops, compiled(request.grammar)
+        )
+        text = TextAssembler(self._host.model.tokenizer, tokens, request.stop, request.rules, self._format)
         # Not the claim itself: its cache would stay beside the batch's.
         self.runs[uid] = Run(
             request, entry.deliver, claim.session, claim.cached, claim.prefill, text, entry.limit, entry.allowed,
@@ -160,10 +187,12 @@ class Turns:
         for response in tokens:
             if (run := self.runs.get(response.uid)) is None:
                 continue
-            if self.generator.finite(response.uid):
-                self._take(run, response)
-            else:
+            if not self.generator.finite(response.uid):
                 bad.append(response.uid)
+            elif failure := self.generator.grammar_error(response.uid, response.finish_reason is not None):
+                self._fail_grammar(response, run, failure)
+            else:
+                self._take(run, response)
         for progress in prompts:
             if run := self.runs.get(progress.uid):
                 self._checkpoint_stop(progress, run)
@@ -183,7 +212,7 @@ class Turns:
             self._count_prefill(run)
             if token is None:
                 bad.append(uid)
-            elif token not in self._host.model.tokenizer.eos_token_ids:
+            elif token not in self._host.model.tokenizer.eos_token_ids and not self.generator.grammar_error(uid):
                 self._note(run, token, self.generator.first_logprobs(uid))
                 run.send(run.text.add(token))
                 run.sent_ahead = True
@@ -193,6 +222,7 @@ class Turns:
         return bad
 
     def _count_prefill(self, run: Run) -> None:
+        run.answering = True
         self._budget.prefilled(run.request.request_id)
         self._metrics.prompt_tokens.labels(source="prefilled").inc(len(run.request.prompt.tokens) - run.cached)
         for reason, n in run.prefill.items():
@@ -206,7 +236,7 @@ class Turns:
 
     def _checkpoint_prompt(self, uid: int, run: Run) -> None:
         """The prompt is in the cache and nothing of the answer."""
-        if self._host.store.can_checkpoint and self._host.store.can_go_back:
+        if self._host.store.can_checkpoint and self._host.store.can_go_back and run.request.beside is None:
             self._checkpoint(uid, run, _kind(run.request.prompt), len(run.request.prompt.tokens))
 
     def _checkpoint(self, uid: int, run: Run, kind: Kind, n_tokens: int) -> None:
@@ -235,8 +265,8 @@ class Turns:
         """Keep a token for a client that wants to see what was drawn."""
         if (n := run.request.logprobs) is not None:
             own, best = top_tokens(logprobs, token, n)
-            top = tuple(TokenLogprob(self._token_bytes(other), value) for other, value in best)
-            run.drawn.append(DrawnToken(self._token_bytes(token), own, top))
+            top = tuple(TokenLogprob(self._lexicon.token_bytes(other), value) for other, value in best)
+            run.drawn.append(DrawnToken(self._lexicon.token_bytes(token), own, top))
 
     def _allow_more(self, run: Run) -> bool:
         allowed = min(run.limit, run.allowed + ANSWER_STEP)
@@ -252,7 +282,9 @@ class Turns:
         if cache is None:
             cache, tokens = self.generator.remove(uid)
         self._rest(uid, run, cache, tokens)
-        run.deliver(Finished(reason, run.usage))
+        if reason == "stop" and run.text.called:
+            reason = "tool_calls"
+        run.deliver(Finished(reason, run.usage, run.text.stop))
 
     def _rest(self, uid: int, run: Run, cache: Any, tokens: Any) -> None:
         """Give a run's session its cache back and void the run's promise."""
@@ -280,6 +312,15 @@ class Turns:
             if run.request.request_id == request_id:
                 self._rest(uid, run, *self.generator.remove(uid))
                 return
+
+    def _fail_grammar(self, response: GenerationBatch.Response, run: Run, error: str) -> None:
+        """What the answer has so far keeps to its grammar, but how to go on is not known."""
+        log.error("%s: llguidance could not go on: %s", run.request.request_id, error)
+        cache, tokens = response.prompt_cache, response.all_tokens
+        if cache is None:
+            cache, tokens = self.generator.remove(response.uid)
+        self._rest(response.uid, run, cache, tokens)
+        run.deliver(Failed(GrammarFailed.of(run.request.request_id)))
 
     def _fail_rows(self, uids: list[int]) -> None:
         """Rows whose logits are not finite: end them before their next token, and forget what they have cached."""

@@ -42,17 +42,19 @@ class WaitingRoom:
     def empty(self) -> bool:
         return not self._entries
 
-    def enter(self) -> None:
-        """Count one more. Raises QueueFull, and then counts none."""
+    def enter(self, n: int = 1) -> None:
+        """Count `n` more. Raises QueueFull, and then counts none. The last free place is enough for all that come
+        together: they are one client's.
+        """
         with self._lock:
             if self._n >= self._limit:
                 raise QueueFull()
-            self._n += 1
+            self._n += n
 
-    def leave(self) -> None:
-        """Count one less: it was refused after all."""
+    def leave(self, n: int = 1) -> None:
+        """Count `n` less: they were refused after all."""
         with self._lock:
-            self._n -= 1
+            self._n -= n
 
     def add(self, entry: Entry) -> None:
         """Keep a request that has entered."""

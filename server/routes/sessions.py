@@ -13,9 +13,9 @@ from server.error_handlers import invalid_body
 from server.errors import EngineDead, SessionNotFound
 from server.identity import checked_name
 from server.protocol import Engine, SessionChange
-from server.routes.chat import read_body
+from server.routes.exchange import read_body
 from server.routes.scope import context_of, record_of, require_key
-from server.schemas import ForkRequest
+from server.schemas.other import ForkRequest
 from server.sse import IDLE_SECONDS
 
 router = APIRouter(prefix="/v1/sessions", dependencies=[Depends(require_key)])

@@ -5,9 +5,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.protocol import ModelInfo
-from server.routes.chat import check_model
+from server.routes.exchange import check_model
 from server.routes.scope import context_of, require_key
-from server.schemas import ModelBody, ModelList
+from server.schemas.other import ModelBody, ModelList
 
 router = APIRouter(dependencies=[Depends(require_key)])
 # Probes and scrapers have no key; what they see names no session and no text.

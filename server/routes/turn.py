@@ -1,9 +1,9 @@
-"""One chat turn between the event loop and the engine's thread. Whatever happens, it has exactly one outcome."""
+"""One turn between the event loop and the engine's thread. Whatever happens, it has exactly one outcome."""
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Literal, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -11,43 +11,59 @@ from starlette.types import Receive
 
 from server.errors import EngineDead, InternalError, Phase, ServerError
 from server.metrics import Metrics
-from server.protocol import Engine, Event, Failed, Finished, GenerationRequest, PrefillProgress, TextDelta
+from server.protocol import (
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    PrefillProgress,
+    TextDelta,
+    ToolCall,
+    Usage,
+)
 from server.routes.scope import RequestRecord
-from server.sse import IDLE_SECONDS, next_within
+from server.sse import IDLE_SECONDS, Ended, next_within
 
 T = TypeVar("T")
-Outcome = Literal["stop", "length", "cancelled", "error"]
+Outcome = FinishReason | Literal["cancelled", "error"]
 
 logger = logging.getLogger(__name__)
 
 
 class Turn:
-    """Submits one request and receives its events into `queue`.
+    """Submits the requests of one HTTP request, an answer each, and receives their events into `queue`, at the end
+    `Ended` or `Failed`.
 
     Lives on the event loop's thread; only `deliver` may be called from another. The first of these settles the outcome:
-    the engine's terminal event, `close` (the client is gone: cancelled), or `end` (an engine found dead, a deadline, a
-    stop of the server: error). Events that come after it are dropped.
+    the last answer's end, one that fails (the others are cancelled), `close` (the client is gone: cancelled), or `end`
+    (an engine found dead, a deadline, a stop of the server: error). Events that come after it are dropped.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, request: GenerationRequest, record: RequestRecord) -> None:
-        self.queue: asyncio.Queue[Event] = asyncio.Queue()
+    def __init__(
+        self, engine: Engine, metrics: Metrics, requests: Sequence[GenerationRequest], record: RequestRecord
+    ) -> None:
+        self.queue: asyncio.Queue[Event | Ended] = asyncio.Queue()
         self.outcome: Outcome | None = None
         self.phase: Phase = "waiting"
         self._engine = engine
         self._metrics = metrics
-        self._request = request
+        self._requests = requests
+        self._open = {request.choice for request in requests}
+        self._usages: dict[int, Usage] = {}
         self._record = record
         self._loop = asyncio.get_running_loop()
         self._stirred = asyncio.Event()
-        self._ended_by_engine = False
+        self._ended: set[int] = set()
 
     @property
-    def wants_logprobs(self) -> bool:
-        return self._request.logprobs is not None
+    def n_answers(self) -> int:
+        return len(self._requests)
 
     def submit(self) -> None:
         """Raises what Engine.submit raises; then the turn was never accepted and has no outcome."""
-        self._engine.submit(self._request, self.deliver)
+        self._engine.submit(self._requests, self.deliver)
         self._record.turns.append(self)
 
     @property
@@ -58,7 +74,7 @@ class Turn:
         """Fails the turn before the engine does, and cancels the engine's work; idempotent."""
         if self.outcome is None:
             self._settle("error")
-            self._engine.cancel(self._request.request_id)
+            self._cancel()
             self._pass_on(Failed(error))
 
     def deliver(self, event: Event) -> None:
@@ -71,7 +87,7 @@ class Turn:
         """The client is gone or the response is over. Cancels the engine's work if it is not done; idempotent."""
         if self.outcome is None:
             self._settle("cancelled")
-            self._engine.cancel(self._request.request_id)
+            self._cancel()
 
     async def check_alive(self) -> None:
         """Fails the turn with EngineDead when the engine can't answer any more."""
@@ -94,7 +110,7 @@ class Turn:
                 pass
             raise self.public_error(event)
 
-    async def next_event(self) -> Event:
+    async def next_event(self) -> Event | Ended:
         """The next event, however long it takes. The last one is terminal."""
         while (event := await next_within(self.queue, IDLE_SECONDS)) is None:
             await self.check_alive()
@@ -104,32 +120,55 @@ class Turn:
         """What the client is told. An error that isn't one of ours is logged, and the client gets a plain 500."""
         error = failed.error
         if not isinstance(error, ServerError):
-            logger.error("%s failed", self._request.request_id, exc_info=error)
-            error = InternalError.of(self._request.request_id)
+            logger.error("%s failed", self._record.request_id, exc_info=error)
+            error = InternalError.of(self._record.request_id)
             error.__cause__ = failed.error
         self._record.error = error.code or error.type
         return error
 
     def _receive(self, event: Event) -> None:
         terminal = isinstance(event, Finished | Failed)
-        if self.outcome is not None:
-            if terminal and self._ended_by_engine:
-                logger.error("%s got a second terminal event", self._request.request_id)
+        if self.outcome is not None or (terminal and event.choice not in self._open):
+            if terminal and event.choice in self._ended:
+                logger.error("%s got a second terminal event", self._record.request_id)
             return
-        if isinstance(event, PrefillProgress | TextDelta):
-            self.phase = "prefill" if isinstance(event, PrefillProgress) else "answer"
-        if isinstance(event, TextDelta) and self._record.first_text_seconds is None:
+        if terminal:
+            self._open.discard(event.choice)
+            self._ended.add(event.choice)
+        if isinstance(event, PrefillProgress) and self.phase == "waiting":
+            self.phase = "prefill"
+        elif isinstance(event, TextDelta | ToolCall):
+            self.phase = "answer"
+        if isinstance(event, TextDelta | ToolCall) and self._record.first_text_seconds is None:
             self._record.first_text_seconds = self._record.elapsed()
             self._metrics.time_to_first_token.observe(self._record.first_text_seconds)
-        if isinstance(event, Finished):
-            self._record.usage = event.usage
-            self._settle(event.finish_reason)
-        elif isinstance(event, Failed):
+        if isinstance(event, Failed):
             self._settle("error")
-        self._ended_by_engine = terminal
+            self._cancel()
         self._pass_on(event)
+        if isinstance(event, Finished):
+            self._usages[event.choice] = event.usage
+            if not self._open:
+                self._record.usage = self._usage()
+                self._settle(event.finish_reason)
+                self._pass_on(Ended(self._record.usage))
 
-    def _pass_on(self, event: Event) -> None:
+    def _usage(self) -> Usage:
+        """Of all answers together: a prompt that several share counts once."""
+        prompts = [self._usages[request.choice] for request in self._requests if request.beside is None]
+        return Usage(
+            sum(usage.prompt_tokens for usage in prompts),
+            sum(usage.cached_tokens for usage in prompts),
+            sum(usage.completion_tokens for usage in self._usages.values()),
+        )
+
+    def _cancel(self) -> None:
+        """What has not ended is not worked on any more."""
+        for request in self._requests:
+            if request.choice in self._open:
+                self._engine.cancel(request.request_id)
+
+    def _pass_on(self, event: Event | Ended) -> None:
         self.queue.put_nowait(event)
         self._stirred.set()
 

@@ -41,7 +41,9 @@ class Served:
     def outcomes(self) -> dict[str, float]:
         """How many accepted requests ended how."""
         name = 'turbocache_requests_finished_total{reason="%s"}'
-        counts = {reason: self.metric(name % reason) for reason in ("stop", "length", "cancelled", "error")}
+        counts = {
+            reason: self.metric(name % reason) for reason in ("stop", "length", "tool_calls", "cancelled", "error")
+        }
         return {reason: count for reason, count in counts.items() if count}
 
 

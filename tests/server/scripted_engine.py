@@ -5,14 +5,17 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from server.protocol import (
+    AnswerRules,
+    Conversation,
     Deliver,
     Event,
     Finished,
     GenerationRequest,
+    Grammar,
     Health,
     ModelInfo,
     PrefillProgress,
@@ -68,6 +71,7 @@ class ScriptedEngine:
         self.tokenize_error = tokenize_error
         self._model = ModelInfo(id=model_id, created=1_700_000_000, max_tokens=max_tokens, rotates_at=rotates_at)
         self.requests: list[GenerationRequest] = []
+        self.rules: list[AnswerRules] = []
         self.messages: list[list[dict[str, Any]]] = []
         self.cancelled: list[str] = []
         self.changes: list[tuple[SessionChange, str, str, str | None]] = []
@@ -92,19 +96,30 @@ class ScriptedEngine:
         self._jobs.put(None)
         self._thread.join(5.0)
 
-    def tokenize(self, messages: list[dict[str, Any]]) -> Prompt:
+    def tokenize(self, conversation: Conversation) -> Prompt:
         self.tokenized_in.append(threading.current_thread().name)
         if self.tokenize_error is not None:
             raise self.tokenize_error
-        self.messages.append(messages)
-        return Prompt([ord(letter) % 100 for message in messages for letter in message["content"]] or [0])
+        self.messages.append(conversation.messages)
+        return Prompt([ord(letter) % 100 for message in conversation.messages for letter in message["content"]] or [0])
 
-    def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return [ord(letter) % 100 for letter in text]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(chr(token) for token in tokens)
+
+    def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:
+        self.rules.append(rules)
+        return None
+
+    def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         if self.submit_error is not None:
             raise self.submit_error
         self._cancel.clear()
-        self.requests.append(request)
-        self._jobs.put((request, deliver))
+        for request in requests:
+            self.requests.append(request)
+            self._jobs.put((request, deliver))
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
@@ -144,7 +159,7 @@ class ScriptedEngine:
             if isinstance(step, Wait):
                 self._cancel.wait(step.seconds)
             elif not self._cancel.is_set():
-                deliver(step)
+                deliver(replace(step, choice=request.choice))
             if self._cancel.is_set():
                 break
         return True

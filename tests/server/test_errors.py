@@ -23,6 +23,8 @@ from server.error_handlers import install, param_of
         (errors.QueueFull(), 429, "requests", "rate_limit_exceeded"),
         (errors.OutOfMemory(), 503, "server_error", "out_of_memory"),
         (errors.EngineDead("m"), 503, "server_error", "engine_dead"),
+        (errors.DeadlineExceeded(3, "waiting"), 504, "server_error", "deadline_exceeded"),
+        (errors.ShuttingDown(), 503, "server_error", "shutting_down"),
         (errors.InternalError("m"), 500, "server_error", "internal_error"),
     ],
 )
@@ -54,9 +56,9 @@ def test_context_length_in_openais_words() -> None:
     [
         ((), ""),
         (("temperature",), "temperature"),
-        (("messages", 0, "user", "content"), "messages[0].content"),
-        (("messages", 3, "assistant", "content", "<parts>", 1, "<text>", "type"), "messages[3].content[1].type"),
-        (("messages", 0, "user", "user"), "messages[0].user"),
+        (("messages", 0, "<user>", "content"), "messages[0].content"),
+        (("messages", 3, "<assistant>", "content", "<parts>", 1, "<text>", "type"), "messages[3].content[1].type"),
+        (("messages", 0, "<user>", "user"), "messages[0].user"),
         (("stop", "<list>", 2), "stop[2]"),
         (("stream_options", "include_usage"), "stream_options.include_usage"),
     ],

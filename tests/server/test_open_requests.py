@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from server.protocol import PrefillProgress, Prompt, TextDelta
+from server.protocol import Conversation, PrefillProgress, Prompt, TextDelta
 from server.sse import KEEP_ALIVE
 from tests.server.conftest import BODY, CHAT, STREAM, Serve, Served, error_of, events_of
 from tests.server.scripted_engine import ENDLESS, HELLO, SILENT, ScriptedEngine, Step, Wait, eventually
@@ -91,9 +91,9 @@ def test_a_prompt_that_takes_long_to_tokenise(serve: Serve) -> None:
     go_on = threading.Event()
 
     class Slow(ScriptedEngine):
-        def tokenize(self, messages: list[dict[str, Any]]) -> Prompt:
+        def tokenize(self, conversation: Conversation) -> Prompt:
             go_on.wait(10)
-            return super().tokenize(messages)
+            return super().tokenize(conversation)
 
     server = serve(Slow(), deadline=0.3)
     response = server.http.post(CHAT, json=BODY)

@@ -1,4 +1,4 @@
-"""`python -m tests.soak kills|corruption|operations|crowd`: the long form of what `make test` does in short."""
+"""`python -m tests.soak kills|corruption|operations|schemas|crowd`: the long form of what `make test` does in short."""
 
 import turbocache  # noqa: F401, I001  (before everything that imports mlx)
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from tests.soak import corruption, crowd, kills, operations
+from tests.soak import corruption, crowd, kills, operations, schemas
 from tests.soak.engines import leave
 
 
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     one = runs.add_parser("crowd", parents=[common], help="many clients at once, a third of whose requests are left")
     one.add_argument("--clients", type=int, default=64, help="clients at once (default: 64)")
     one.add_argument("--count", type=int, default=20, help="requests of each client (default: 20)")
+    one = runs.add_parser("schemas", parents=[common], help="answers held to random JSON schemas by a hot model")
+    one.add_argument("--count", type=int, default=300, help="schemas (default: 300)")
     arguments = parser.parse_args(argv)
     logging.getLogger("server.engine.disk").setLevel(logging.ERROR)  # it warns of every damaged file
     say(f"seed {arguments.seed}")
@@ -68,6 +70,8 @@ def _runs(arguments: argparse.Namespace) -> list[Callable[[], Result]]:
         return [partial(corruption.run, arguments.times, seed, say=say)]
     if arguments.run == "crowd":
         return [partial(crowd.run, arguments.clients, arguments.count, seed, say=say)]
+    if arguments.run == "schemas":
+        return [partial(schemas.run, arguments.count, seed, say=say)]
     models = [arguments.model] if arguments.model else operations.MODELS
     return [partial(operations.run, model, arguments.count, arguments.clients, seed, say=say) for model in models]
 

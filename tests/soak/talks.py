@@ -8,6 +8,7 @@ import numpy as np
 
 from server.engine.checkpoints import common_prefix
 from server.engine.engine import MlxEngine
+from server.protocol import Conversation
 from tests.server.engine.answers import Answer
 from tests.serving.launch import filler
 
@@ -75,14 +76,16 @@ def told(engine: MlxEngine, name: str | None, asks: tuple[str, ...]) -> Talk:
     held = 0
     for turn in range(len(asks)):
         messages = _messages(asks[: turn + 1], answers)
-        prompts.append(np.asarray(engine.tokenize(messages).tokens, dtype=np.int32))
+        prompts.append(np.asarray(engine.tokenize(Conversation(messages)).tokens, dtype=np.int32))
         text, usage = Answer(engine, messages, name, max_tokens=MAX_TOKENS).whole()
         assert not turn or usage.cached_tokens == held, (
             f"turn {turn} of {name} went on from {usage.cached_tokens}, not {held}"
         )
         held = usage.prompt_tokens + usage.completion_tokens
         answers.append(text)
-    said = engine.tokenize([*_messages(asks, answers), {"role": "assistant", "content": answers[-1]}]).tokens
+    said = engine.tokenize(
+        Conversation([*_messages(asks, answers), {"role": "assistant", "content": answers[-1]}])
+    ).tokens
     return Talk(name, asks, tuple(answers), tuple(prompts), np.asarray(said, dtype=np.int32))
 
 

@@ -5,7 +5,7 @@ import uuid
 from typing import Any
 
 from server.engine.engine import MlxEngine
-from server.protocol import Event, Failed, Finished, GenerationRequest, SamplingParams, TextDelta, Usage
+from server.protocol import Conversation, Event, Failed, Finished, GenerationRequest, SamplingParams, TextDelta, Usage
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -15,10 +15,12 @@ class Answer:
 
     def __init__(self, engine: MlxEngine, asked: str | list[dict[str, Any]], name: str | None, **options: Any) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
-        prompt = engine.tokenize([{"role": "user", "content": asked}] if isinstance(asked, str) else asked)
+        prompt = engine.tokenize(
+            Conversation([{"role": "user", "content": asked}] if isinstance(asked, str) else asked)
+        )
         options = {"max_tokens": 8, "sampling": GREEDY} | options
         self.request = GenerationRequest(f"request-{uuid.uuid4()}", prompt, session=name, **options)
-        engine.submit(self.request, self.events.put)
+        engine.submit([self.request], self.events.put)
 
     def end(self) -> Finished | Failed:
         """The terminal event; nothing may follow it."""

@@ -10,6 +10,7 @@ import pytest
 from server.engine import host
 from server.engine.engine import MlxEngine
 from server.metrics import Metrics
+from server.protocol import Conversation
 from tests.models.configs import OVERRIDES
 from tests.models.tiny import build
 from tests.server.engine.answers import Answer, owned_by_nobody
@@ -53,12 +54,12 @@ def test_a_recurrent_model_goes_back_to_the_end_of_the_messages(hybrid: Callable
     # The answer comes back changed, as by a template that drops reasoning.
     second = [*first, of("assistant", "Rivers."), of("user", "And lakes?")]
     text, usage = Answer(engine, second, "a", max_tokens=30).whole()
-    assert usage.cached_tokens == engine.tokenize(first).messages_end > 100
+    assert usage.cached_tokens == engine.tokenize(Conversation(first)).messages_end > 100
     assert hits(engine, "prompt") == 1
     # As it was given, it is gone on from its end.
     third = [*second, of("assistant", text), of("user", "Thank you.")]
     whole, usage = Answer(engine, third, "a", max_tokens=30).whole()
-    assert usage.cached_tokens >= engine.tokenize(second).messages_end
+    assert usage.cached_tokens >= engine.tokenize(Conversation(second)).messages_end
     fresh = hybrid()
     assert Answer(fresh, second, "b", max_tokens=30).text() == text
     assert Answer(fresh, third, "c", max_tokens=30).text() == whole
@@ -74,7 +75,7 @@ def test_a_recurrent_model_goes_back_after_a_restart(hybrid: Callable[..., MlxEn
     engine.stop()
     again, never = hybrid(session_dir=tmp_path), hybrid()
     text, usage = Answer(again, second, "a", max_tokens=30).whole()
-    assert usage.cached_tokens == engine.tokenize(first).messages_end > 100
+    assert usage.cached_tokens == engine.tokenize(Conversation(first)).messages_end > 100
     assert hits(again, "prompt") == 1
     assert text == Answer(never, second, "a", max_tokens=30).text()
 
@@ -91,13 +92,13 @@ def test_sessions_share_a_system_message(engine: MlxEngine) -> None:
     _, usage = Answer(engine, mine, "mine", max_tokens=12).whole()
     assert usage.cached_tokens == 0
     text, usage = Answer(engine, yours, "yours", max_tokens=12).whole()
-    assert usage.cached_tokens == engine.tokenize(yours).system_end > 100
+    assert usage.cached_tokens == engine.tokenize(Conversation(yours)).system_end > 100
     assert hits(engine, "system") == 1
     assert text == alone
     for name in ("mine", "yours"):  # whoever read it first may be gone
         engine._registry.forget(engine._registry._sessions["", name])
     text, usage = Answer(engine, yours, "again", max_tokens=12).whole()
-    assert (text, usage.cached_tokens) == (alone, engine.tokenize(yours).system_end)
+    assert (text, usage.cached_tokens) == (alone, engine.tokenize(Conversation(yours)).system_end)
     engine._registry.delete(engine._registry._sessions["", "again"])
     assert engine._host.store.spec.pool.n_used == 0
     assert owned_by_nobody(engine)

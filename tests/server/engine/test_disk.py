@@ -10,7 +10,7 @@ import pytest
 from server.engine.engine import MlxEngine
 from server.errors import StartupError
 from server.metrics import Metrics
-from server.protocol import Failed
+from server.protocol import Conversation, Failed
 from server.settings import MemoryBudget
 from tests.server.engine.answers import Answer, owned_by_nobody
 from tests.server.engine.conftest import SETTINGS
@@ -98,7 +98,7 @@ def test_a_system_message_outlasts_sessions_that_go_to_disk(start: Callable[...,
     for i in range(6):
         asked = [system, of("user", f"I am {i}. " + TEXT * 12)]
         _, usage = Answer(engine, asked, f"s{i}", max_tokens=5).whole()
-        assert usage.cached_tokens >= (engine.tokenize(asked).system_end if i else 0)
+        assert usage.cached_tokens >= (engine.tokenize(Conversation(asked)).system_end if i else 0)
     assert list(states(engine).values()).count("spilled") >= 3
     # Restored sessions share it too.
     _, usage = Answer(

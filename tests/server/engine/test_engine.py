@@ -14,7 +14,16 @@ import pytest
 from server.engine.engine import MlxEngine
 from server.errors import ContextLengthExceeded, EngineDead, KernelFault
 from server.metrics import Metrics
-from server.protocol import Event, Failed, Finished, GenerationRequest, PrefillProgress, SamplingParams, TextDelta
+from server.protocol import (
+    Conversation,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    PrefillProgress,
+    SamplingParams,
+    TextDelta,
+)
 from tests.server.engine.answers import Answer, owned_by_nobody
 from tests.server.engine.conftest import SETTINGS
 
@@ -133,7 +142,8 @@ def test_what_waits_for_the_engine_ends_with_it(engine: MlxEngine, monkeypatch: 
 def test_cancelled_work_ends_before_the_next_step(engine: MlxEngine, moment: type[Event]) -> None:
     """What was computed until then stays with the session."""
     events: list[Event] = []
-    prompt = engine.tokenize([{"role": "user", "content": "Please continue: " + "the river and the mill and " * 120}])
+    asked = "Please continue: " + "the river and the mill and " * 120
+    prompt = engine.tokenize(Conversation([{"role": "user", "content": asked}]))
     request = GenerationRequest("cancelled", prompt, 2000, SamplingParams(temperature=0), session="gone", logprobs=0)
 
     def deliver(event: Event) -> None:
@@ -141,7 +151,7 @@ def test_cancelled_work_ends_before_the_next_step(engine: MlxEngine, moment: typ
         if sum(isinstance(event, moment) for event in events) == 3:
             engine.cancel("cancelled")
 
-    engine.submit(request, deliver)
+    engine.submit([request], deliver)
     deadline = time.monotonic() + 20
     while [row["state"] for row in engine.sessions()] != ["resident"] and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -186,7 +196,7 @@ def test_what_does_not_fit_a_session_rotates_or_is_refused(overflow: str) -> Non
     engine.start()
     try:
         fits, long = "The river runs by the mill. " * 20, "The river runs by the mill. " * 60
-        assert len(engine.tokenize([{"role": "user", "content": fits}]).tokens) < 200
+        assert len(engine.tokenize(Conversation([{"role": "user", "content": fits}])).tokens) < 200
         assert Answer(engine, fits, "a", max_tokens=20).text()
         if overflow == "rotate":
             assert (engine.model.max_tokens, engine.model.rotates_at) == (8192, 320)

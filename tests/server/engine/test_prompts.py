@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from server.engine import prompts
 from server.engine.prompt import PromptMaker
 from server.engine.prompts import PromptEncoder
+from server.protocol import Conversation
 from turbocache.model import LoadedModel
 
 TEXTS = st.one_of(
@@ -36,7 +37,7 @@ def test_ids_are_those_of_the_whole_text(bundled: LoadedModel, texts: list[str],
     for i, text in enumerate(texts):
         messages = [*messages, {"role": "user" if i % 2 == 0 else "assistant", "content": text}]
         for _ in range(2):
-            assert encoder.encode(messages) == plainly(bundled, messages)
+            assert encoder.encode(Conversation(messages)) == plainly(bundled, messages)
 
 
 _encoders: list[PromptEncoder] = []
@@ -52,14 +53,14 @@ def test_a_later_turn_tokenises_only_what_is_new(bundled: LoadedModel, monkeypat
     encoder = PromptEncoder(bundled.tokenizer)
     assert encoder.remembers
     messages = [{"role": "user", "content": "word " * 500}]
-    encoder.encode(messages)
+    encoder.encode(Conversation(messages))
     seen = []
     encode = bundled.tokenizer._tokenizer.encode
     monkeypatch.setattr(
         bundled.tokenizer._tokenizer, "encode", lambda text, **options: [seen.append(text), encode(text, **options)][1]
     )
     messages += [{"role": "assistant", "content": "Okay."}, {"role": "user", "content": "And now?"}]
-    assert len(encoder.encode(messages)) > 500
+    assert len(encoder.encode(Conversation(messages))) > 500
     assert "".join(seen).count("word") == 0
     assert "And now?" in "".join(seen)
 
@@ -69,10 +70,10 @@ def test_memory_is_bounded(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch
     encoder = PromptEncoder(bundled.tokenizer)
     for i in range(30):
         messages = [{"role": "user", "content": f"{i} " * 60}]
-        assert encoder.encode(messages) == plainly(bundled, messages)
+        assert encoder.encode(Conversation(messages)) == plainly(bundled, messages)
         assert sum(len(piece) for piece in encoder._pieces) == encoder._n_characters <= 1000
     long = [{"role": "user", "content": "x" * 5000}]
-    assert encoder.encode(long) == plainly(bundled, long)
+    assert encoder.encode(Conversation(long)) == plainly(bundled, long)
 
 
 @pytest.mark.parametrize("option", ["lstrip", "rstrip", "single_word"])
@@ -85,7 +86,9 @@ def test_tokens_that_look_at_their_neighbours_are_no_place_to_cut(bundled: Loade
     encoder = PromptEncoder(tokenizer)
     assert not encoder.remembers
     messages = [{"role": "user", "content": " spaces   around  "}]
-    assert encoder.encode(messages) == list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    assert encoder.encode(Conversation(messages)) == list(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    )
 
 
 def test_a_tokenizer_that_gives_other_ids_to_pieces_is_used_plainly(
@@ -108,19 +111,21 @@ def test_where_conversations_part(bundled: LoadedModel) -> None:
     encoder = PromptEncoder(bundled.tokenizer)
     system = {"role": "system", "content": "You are kind."}
     asked = [system, {"role": "user", "content": "Hello!"}]
-    tokens, other = (encoder.encode([system, {"role": "user", "content": text}]) for text in ("Hello!", "Bye."))
-    end = encoder.system_end(asked, tokens)
+    tokens, other = (
+        encoder.encode(Conversation([system, {"role": "user", "content": text}])) for text in ("Hello!", "Bye.")
+    )
+    end = encoder.system_end(Conversation(asked), tokens)
     assert tokens[:end] == other[:end]
-    assert end > len(encoder.encode([{"role": "user", "content": ""}]))
+    assert end > len(encoder.encode(Conversation([{"role": "user", "content": ""}])))
     closed = list(bundled.tokenizer.apply_chat_template(asked, add_generation_prompt=False))
     assert tokens[: encoder.messages_end(tokens)] == closed
     assert 0 < len(closed) < len(tokens)
-    assert encoder.system_end(asked[1:], tokens) == 0
+    assert encoder.system_end(Conversation(asked[1:]), tokens) == 0
     assert encoder.messages_end(closed) == 0
 
 
 def test_a_prompt_knows_whether_a_tool_or_the_user_has_the_last_word(bundled: LoadedModel) -> None:
     maker, asked = PromptMaker(bundled), [{"role": "user", "content": "Hello!"}]
-    assert not maker.prompt(asked).tool
+    assert not maker.prompt(Conversation(asked)).tool
     result = {"role": "tool", "content": "12", "tool_call_id": "x"}
-    assert maker.prompt([*asked, {"role": "assistant", "content": "Let me look."}, result]).tool
+    assert maker.prompt(Conversation([*asked, {"role": "assistant", "content": "Let me look."}, result])).tool

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from server.engine.text import TextAssembler
-from server.protocol import TextDelta
+from server.engine.tool_formats import tool_format
+from server.protocol import AnswerRules, TextDelta, Tool, ToolCall
 from turbocache.model import BUNDLED
 
 
@@ -45,3 +48,82 @@ def test_reasoning_has_a_channel_of_its_own(tokenizer: TokenizerWrapper) -> None
     assert joined(deltas) == "so"
     opened = assemble(tokenizer, "because</think>so", prompt="<|im_start|>assistant\n<think>\n")
     assert joined(opened, "reasoning") == "because"
+
+
+CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+RULES = AnswerRules((Tool("f"), Tool("g")))
+
+
+def with_calls(
+    tokenizer: TokenizerWrapper, text: str, rules: AnswerRules = RULES, stop: tuple[str, ...] = ()
+) -> tuple[list[str], TextAssembler]:
+    """What becomes of a text: its parts in their order, those in a row together, and calls as NAME(ARGUMENTS)."""
+    assembler = TextAssembler(tokenizer, [], stop, rules, tool_format(tokenizer))
+    events = [event for token in tokenizer.encode(text) for event in assembler.add(token)] + assembler.finish()
+    parts: list[str] = []
+    called = True
+    for event in events:
+        if isinstance(event, ToolCall):
+            parts.append(f"{event.name}({event.arguments})")
+        elif called:
+            parts.append(event.text)
+        else:
+            parts[-1] += event.text
+        called = isinstance(event, ToolCall)
+    return parts, assembler
+
+
+def test_text_around_calls_is_kept(tokenizer: TokenizerWrapper) -> None:
+    parts, assembler = with_calls(tokenizer, f"Let me look. {CALL}\n{CALL.replace('f', 'g', 1)} Done.")
+    assert parts == ["Let me look. ", 'f({"a": 1})', "\n", 'g({"a": 1})', " Done."]
+    assert assembler.called
+    assert not assembler.stopped
+
+
+def test_every_call_has_an_id_of_its_own(tokenizer: TokenizerWrapper) -> None:
+    assembler = TextAssembler(tokenizer, [], (), RULES, tool_format(tokenizer))
+    events = [event for token in tokenizer.encode(CALL + CALL) for event in assembler.add(token)]
+    ids = [event.id for event in events if isinstance(event, ToolCall)]
+    assert len(set(ids)) == len(ids) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>{</tool_call> and on",
+        '<tool_call>{"name": "f", "arguments": [</tool_call>',
+        '<tool_call>{"name": "f"',
+    ],
+)
+def test_a_malformed_call_is_text_and_nothing_is_lost(tokenizer: TokenizerWrapper, text: str) -> None:
+    parts, assembler = with_calls(tokenizer, text)
+    assert "".join(parts) == text
+    assert not assembler.called
+
+
+def test_a_call_without_its_end_is_one_when_it_is_whole(tokenizer: TokenizerWrapper) -> None:
+    assert with_calls(tokenizer, CALL.removesuffix("</tool_call>"))[0] == ['f({"a": 1})']
+
+
+def test_one_call_ends_the_answer_where_only_one_may_be(tokenizer: TokenizerWrapper) -> None:
+    parts, assembler = with_calls(tokenizer, f"{CALL}{CALL} and more", replace(RULES, parallel=False))
+    assert parts == ['f({"a": 1})']
+    assert assembler.stopped
+    assert assembler.stop is None
+
+
+def test_without_tools_a_call_is_text(tokenizer: TokenizerWrapper) -> None:
+    assert with_calls(tokenizer, CALL, AnswerRules())[0] == [CALL]
+    assert with_calls(tokenizer, CALL, replace(RULES, choice="none"))[0] == [CALL]
+
+
+def test_stop_strings_do_not_cut_calls(tokenizer: TokenizerWrapper) -> None:
+    parts, assembler = with_calls(tokenizer, f"{CALL} now END of it", stop=("arguments", "END"))
+    assert parts == ['f({"a": 1})', " now "]
+    assert (assembler.stopped, assembler.stop) == (True, "END")
+
+
+def test_the_end_mark_within_a_string_does_not_end_a_call(tokenizer: TokenizerWrapper) -> None:
+    arguments = '{"text": "a</tool_call>b<tool_call>{"}'
+    call = CALL.replace('{"a": 1}', arguments)
+    assert with_calls(tokenizer, f"{call} and {CALL}")[0] == [f"f({arguments})", " and ", 'f({"a": 1})']

@@ -1,51 +1,17 @@
-"""What travels over the wire: OpenAI's chat completion request and responses as pydantic models.
-
-Requests are parsed strictly and nothing in them is ignored: an unknown field, a wrong type or a value this version does
-not honour is refused. A field whose honouring comes later stands here with `only(...)`, the values that change nothing.
-"""
+"""The body of POST /v1/chat/completions, as OpenAI's API has it with what other local servers add."""
 
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, JsonValue, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
+from server.protocol import AnswerRules, Conversation, SamplingParams
+from server.schemas.base import NonEmpty, Wire, by_field, kind_of, only
+from server.schemas.tools import Choice, ResponseFormat, ToolSpec, answer_rules
 
-UNSUPPORTED_PARAMETER = "unsupported_parameter"
-UNSUPPORTED_VALUE = "unsupported_value"
-# Names of union branches, which show up in pydantic's error locations; no field is called like that.
-BRANCHES = ("<string>", "<parts>", "<list>", "<text>", "<other>")
-
-
-def only(*neutral: object) -> AfterValidator:
-    """Accepts null and the given values, which change nothing; any other value is refused as not supported yet."""
-
-    useful = [value for value in neutral if value not in ([], {})]
-
-    def check(value: Any) -> Any:
-        if value is None or any(value == other and type(value) is type(other) for other in neutral):
-            return value
-        if not useful:
-            raise PydanticCustomError(UNSUPPORTED_PARAMETER, "is not supported by this version")
-        supported = " or ".join(json.dumps(other) for other in useful)
-        raise PydanticCustomError(
-            UNSUPPORTED_VALUE, "is supported by this version only as {supported}", {"supported": supported}
-        )
-
-    return AfterValidator(check)
-
-
-def _nonempty(text: str) -> str:
-    if not text:
-        raise PydanticCustomError("empty_string", "Expected a non-empty string")
-    return text
-
-
-class Wire(BaseModel):
-    """Strict input: no unknown fields, no coercion ("1" is not 1, true is not 1), no NaN or Infinity."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class TextPart(Wire):
@@ -67,17 +33,13 @@ def _part_kind(part: Any) -> str | None:
     return "<other>" if kind in ("image_url", "input_audio", "file", "refusal") else "<text>"
 
 
-def _content_kind(content: Any) -> str | None:
-    return "<string>" if isinstance(content, str) else "<parts>" if isinstance(content, list) else None
-
-
 Part = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[UnsupportedPart, Tag("<other>")], Discriminator(_part_kind)
 ]
 Content = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[Part], Field(min_length=1), Tag("<parts>")],
     Discriminator(
-        _content_kind,
+        kind_of((str, "<string>"), (list, "<parts>")),
         custom_error_type="content_type",
         custom_error_message="expected one of a string or array of objects",
     ),
@@ -87,14 +49,14 @@ Content = Annotated[
 class FunctionCall(Wire):
     """What the assistant called; `arguments` is JSON text as the model wrote it."""
 
-    name: Annotated[str, AfterValidator(_nonempty)]
+    name: NonEmpty
     arguments: str
 
 
 class ToolCall(Wire):
     """One tool call of an earlier assistant message."""
 
-    id: Annotated[str, AfterValidator(_nonempty)]
+    id: NonEmpty
     type: Literal["function"]
     function: FunctionCall
     index: int | None = None
@@ -141,11 +103,18 @@ class ToolMessage(Wire):
 
     role: Literal["tool"]
     content: Content
-    tool_call_id: Annotated[str, AfterValidator(_nonempty)]
+    tool_call_id: NonEmpty
     name: str | None = None
 
 
-Message = Annotated[InstructionMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+Message = Annotated[
+    Annotated[InstructionMessage, Tag("<system>")]
+    | Annotated[InstructionMessage, Tag("<developer>")]
+    | Annotated[UserMessage, Tag("<user>")]
+    | Annotated[AssistantMessage, Tag("<assistant>")]
+    | Annotated[ToolMessage, Tag("<tool>")],
+    by_field("role"),
+]
 
 
 class StreamOptions(Wire):
@@ -164,17 +133,12 @@ def _token_id(text: str) -> str:
 TokenId = Annotated[str, AfterValidator(_token_id)]
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
-StopText = Annotated[str, AfterValidator(_nonempty)]
-
-
-def _stop_kind(stop: Any) -> str | None:
-    return "<string>" if isinstance(stop, str) else "<list>" if isinstance(stop, list) else None
-
-
 Stop = Annotated[
-    Annotated[StopText, Tag("<string>")] | Annotated[list[StopText], Field(max_length=4), Tag("<list>")],
+    Annotated[NonEmpty, Tag("<string>")] | Annotated[list[NonEmpty], Field(max_length=4), Tag("<list>")],
     Discriminator(
-        _stop_kind, custom_error_type="stop_type", custom_error_message="expected one of a string or array of strings"
+        kind_of((str, "<string>"), (list, "<list>")),
+        custom_error_type="stop_type",
+        custom_error_message="expected one of a string or array of strings",
     ),
 ]
 
@@ -201,27 +165,28 @@ class ChatCompletionRequest(Wire):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
     prompt_cache_key: str | None = None
+    tools: Annotated[list[ToolSpec], Field(max_length=128)] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    chat_template_kwargs: dict[str, JsonValue] | None = None
 
     # Labels for the caller's own books; they change nothing about the answer.
     user: str | None = None
     safety_identifier: str | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
-    parallel_tool_calls: bool | None = None
 
-    # Fields of OpenAI's API that later versions honour.
-    n: Annotated[int | None, only(1)] = None
+    # Fields of OpenAI's API that this version does not honour.
     store: Annotated[bool | None, only(False)] = None
-    response_format: Annotated[JsonValue, only({"type": "text"})] = None
-    tools: Annotated[list[JsonValue] | None, only([])] = None
-    tool_choice: Annotated[JsonValue, only("none", "auto")] = None
     functions: Annotated[list[JsonValue] | None, only([])] = None
     function_call: Annotated[JsonValue, only("none", "auto")] = None
     modalities: Annotated[list[str] | None, only(["text"])] = None
     service_tier: Annotated[str | None, only("auto", "default")] = None
     prompt_cache_options: Annotated[JsonValue, only({}, {"mode": "implicit"})] = None
     prompt_cache_retention: Annotated[str | None, only("in_memory")] = None
-    reasoning_effort: Annotated[str | None, only()] = None
     verbosity: Annotated[str | None, only("medium")] = None
     audio: Annotated[JsonValue, only()] = None
     moderation: Annotated[JsonValue, only()] = None
@@ -260,9 +225,32 @@ class ChatCompletionRequest(Wire):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def template_messages(self) -> list[dict[str, Any]]:
-        """Messages as chat templates expect them: plain dicts, string contents, `system` for `developer`."""
-        return [_template_message(message) for message in self.messages]
+    def conversation(self) -> Conversation:
+        """For the chat template: plain dicts, string contents, `system` for `developer`."""
+        return Conversation(
+            [_template_message(message) for message in self.messages],
+            tools=[tool.template() for tool in self.tools or ()],
+            options=dict(self.chat_template_kwargs or {}),
+            reasoning_effort=self.reasoning_effort,
+        )
+
+    def rules(self) -> AnswerRules:
+        """Raises InvalidRequest when they contradict each other."""
+        return answer_rules(self.tools, self.tool_choice, self.parallel_tool_calls, self.response_format)
+
+    def sampling(self) -> SamplingParams:
+        """Given values, or OpenAI's defaults."""
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=tuple(sorted((int(token), bias) for token, bias in (self.logit_bias or {}).items())),
+            seed=self.seed,
+        )
 
 
 def _template_message(message: Message) -> dict[str, Any]:
@@ -274,112 +262,15 @@ def _template_message(message: Message) -> dict[str, Any]:
     if isinstance(message.content, list):
         plain["content"] = "\n".join(part.text for part in message.content if isinstance(part, TextPart))
     plain.setdefault("content", "")
+    for call in plain.get("tool_calls", ()):
+        call["function"]["arguments"] = arguments_of(call["function"]["arguments"])
     return plain
 
 
-class ForkRequest(Wire):
-    """POST /v1/sessions/{id}/fork: the new session's `id`, or null for one that the server makes up."""
-
-    id: Annotated[str, Field(min_length=1)] | None = None
-
-
-class PromptTokensDetails(BaseModel):
-    """`cached_tokens` of the prompt were found in the session's cache."""
-
-    cached_tokens: int
-
-
-class UsageBody(BaseModel):
-    """Token counts of one turn."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class AnswerMessage(BaseModel):
-    """The whole answer; `reasoning_content` only where the model thought aloud."""
-
-    role: Literal["assistant"]
-    content: str
-    refusal: None = None
-    reasoning_content: str | None = None
-
-
-class TopLogprob(BaseModel):
-    """A token as text and as UTF-8 bytes, which need not be whole characters, and ln of its probability."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ContentLogprob(TopLogprob):
-    """A token of the answer, and the likeliest in its place."""
-
-    top_logprobs: list[TopLogprob]
-
-
-class Logprobs(BaseModel):
-    content: list[ContentLogprob]
-    refusal: None = None
-
-
-class Choice(BaseModel):
-    index: int
-    message: AnswerMessage
-    logprobs: Logprobs | None = None
-    finish_reason: str
-
-
-class ChatCompletion(BaseModel):
-    """The answer to a request without `stream`."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: UsageBody
-
-
-class Delta(BaseModel):
-    """What is new; fields that are not set are left out of the JSON."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    reasoning_content: str | None = None
-
-
-class ChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: Logprobs | None = None
-    finish_reason: str | None
-
-
-class ChatCompletionChunk(BaseModel):
-    """One SSE message. `usage` is set (null, then the counts) only when the request asked for it."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: UsageBody | None = None
-
-
-class ModelBody(BaseModel):
-    """One model; `max_model_len` is the longest conversation in tokens (an addition other local servers have too)."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    object: Literal["list"]
-    data: list[ModelBody]
+def arguments_of(text: str) -> Any:
+    """A call's arguments as templates want them: an object if the text is one, else the text as it was written."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, dict) else text

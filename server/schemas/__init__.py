@@ -1,0 +1,1 @@
+"""What travels over the wire: requests and answers of each API as pydantic models."""
