@@ -72,7 +72,7 @@ env-dev: $(DEV)
 env-clients: $(CLIENTS) $(NODE)/node_modules/.package-lock.json
 
 run: $(RUNTIME)
-	$(BIN)/uvicorn server.app:app --host $(HOST) --port $(PORT) --no-access-log
+	$(BIN)/turbocache serve --host $(HOST) --port $(PORT)
 
 # Two processes, each with one thread of BLAS: two that spin for each other take a quarter longer on two cores.
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_NUM_THREADS=1

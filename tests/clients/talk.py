@@ -2,7 +2,7 @@
 
 import time
 
-from tests.serving.launch import Server
+from tests.serving.launch import Server, endless
 
 TOLD = "My name is Anna and my locker code is 5917."
 ASKED = "What is my locker code?"
@@ -13,9 +13,11 @@ QUESTION = [
     {"role": "user", "content": ASKED},
 ]
 COPY = "crème brûlée 🙂 naïve"
-# The bundled model's ids of the tokens that end a turn; without them it talks on until somebody stops it.
-ENDS = {"0": -100, "2": -100}
-ENDLESS = {"messages": [{"role": "user", "content": "Continue: the miller walked to the river."}], "logit_bias": ENDS}
+# Without the tokens that end a turn the model talks on until somebody stops it.
+ENDLESS = {
+    "messages": [{"role": "user", "content": "Continue: the miller walked to the river."}],
+    "logit_bias": endless("")["logit_bias"],
+}
 # For APIs that have no logit_bias: the model copies for some ten seconds.
 LONG = "Repeat after me: " + "one two three four " * 100
 

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionChunk
 from tokenizers import Tokenizer
 
 from tests.clients.talk import CODE, COPY, QUESTION
-from tests.serving.launch import ROOT, Server, digits
+from tests.serving.launch import BUNDLED, Server, digits
 
 ASK: dict[str, Any] = {"model": "default", "messages": QUESTION, "temperature": 0, "max_tokens": 30}
 REPEAT: dict[str, Any] = {**ASK, "messages": [{"role": "user", "content": f"Repeat after me: {COPY}"}]}
@@ -154,7 +154,7 @@ def test_logprobs_are_those_of_the_text_whole_and_streamed(client: openai.OpenAI
 
 
 def test_logit_bias_forbids_and_forces_tokens(client: openai.OpenAI) -> None:
-    tokenizer = Tokenizer.from_file(str(ROOT / "turbocache/bundled/tiny-recall-4bit/tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
     (five,) = tokenizer.encode("5", add_special_tokens=False).ids
     without = client.chat.completions.create(**ASK, logit_bias={str(five): -100})
     assert "5" not in (without.choices[0].message.content or "")

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from tests.clients.conftest import openai_client
 from tests.clients.talk import ENDLESS, wait_until_idle
-from tests.serving.launch import ROOT, Server
+from tests.serving.launch import BUNDLED, Server
 
 PROMPT = "The miller walked to the river. The miller walked to the"
 ASK: dict[str, Any] = {"model": "default", "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
@@ -64,7 +64,7 @@ def test_several_prompts_and_several_answers(client: openai.OpenAI) -> None:
 
 
 def test_a_prompt_of_token_ids_is_the_same_as_its_text(client: openai.OpenAI) -> None:
-    tokenizer = Tokenizer.from_file(str(ROOT / "turbocache/bundled/tiny-recall-4bit/tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
     ids = tokenizer.encode(PROMPT).ids
     as_text, as_ids = (client.completions.create(**{**ASK, "prompt": prompt}) for prompt in (PROMPT, ids))
     assert as_ids.choices[0].text == as_text.choices[0].text

@@ -8,12 +8,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.clients.talk import COPY, QUESTION
-from tests.serving.launch import ROOT, Server
+from tests.serving.launch import BUNDLED, Server
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(ROOT / "turbocache/bundled/tiny-recall-4bit/tokenizer.json"))
+    return Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
 
 
 def post(server: Server, path: str, **body: Any) -> httpx.Response:
