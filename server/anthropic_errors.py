@@ -30,9 +30,12 @@ def envelope(error: ServerError, status: int, request_id: str | None) -> dict[st
 
 
 def _message(error: ServerError) -> str:
-    """Claude Code knows by these words that it has to ask for fewer tokens, or to shorten the conversation."""
+    """Names the field, for which this envelope has no place of its own. Of a context that is too long it speaks in
+    Anthropic's words: by these Claude Code knows that it has to ask for fewer tokens, or to shorten the conversation.
+    """
     if not isinstance(error, ContextLengthExceeded):
-        return error.message
+        named = error.param is None or error.param in error.message
+        return error.message if named else f"{error.param}: {error.message}"
     limit, prompt, wanted = error.limit, error.prompt_tokens, error.max_tokens
     if wanted is None or prompt >= limit:  # one token of an answer must fit
         return f"prompt is too long: {prompt} tokens > {limit - 1} maximum"

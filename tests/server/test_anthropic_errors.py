@@ -28,8 +28,20 @@ def test_types(error: errors.ServerError, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"),
-    [(403, "permission_error"), (504, "timeout_error"), (418, "invalid_request_error"), (529, "overloaded_error")],
+    ("message", "param", "said"),
+    [
+        ("Invalid value.", "messages[0].role", "messages[0].role: Invalid value."),
+        ("Invalid 'system': too long.", "system", "Invalid 'system': too long."),
+        ("No JSON.", None, "No JSON."),
+    ],
+)
+def test_the_message_names_the_field(message: str, param: str | None, said: str) -> None:
+    error = errors.InvalidRequest(message, param=param)
+    assert envelope(error, 400, None)["error"]["message"] == said
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(403, "permission_error"), (418, "invalid_request_error"), (529, "overloaded_error")]
 )
 def test_other_statuses(status: int, kind: str) -> None:
     assert envelope(errors.ServerError("m"), status, None)["error"]["type"] == kind
