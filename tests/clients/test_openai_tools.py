@@ -158,7 +158,7 @@ def ask_at_once(client: openai.OpenAI, rows: list[Case], **options: Any) -> list
 
 
 def test_alone_the_model_calls_the_right_function_some_of_the_time(client: openai.OpenAI) -> None:
-    rows = cases(3, 11)
+    rows = cases(9, 14)
     right = 0
     for row, answer in zip(rows, ask_at_once(client, rows), strict=True):
         for call in calls(answer):
@@ -169,7 +169,7 @@ def test_alone_the_model_calls_the_right_function_some_of_the_time(client: opena
 
 
 def test_held_to_it_the_model_always_calls_with_arguments_that_the_schema_allows(client: openai.OpenAI) -> None:
-    rows = cases(3, 11)
+    rows = cases(9, 14)
     right = 0
     for row, answer in zip(rows, ask_at_once(client, rows, tool_choice="required"), strict=True):
         assert answer.choices[0].finish_reason == "tool_calls"
@@ -177,4 +177,4 @@ def test_held_to_it_the_model_always_calls_with_arguments_that_the_schema_allows
         for call in calls(answer):
             check_arguments(row.tool(call.function.name), call.function.arguments)
         right += calls(answer)[0].function.name == row.name
-    assert right >= 6
+    assert right >= 4
