@@ -7,7 +7,7 @@ except ValueError as error:  # a bad TURBOCACHE_BLAS, whose sentence is all that
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Protocol
 
 from fastapi import FastAPI
@@ -17,6 +17,7 @@ from server import error_handlers
 from server.errors import StartupError
 from server.metrics import Metrics
 from server.protocol import Engine
+from server.response_store import open_store
 from server.routes import ROUTERS
 from server.routes.scope import AppContext, RequestScope
 from server.settings import Settings, load_settings
@@ -51,12 +52,13 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
         chosen = settings if settings is not None else load_settings()
         _configure_logging(chosen.log_level)
         engine = (engine_factory or _build_engine)(chosen, metrics)
-        engine.start()
-        app.state.context = AppContext(engine, chosen, metrics)
-        try:
-            yield
-        finally:
-            engine.stop()
+        with closing(open_store(chosen.session_dir)) as responses:
+            engine.start()
+            app.state.context = AppContext(engine, chosen, metrics, responses)
+            try:
+                yield
+            finally:
+                engine.stop()
 
     @asynccontextmanager
     async def explained(app: FastAPI) -> AsyncIterator[None]:

@@ -141,11 +141,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one turn. `cached_tokens` of the prompt were found in the session's cache, the rest prefilled."""
+    """Token counts of one turn. `cached_tokens` of the prompt were found in the session's cache, the rest prefilled;
+    `reasoning_tokens` of the completion are of a thought.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

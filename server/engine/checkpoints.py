@@ -13,12 +13,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from server.protocol import Prompt
 from turbocache import store
+from turbocache.store import CacheStore
 
 Kind = Literal["system", "prompt", "tool", "answer"]
 """Where a checkpoint lies: at the end of the system message, of a user's prompt, of one that ends with a tool's result,
 or of an answer.
 """
+
+LEAST_SHARED = 64
+"""Tokens that sessions must have in common for one to start from the other's state."""
 
 MOST = 4
 """Checkpoints of one session: each holds a raw sink and window of its own."""
@@ -86,6 +91,25 @@ def deepest(starts: Iterable[Start | None]) -> Start | None:
     furthest = max((start.cached for start in found), default=0)
     near = [start for start in found if start.exact and start.cached > furthest - _NEAR]
     return max(near or found, key=lambda start: start.cached, default=None)
+
+
+def prompt_kind(prompt: Prompt) -> Kind:
+    """Of the checkpoint at a prompt's end."""
+    return "tool" if prompt.tool else "prompt"
+
+
+def prompt_stops(prompt: Prompt, cached: int, cache_store: CacheStore) -> dict[int, Kind]:
+    """After how many of a prompt's tokens to take checkpoints while it is read. Of a state that can't go back by the
+    few tokens that open an answer one is taken before them.
+    """
+    stops = dict[int, Kind]()
+    if not cache_store.can_checkpoint:
+        return stops
+    if prompt.system_end >= cached + LEAST_SHARED:
+        stops[prompt.system_end] = "system"
+    if prompt.messages_end > cached and not cache_store.can_go_back:
+        stops[prompt.messages_end] = prompt_kind(prompt)
+    return stops
 
 
 def added(checkpoints: list[Checkpoint], new: Checkpoint) -> list[Checkpoint]:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.budget import Budget
+from server.engine.checkpoints import LEAST_SHARED
 from server.engine.disk import SessionDisk
 from server.engine.grammar import GrammarMaker
 from server.engine.host import Host, announce, load_host
 from server.engine.prompt import PromptMaker
 from server.engine.run import ANSWER_STEP
 from server.engine.session_changes import SessionChanges
-from server.engine.sessions import LEAST_SHARED, SessionRegistry
+from server.engine.sessions import SessionRegistry
 from server.engine.text import Lexicon, opening_state
 from server.engine.tool_formats import tool_format
 from server.engine.turns import Turns

@@ -42,7 +42,7 @@ class Run:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.request.prompt.tokens), self.cached, self.generated)
+        return Usage(len(self.request.prompt.tokens), self.cached, self.generated, self.text.reasoned)
 
     def send(self, deltas: Iterable[TextDelta | ToolCall]) -> None:
         """To the client, the first text with the tokens that were `drawn` for it. Those of calls are not shown."""

@@ -8,9 +8,10 @@ import uuid
 from typing import Any
 
 from server.engine.budget import Budget
+from server.engine.checkpoints import LEAST_SHARED
 from server.engine.disk import SessionDisk
 from server.engine.session import Session
-from server.engine.sessions import LEAST_SHARED, SessionRegistry
+from server.engine.sessions import SessionRegistry
 from server.engine.turns import Turns
 from server.errors import Conflict, InvalidRequest, SessionNotFound, SessionNotSaved
 from server.protocol import SessionChange

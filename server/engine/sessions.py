@@ -11,15 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from server.engine.checkpoints import MOST, Checkpoint, Kind, Start, added, common_prefix, deepest, start_at
+from server.engine.checkpoints import (
+    LEAST_SHARED,
+    MOST,
+    Checkpoint,
+    Kind,
+    Start,
+    added,
+    common_prefix,
+    deepest,
+    start_at,
+)
 from server.engine.disk import SessionDisk
 from server.engine.prefill_reasons import Loss, Losses, Reason, reasons
 from server.engine.session import Session
 from server.protocol import Prompt
 from turbocache.store import CacheStore, fork
 
-LEAST_SHARED = 64
-"""Tokens that sessions must have in common for one to start from the other's state."""
 _WORTH_READING = 256
 """Tokens that a prompt must share with another session on disk for that to be brought back for its sake."""
 _ALIKE = 16

@@ -42,7 +42,8 @@ class Lexicon:
 
 class TextAssembler:
     """One answer's text. `stopped` turns True when it has ended by a stop string, which is `stop` and not part of the
-    text, or by the one call that `rules` allow. `called`: it holds a call. `begun`: it goes on with the prompt's text.
+    text, or by the one call that `rules` allow. `called`: it holds a call. `reasoned` tokens were of a thought.
+    `begun`: it goes on with the prompt's text.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TextAssembler:
     ) -> None:
         self.stopped, self.called = False, False
         self.stop: str | None = None
+        self.reasoned = 0
         self._rules, self._format = rules, format if rules.calls else None
         self._tools = [tool.template for tool in rules.tools]
         self._stops = {f"{_STOP}{i}": text for i, text in enumerate(stop)}
@@ -72,7 +74,9 @@ class TextAssembler:
     def add(self, token: int) -> list[TextDelta | ToolCall]:
         """What one more token makes certain."""
         self._detokenizer.add_token(token)
-        return self._split(self._detokenizer.last_segment)
+        found = self._split(self._detokenizer.last_segment)
+        self.reasoned += self._state[0] == "reasoning"
+        return found
 
     def finish(self) -> list[TextDelta | ToolCall]:
         """The rest, when no token follows."""

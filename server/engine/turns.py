@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 
 from server.engine.budget import Budget, make_room
-from server.engine.checkpoints import Kind
+from server.engine.checkpoints import Kind, prompt_kind, prompt_stops
 from server.engine.faults import FaultLog
 from server.engine.gauges import Gauges
 from server.engine.generator import Generator
@@ -21,7 +21,7 @@ from server.engine.grammar import compiled
 from server.engine.host import Host
 from server.engine.run import ANSWER_STEP, Run
 from server.engine.sampling import top_tokens
-from server.engine.sessions import LEAST_SHARED, Claim, SessionRegistry
+from server.engine.sessions import Claim, SessionRegistry
 from server.engine.text import Lexicon, TextAssembler
 from server.engine.tool_formats import ToolFormat
 from server.engine.waiting import Entry, WaitingRoom
@@ -34,7 +34,6 @@ from server.protocol import (
     FinishReason,
     GenerationRequest,
     PrefillProgress,
-    Prompt,
     TokenLogprob,
 )
 from server.settings import Settings
@@ -127,7 +126,7 @@ class Turns:
 
     def _insert(self, entry: Entry, claim: Claim) -> None:
         request, tokens = entry.request, entry.request.prompt.tokens
-        stops = self._stops(request.prompt, claim.cached) if request.beside is None else {}
+        stops = prompt_stops(request.prompt, claim.cached, self._host.store) if request.beside is None else {}
         uid = self.generator.insert(
             tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops, compiled(request.grammar)
         )
@@ -141,19 +140,6 @@ class Turns:
         )  # fmt: skip
         self._metrics.prompt_tokens.labels(source="cached").inc(claim.cached)
         self._metrics.checkpoint_hits.labels(kind=claim.source).inc()
-
-    def _stops(self, prompt: Prompt, cached: int) -> dict[int, Kind]:
-        """Where in a prompt to take checkpoints while it is read. Of a state that can't go back by the few tokens that
-        open an answer one is taken before them.
-        """
-        store, stops = self._host.store, dict[int, Kind]()
-        if not store.can_checkpoint:
-            return stops
-        if prompt.system_end >= cached + LEAST_SHARED:
-            stops[prompt.system_end] = "system"
-        if prompt.messages_end > cached and not store.can_go_back:
-            stops[prompt.messages_end] = _kind(prompt)
-        return stops
 
     def make_room(self, request: GenerationRequest | None = None) -> bool:
         """Hold the budget; for an unnamed request without touching named sessions that were used after it came. False
@@ -231,7 +217,7 @@ class Turns:
     def _checkpoint_prompt(self, uid: int, run: Run) -> None:
         """The prompt is in the cache and nothing of the answer."""
         if self._host.store.can_checkpoint and self._host.store.can_go_back and run.request.beside is None:
-            self._checkpoint(uid, run, _kind(run.request.prompt), len(run.request.prompt.tokens))
+            self._checkpoint(uid, run, prompt_kind(run.request.prompt), len(run.request.prompt.tokens))
 
     def _checkpoint(self, uid: int, run: Run, kind: Kind, n_tokens: int) -> None:
         cache = self.generator.snapshot(uid)
@@ -356,7 +342,3 @@ class Turns:
             self._waiting.remove(entry)
             self._budget.release(entry.request.request_id)
             entry.deliver(Failed(error))
-
-
-def _kind(prompt: Prompt) -> Kind:
-    return "tool" if prompt.tool else "prompt"

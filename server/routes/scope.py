@@ -16,13 +16,15 @@ from server.error_handlers import error_response
 from server.errors import InternalError, Unauthorized
 from server.metrics import Metrics
 from server.protocol import Engine, Usage
+from server.response_store import ResponseStore
 from server.settings import Settings
 
 logger = logging.getLogger("server.requests")
 
 CHAT_PATH = "/v1/chat/completions"
-_ID_PREFIXES = {CHAT_PATH: "chatcmpl-", MESSAGES_PATH: "msg_"}
-"""Where a request's id is the id of its answer."""
+RESPONSES_PATH = "/v1/responses"
+_ID_PREFIXES = {CHAT_PATH: "chatcmpl-", RESPONSES_PATH: "resp_", MESSAGES_PATH: "msg_"}
+"""What begins the ids of requests, which are those of the answers too."""
 _QUIET_PATHS = frozenset({"/health", "/metrics"})
 
 
@@ -80,6 +82,7 @@ class AppContext:
     engine: Engine
     settings: Settings
     metrics: Metrics
+    responses: ResponseStore
 
 
 def context_of(request: Request) -> AppContext:

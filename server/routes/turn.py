@@ -135,6 +135,7 @@ class Turn:
             sum(usage.prompt_tokens for usage in prompts),
             sum(usage.cached_tokens for usage in prompts),
             sum(usage.completion_tokens for usage in self._usages.values()),
+            sum(usage.reasoning_tokens for usage in self._usages.values()),
         )
 
     def _cancel(self) -> None:

@@ -3,7 +3,7 @@
 from mlx.nn.layers.base import Module
 
 from server.engine.budget import Budget, make_room
-from server.engine.sessions import LEAST_SHARED
+from server.engine.checkpoints import LEAST_SHARED
 from server.protocol import Prompt
 from tests.server.engine.talk import Talk, some
 from turbocache.ring import RingConfig

@@ -50,6 +50,15 @@ def test_reasoning_has_a_channel_of_its_own(tokenizer: TokenizerWrapper) -> None
     assert joined(opened, "reasoning") == "because"
 
 
+def test_tokens_of_a_thought_are_counted(tokenizer: TokenizerWrapper) -> None:
+    assembler = TextAssembler(tokenizer, [], ())
+    thought = tokenizer.encode("the river is near the mill")
+    for token in [*tokenizer.encode("<think>"), *thought, *tokenizer.encode("</think>so it is")]:
+        assembler.add(token)
+    # The marks are several tokens each here: the last of the opening one and all but that of the closing one count.
+    assert len(thought) < assembler.reasoned <= len(thought) + len(tokenizer.encode("</think>"))
+
+
 @pytest.mark.parametrize(("begun", "text"), [(False, "more words"), (True, " more words")])
 def test_an_answer_that_goes_on_keeps_the_space_that_it_begins_with(
     tokenizer: TokenizerWrapper, begun: bool, text: str
