@@ -66,7 +66,7 @@ env: $(RUNTIME)
 env-dev: $(DEV)
 
 run: $(RUNTIME)
-	$(BIN)/uvicorn server.app:app --host $(HOST) --port $(PORT) --no-access-log
+	$(BIN)/turbocache serve --host $(HOST) --port $(PORT)
 
 # Two processes, each with one thread of BLAS: two that spin for each other take a quarter longer on two cores.
 test: $(DEV)

@@ -5,22 +5,30 @@ try:
 except ValueError as error:  # a bad TURBOCACHE_BLAS, whose sentence is all that a person needs
     raise SystemExit(str(error)) from None
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, closing
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import error_handlers
 from server.errors import StartupError
+from server.exposure import warn_when_exposed
+from server.http_cors import CrossOrigin
+from server.loop_lag import watch_loop
 from server.metrics import Metrics
 from server.protocol import Engine
 from server.response_store import open_store
 from server.routes import ROUTERS
+from server.routes.open_requests import OpenRequests
 from server.routes.scope import AppContext, RequestScope
 from server.settings import Settings, load_settings
+from server.stopping import Stopping
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["RunnableEngine", "app", "create_app", "turbocache"]
 
@@ -46,6 +54,7 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
     A StartupError (from settings, factory or engine) ends the start with its sentences and no traceback.
     """
     metrics = Metrics()
+    requests = OpenRequests(metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,10 +64,14 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
         with closing(open_store(chosen.session_dir)) as responses:
             engine.start()
             app.state.context = AppContext(engine, chosen, metrics, responses)
+            requests.deadline = chosen.deadline
             try:
-                yield
+                async with _beside(watch_loop(metrics), warn_when_exposed(chosen)):
+                    with Stopping(requests, chosen.stop_grace, engine.stop).listening():
+                        yield
             finally:
-                engine.stop()
+                # In a thread: sessions may take a while to disk, and last words are still on their way to clients.
+                await asyncio.to_thread(engine.stop)
 
     @asynccontextmanager
     async def explained(app: FastAPI) -> AsyncIterator[None]:
@@ -72,7 +85,8 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
     # The documentation pages would load scripts from elsewhere, and the chat body is not in their schema anyway.
     app = FastAPI(title="turbocache", lifespan=explained, openapi_url=None)
     app.state.startup_error = None
-    app.add_middleware(RequestScope, metrics=metrics)
+    app.add_middleware(RequestScope, metrics=metrics, requests=requests)
+    app.add_middleware(CrossOrigin, state=app.state)
     app.add_middleware(_PlainStartupErrors, state=app.state)
     error_handlers.install(app)
     for router in ROUTERS:
@@ -85,6 +99,25 @@ def _build_engine(settings: Settings, metrics: Metrics) -> RunnableEngine:
     from server.engine import build_engine
 
     return build_engine(settings, metrics)
+
+
+@asynccontextmanager
+async def _beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs coroutines beside a block, and cancels them behind it. One that fails is logged, and the block goes on."""
+
+    async def logged(one: Coroutine[Any, Any, None]) -> None:
+        try:
+            await one
+        except Exception:
+            logger.exception("what runs beside the requests has failed")
+
+    tasks = [asyncio.create_task(logged(one)) for one in work]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _configure_logging(level: str) -> None:

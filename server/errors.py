@@ -5,7 +5,10 @@ HTTP status. Foreign errors are translated where they enter and keep their cause
 """
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+Phase = Literal["arriving", "waiting", "prefill", "answer"]
+"""How far a request has come: its body is read, it waits for the batch, its prompt is read, it is answered."""
 
 
 class StartupError(Exception):
@@ -176,6 +179,42 @@ class SessionNotSaved(ServerError):
 
     status = 503
     default_code = "session_not_saved"
+
+
+class DeadlineExceeded(ServerError):
+    """504: TURBOCACHE_DEADLINE seconds have passed since the request arrived, which had come to `phase`.
+
+    504 is what gRPC's DEADLINE_EXCEEDED is over HTTP. 408 would blame the client's sending and makes browsers repeat a
+    request on an old connection by themselves; 503 says that the server is overloaded. SDKs send a 504 again, which is
+    right while a request waits or its prompt is read: the next attempt goes on from what is cached by then. An answer
+    is begun anew each time, so they are told not to.
+    """
+
+    status = 504
+    default_code = "deadline_exceeded"
+
+    def __init__(self, seconds: float, phase: Phase) -> None:
+        was = {
+            "arriving": "it had not arrived",
+            "waiting": "it was waiting for its turn",
+            "prefill": "its prompt was being read",
+            "answer": "it was being answered",
+        }
+        super().__init__(f"The request has not ended within the server's limit of {seconds:g} seconds; {was[phase]}.")
+        self._is_wasted = phase == "answer"
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), **({"X-Should-Retry": "false"} if self._is_wasted else {})}
+
+
+class ShuttingDown(ServerError):
+    """503: the server is being stopped."""
+
+    status = 503
+    default_code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down.", retry_after=5.0)
 
 
 class EngineDead(ServerError):

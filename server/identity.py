@@ -12,8 +12,9 @@ _IN_USER_ID = re.compile(r"user_\S*_session_([0-9a-fA-F-]{36})")
 """`metadata.user_id` of Claude Code before it was JSON."""
 
 
-def session_key(prompt_cache_key: str | None, headers: Mapping[str, str]) -> str | None:
-    """The session's name: `prompt_cache_key`, else the first of SESSION_HEADERS that is present, else None.
+def session_key(prompt_cache_key: str | None, headers: Mapping[str, str], user_id: str | None = None) -> str | None:
+    """The session's name: `prompt_cache_key`, else the first of SESSION_HEADERS that is present, else the session in an
+    Anthropic client's `metadata.user_id`, else None.
 
     An empty name counts as none, and spaces around it do not count. `headers` must look names up without regard to
     case. Raises InvalidRequest when the chosen name can't be one, as `checked_name` says.
@@ -23,18 +24,13 @@ def session_key(prompt_cache_key: str | None, headers: Mapping[str, str]) -> str
     for name in SESSION_HEADERS:
         if raw := headers.get(name, "").strip(" "):
             return checked_name(_decoded(raw, name), name)
+    if user_id and (key := _session_in(user_id).strip(" ")):
+        return checked_name(key, "metadata.user_id")
     return None
 
 
-def session_of_user(user_id: str | None) -> str | None:
-    """The session that `metadata.user_id` of an Anthropic client carries; None if it carries none, for a user is no
-    session. Raises InvalidRequest when what it carries can't be a name.
-    """
-    key = _session_in(user_id or "").strip(" ")
-    return checked_name(key, "metadata.user_id") if key else None
-
-
 def _session_in(user_id: str) -> str:
+    """The session that a user id carries, empty if it carries none: users are no sessions."""
     if (found := _IN_USER_ID.fullmatch(user_id)) is not None:
         return found[1]
     try:

@@ -3,7 +3,7 @@
 Who writes what, so that nothing is counted twice:
 
 - the HTTP rooms: `http_requests`, `requests_finished`, `admission_refusals` (the engine its reason `later_sessions`),
-  `time_to_first_token`, `request_duration`;
+  `time_to_first_token`, `request_duration`, `deadlines_exceeded`, `event_loop_lag`;
 - the engine: everything else (pages, bytes, sessions, queue, tokens, inter-token latency, rotations, evictions,
   checkpoints, fallbacks, backend, checks of the probe, attention paths, kernel faults).
 
@@ -16,6 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 # A cold prefill of a long context on a small machine takes many minutes, so the buckets go on to half an hour.
 _SLOW_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0)
+_LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 5.0)
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -85,6 +86,11 @@ class Metrics:
         self.requests_finished = self._counter(
             "requests_finished", "Accepted requests by outcome: stop, length, cancelled, error.", ("reason",)
         )
+        self.deadlines_exceeded = self._counter(
+            "deadlines_exceeded",
+            "Requests ended by TURBOCACHE_DEADLINE, by how far they had come: arriving, waiting, prefill, answer.",
+            ("phase",),
+        )
         self.fallbacks = self._counter(
             "fallbacks", "Times a backend was passed over for another.", ("from", "to", "reason")
         )
@@ -101,6 +107,16 @@ class Metrics:
         )
         self.http_requests = self._counter("http_requests", "HTTP responses by route template.", ("path", "status"))
 
+        self.event_loop_lag = self._histogram(
+            "event_loop_lag_seconds", "By how much the event loop comes late, fifty times a second.", _LAG_BUCKETS
+        )
+        self.event_loop_longest_lag = self._gauge(
+            "event_loop_longest_lag_seconds", "The most by which the event loop has come late since the start."
+        )
+        self.event_loop_longest_own_lag = self._gauge(
+            "event_loop_longest_own_lag_seconds",
+            "The same without the time for which its thread waited for a processor (told by Linux only).",
+        )
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From the request's arrival to its first text.", _SLOW_BUCKETS
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from server.errors import NotFound, StartupError
+from server.errors import InvalidRequest, NotFound, StartupError
 from server.response_files import ResponseFiles
 from server.schemas.response_answer import ResponseBody
 from server.schemas.response_items import Item
@@ -39,8 +39,8 @@ class StoredResponse(BaseModel):
         return self.response.previous_response_id
 
 
-class PreviousResponseNotFound(NotFound):
-    """404: a conversation can't be gone on with, because a response of it is not there (any more)."""
+class PreviousResponseNotFound(InvalidRequest):
+    """400, as OpenAI has it: a conversation can't be gone on with, because a response of it is not there (any more)."""
 
     default_code = "previous_response_not_found"
 

@@ -26,6 +26,9 @@ _MIN_BUDGET_BYTES = 1 << 20
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
 _UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)}
+# Browser extensions and desktop applications have schemes of their own.
+_ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?")
+_DEFAULT_PORTS = {("http", "80"), ("https", "443")}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 
@@ -78,8 +81,18 @@ def _from_text(parse: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
-def _split_keys(text: str) -> tuple[str, ...]:
-    return tuple(key for part in text.split(",") if (key := part.strip()))
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(item for part in text.split(",") if (item := part.strip()))
+
+
+def _split_origins(text: str) -> tuple[str, ...]:
+    """Origins as browsers send them. Raises ValueError for what none would ever send."""
+    origins = _split(text)
+    for origin in origins:
+        match = _ORIGIN.fullmatch(origin)
+        if origins != ("*",) and (match is None or (match["scheme"], match["port"]) in _DEFAULT_PORTS):
+            raise ValueError(f"{origin!r} is no origin")
+    return origins
 
 
 class Settings(BaseSettings):
@@ -120,8 +133,25 @@ class Settings(BaseSettings):
     )
     max_batch: int = Field(default=8, ge=1, description="a number of requests, 1 or more")
     queue_limit: int = Field(default=64, ge=1, description="a number of waiting requests, 1 or more")
-    api_keys: Annotated[tuple[str, ...], NoDecode, _from_text(_split_keys)] = Field(
+    api_keys: Annotated[tuple[str, ...], NoDecode, _from_text(_split)] = Field(
         default=(), repr=False, description="API keys separated by commas"
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode, _from_text(_split_origins)] = Field(
+        default=(),
+        description="* or origins separated by commas, each as browsers send it, such as http://localhost:3000 "
+        "(lower case, no path, no slash at the end, no default port)",
+    )
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="a number of seconds above 0 after which a request that has not ended is ended (unset: never)",
+    )
+    stop_grace: float = Field(
+        default=5.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="a number of seconds that open requests have to end when the server is stopped, 0 or more",
     )
     session_dir: Path | None = Field(
         default=None, description="a folder for sessions on disk (unset: sessions live in memory only)"

@@ -24,7 +24,15 @@ from server.engine.text import Lexicon, opening_state
 from server.engine.tool_formats import tool_format
 from server.engine.turns import Turns
 from server.engine.waiting import Entry, WaitingRoom
-from server.errors import ContextLengthExceeded, EngineDead, InvalidRequest, OutOfMemory, StartupError
+from server.errors import (
+    ContextLengthExceeded,
+    EngineDead,
+    InvalidRequest,
+    OutOfMemory,
+    ServerError,
+    ShuttingDown,
+    StartupError,
+)
 from server.metrics import Metrics
 from server.protocol import (
     AnswerRules,
@@ -252,7 +260,7 @@ class MlxEngine:
                 self._turns.refresh_now_and_then()
             if self._turns.faults.verdict is None:
                 self._rest_all()
-            self._close(EngineDead("The server is shutting down."))
+            self._close(ShuttingDown())
         except BaseException as error:
             self._death = f"the engine thread died of {type(error).__name__}; see the log and restart the server"
             log.critical("the engine thread died", exc_info=error)
@@ -298,7 +306,7 @@ class MlxEngine:
             n_saved += len(session.tokens) >= LEAST_SHARED and self._registry.save(session)
         log.info("%d sessions of this run are on disk in %s", n_saved, self._settings.session_dir)
 
-    def _close(self, error: EngineDead) -> None:
+    def _close(self, error: ServerError) -> None:
         """Nothing is computed any more."""
         while not self._commands.empty():
             command = self._commands.get()

@@ -42,8 +42,8 @@ class Lexicon:
 
 class TextAssembler:
     """One answer's text. `stopped` turns True when it has ended by a stop string, which is `stop` and not part of the
-    text, or by the one call that `rules` allow. `called`: it holds a call. `reasoned` tokens were of a thought.
-    `begun`: it goes on with the prompt's text.
+    text, or by the one call that `rules` allow. `called`: it holds a call. `begun`: it goes on with the prompt's text.
+    `reasoned` tokens were of a thought.
     """
 
     def __init__(

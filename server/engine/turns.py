@@ -25,7 +25,15 @@ from server.engine.sessions import Claim, SessionRegistry
 from server.engine.text import Lexicon, TextAssembler
 from server.engine.tool_formats import ToolFormat
 from server.engine.waiting import Entry, WaitingRoom
-from server.errors import EngineDead, GrammarFailed, InternalError, KernelFault, OutOfMemory, ServerError
+from server.errors import (
+    EngineDead,
+    GrammarFailed,
+    InternalError,
+    KernelFault,
+    OutOfMemory,
+    ServerError,
+    ShuttingDown,
+)
 from server.metrics import Metrics
 from server.protocol import (
     DrawnToken,
@@ -279,7 +287,7 @@ class Turns:
         """An orderly stop: what has been computed stays with its sessions."""
         for uid, run in list(self.runs.items()):
             self._rest(uid, run, *self.generator.remove(uid))
-            run.deliver(Failed(EngineDead("The server is shutting down.")))
+            run.deliver(Failed(ShuttingDown()))
 
     def cancel(self, request_id: str) -> None:
         """Stop working for a client that is gone. What its session has cached so far stays."""
@@ -333,7 +341,7 @@ class Turns:
         self.refresh()
         run.deliver(Failed(error))
 
-    def end_all(self, error: EngineDead) -> None:
+    def end_all(self, error: ServerError) -> None:
         """Nothing is computed any more: end what runs and what waits."""
         runs, self.runs = self.runs, {}
         for run in runs.values():

@@ -37,15 +37,15 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @dataclass(slots=True)
 class Answer:
-    """One whole answer. `tokens` are those of its text, where they were asked for. `parts` is all of it in the order in
-    which it came.
+    """One whole answer. `parts` are its texts and calls as they came, `tokens` those of its text, where they were asked
+    for.
     """
 
+    parts: list[TextDelta | ToolCall] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     tokens: list[DrawnToken] = field(default_factory=list)
-    parts: list[TextDelta | ToolCall] = field(default_factory=list)
     finished: Finished | None = None
 
     @property
@@ -107,11 +107,13 @@ def check_model(name: str, model: ModelInfo) -> None:
         )
 
 
-def name_session(request: Request, key: str | None, stream: bool, default: str | None = None) -> str | None:
-    """The session's name, from the body's own key or a header, else `default`; noted for the response's header and the
-    log.
+def name_session(
+    request: Request, key: str | None, stream: bool, *, user_id: str | None = None, default: str | None = None
+) -> str | None:
+    """The session's name, from the body's own key, a header or a user id, else `default`; noted for the answer's header
+    and the log.
     """
-    session, record = session_key(key, request.headers) or default, record_of(request)
+    session, record = session_key(key, request.headers, user_id) or default, record_of(request)
     record.session, record.session_name, record.stream = session_hash(session), session, stream
     return session
 
@@ -203,11 +205,11 @@ async def _whole(turn: Turn, form: AnswerForm) -> BaseModel:
             raise turn.public_error(event)
         if isinstance(event, Finished):
             answer.finished = event
-        elif isinstance(event, TextDelta | ToolCall):
+        elif isinstance(event, ToolCall):
             answer.parts.append(event)
-        if isinstance(event, ToolCall):
             answer.calls.append(event)
         elif isinstance(event, TextDelta):
+            answer.parts.append(event)
             (answer.text if event.channel == "content" else answer.reasoning).append(event.text)
             answer.tokens += event.tokens
     return form.whole(answers, event.usage)

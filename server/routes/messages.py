@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from server.anthropic_errors import MESSAGES_PATH, envelope
 from server.errors import ServerError
-from server.identity import session_of_user
 from server.protocol import Event, Finished, GenerationRequest, PrefillProgress, TextDelta, ToolCall, Usage
 from server.routes.exchange import Answer, check_model, name_session, parsed, prepared, respond, to_json
 from server.routes.message_blocks import Blocks, whole_blocks
@@ -42,7 +41,7 @@ async def messages(request: Request) -> Response:
     context, record = context_of(request), record_of(request)
     body = await parsed(request, MessagesRequest)
     check_model(body.model, context.engine.model)
-    session, rules = name_session(request, None, bool(body.stream), session_of_user(body.user_id)), body.rules()
+    session, rules = name_session(request, None, bool(body.stream), user_id=body.user_id), body.rules()
     prompt, grammar = await prepared(request, body.conversation(), rules)
     wanted = GenerationRequest(
         request_id=record.request_id,

@@ -59,7 +59,7 @@ async def create(request: Request) -> Response:
     check_model(asked.model, context.engine.model)
     earlier, new = _context(context.responses, record.owner, asked)
     chain = _session(asked, earlier, new, record.request_id)
-    session = name_session(request, asked.prompt_cache_key, bool(asked.stream), chain)
+    session = name_session(request, asked.prompt_cache_key, bool(asked.stream), default=chain)
 
     def keep(body: ResponseBody) -> None:
         if asked.stored:

@@ -1,5 +1,6 @@
 """What surrounds every request: its id, its one log line, its metrics, its API key, and the last net for exceptions."""
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -13,10 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.anthropic_errors import MESSAGES_PATH, is_anthropics
 from server.error_handlers import error_response
-from server.errors import InternalError, Unauthorized
+from server.errors import InternalError, ServerError, ShuttingDown, Unauthorized
 from server.metrics import Metrics
 from server.protocol import Engine, Usage
 from server.response_store import ResponseStore
+from server.routes.open_requests import Endable, OpenRequests
 from server.settings import Settings
 
 logger = logging.getLogger("server.requests")
@@ -24,7 +26,7 @@ logger = logging.getLogger("server.requests")
 CHAT_PATH = "/v1/chat/completions"
 RESPONSES_PATH = "/v1/responses"
 _ID_PREFIXES = {CHAT_PATH: "chatcmpl-", RESPONSES_PATH: "resp_", MESSAGES_PATH: "msg_"}
-"""What begins the ids of requests, which are those of the answers too."""
+"""Where a request's id is the id of its answer."""
 _QUIET_PATHS = frozenset({"/health", "/metrics"})
 
 
@@ -32,7 +34,8 @@ _QUIET_PATHS = frozenset({"/health", "/metrics"})
 class RequestRecord:
     """Who asks, and what the log line of a request says: no text of a prompt or an answer, and of a session's name only
     a hash. `session_name` goes back to the client, as X-Session-ID. `owner` tells API keys apart. `rotated`: the prompt
-    is longer than a session holds, which the client is told as X-Turbocache-Overflow.
+    is longer than a session holds, which the client is told as X-Turbocache-Overflow. `turns` are those that the engine
+    has accepted.
     """
 
     request_id: str
@@ -47,6 +50,7 @@ class RequestRecord:
     usage: Usage | None = None
     first_text_seconds: float | None = None
     finish: str | None = None
+    turns: list[Endable] = field(default_factory=list)
 
     def elapsed(self) -> float:
         """Seconds since the request arrived."""
@@ -120,14 +124,16 @@ def _presented_keys(request: Request) -> list[bytes]:
 
 
 class RequestScope:
-    """ASGI middleware: gives each request a `RequestRecord`, the x-request-id header, a log line and a count.
+    """ASGI middleware: gives each request a `RequestRecord`, the x-request-id header, a log line and a count, and has
+    it watched among the open ones.
 
     An exception that nothing else handled is logged and answered with 500, or ends the response if it has begun.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, requests: OpenRequests) -> None:
         self._app = app
         self._metrics = metrics
+        self._requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -149,13 +155,24 @@ class RequestScope:
                 message = {**message, "headers": headers}
             await send(message)
 
+        async def refuse(error: ServerError) -> None:
+            if record.status is None:
+                await error_response(error, scope)(scope, receive, send_with_id)
+
         try:
-            await self._app(scope, receive, send_with_id)
+            async with self._requests.watched(record.turns):
+                await self._app(scope, receive, send_with_id)
+        except ServerError as error:
+            record.error = error.code or error.type
+            await refuse(error)
+        except asyncio.CancelledError:
+            # uvicorn's own patience at a stop has an end.
+            record.error = ShuttingDown.default_code
+            await refuse(ShuttingDown())
         except Exception as error:
             logger.exception("%s ended with an unexpected error", record.request_id)
             record.error = type(error).__name__
-            if record.status is None:
-                await error_response(InternalError.of(record.request_id), scope)(scope, receive, send_with_id)
+            await refuse(InternalError.of(record.request_id))
         finally:
             # The template, not the address: addresses are text from users.
             path = getattr(scope.get("route"), "path", "unmatched")

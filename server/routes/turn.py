@@ -9,9 +9,20 @@ from typing import Any, Literal, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from server.errors import EngineDead, InternalError, ServerError
+from server.errors import EngineDead, InternalError, Phase, ServerError
 from server.metrics import Metrics
-from server.protocol import Engine, Event, Failed, Finished, FinishReason, GenerationRequest, TextDelta, ToolCall, Usage
+from server.protocol import (
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    PrefillProgress,
+    TextDelta,
+    ToolCall,
+    Usage,
+)
 from server.routes.scope import RequestRecord
 from server.sse import IDLE_SECONDS, Ended, next_within
 
@@ -26,8 +37,8 @@ class Turn:
     `Ended` or `Failed`.
 
     Lives on the event loop's thread; only `deliver` may be called from another. The first of these settles the outcome:
-    the last answer's end, one that fails (the others are cancelled), `close` (the client is gone: cancelled), or an
-    engine found dead (error). Events that come after it are dropped.
+    the last answer's end, one that fails (the others are cancelled), `close` (the client is gone: cancelled), or `end`
+    (an engine found dead, a deadline, a stop of the server: error). Events that come after it are dropped.
     """
 
     def __init__(
@@ -35,6 +46,7 @@ class Turn:
     ) -> None:
         self.queue: asyncio.Queue[Event | Ended] = asyncio.Queue()
         self.outcome: Outcome | None = None
+        self.phase: Phase = "waiting"
         self._engine = engine
         self._metrics = metrics
         self._requests = requests
@@ -52,6 +64,18 @@ class Turn:
     def submit(self) -> None:
         """Raises what Engine.submit raises; then the turn was never accepted and has no outcome."""
         self._engine.submit(self._requests, self.deliver)
+        self._record.turns.append(self)
+
+    @property
+    def over(self) -> bool:
+        return self.outcome is not None
+
+    def end(self, error: ServerError) -> None:
+        """Fails the turn before the engine does, and cancels the engine's work; idempotent."""
+        if self.outcome is None:
+            self._settle("error")
+            self._cancel()
+            self._pass_on(Failed(error))
 
     def deliver(self, event: Event) -> None:
         """The engine's door, called from its thread."""
@@ -71,10 +95,7 @@ class Turn:
             return
         # A terminal event sent just before the thread ended is already in the loop's queue: let it come first.
         await asyncio.sleep(0)
-        if self.outcome is None:
-            self._settle("error")
-            self._cancel()
-            self._pass_on(Failed(EngineDead(f"The engine stopped working: {health.detail}")))
+        self.end(EngineDead(f"The engine stopped working: {health.detail}"))
 
     async def wait_first(self, seconds: float) -> None:
         """Returns at the first event, or after `seconds`. Raises the error of a turn that failed before any text."""
@@ -114,6 +135,10 @@ class Turn:
         if terminal:
             self._open.discard(event.choice)
             self._ended.add(event.choice)
+        if isinstance(event, PrefillProgress) and self.phase == "waiting":
+            self.phase = "prefill"
+        elif isinstance(event, TextDelta | ToolCall):
+            self.phase = "answer"
         if isinstance(event, TextDelta | ToolCall) and self._record.first_text_seconds is None:
             self._record.first_text_seconds = self._record.elapsed()
             self._metrics.time_to_first_token.observe(self._record.first_text_seconds)

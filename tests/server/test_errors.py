@@ -23,6 +23,8 @@ from server.error_handlers import install, param_of
         (errors.QueueFull(), 429, "requests", "rate_limit_exceeded"),
         (errors.OutOfMemory(), 503, "server_error", "out_of_memory"),
         (errors.EngineDead("m"), 503, "server_error", "engine_dead"),
+        (errors.DeadlineExceeded(3, "waiting"), 504, "server_error", "deadline_exceeded"),
+        (errors.ShuttingDown(), 503, "server_error", "shutting_down"),
         (errors.InternalError("m"), 500, "server_error", "internal_error"),
     ],
 )

@@ -29,6 +29,10 @@ NAMES = {
     "kernel_faults",
     "attention_path",
     "http_requests",
+    "deadlines_exceeded",
+    "event_loop_lag_seconds",
+    "event_loop_longest_lag_seconds",
+    "event_loop_longest_own_lag_seconds",
 }
 
 

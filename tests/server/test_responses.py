@@ -294,7 +294,7 @@ def test_retrieve_list_and_delete(serve: Serve) -> None:
             f"Response with id '{first.id}' not found.",
         )
     assert server.http.delete(f"{PATH}/{first.id}").status_code == 404
-    with pytest.raises(openai.NotFoundError) as caught:
+    with pytest.raises(openai.BadRequestError) as caught:
         server.openai.responses.create(model="default", input="more", previous_response_id=second.id)
     assert caught.value.code == "previous_response_not_found"
 
@@ -319,7 +319,7 @@ def test_unknown_ids(serve: Serve) -> None:
     server = serve(ScriptedEngine())
     response = server.http.post(PATH, json={**ASK, "previous_response_id": "resp_none"})
     assert (response.status_code, error_of(response)) == (
-        404,
+        400,
         {
             "message": "Previous response with id 'resp_none' not found.",
             "type": "invalid_request_error",
@@ -343,10 +343,11 @@ def test_a_response_is_its_keys_alone(serve: Serve) -> None:
         server.http.get(f"{PATH}/{first['id']}", headers=other),
         server.http.get(f"{PATH}/{first['id']}/input_items", headers=other),
         server.http.delete(f"{PATH}/{first['id']}", headers=other),
-        server.http.post(PATH, json={**ASK, "previous_response_id": first["id"]}, headers=other),
         server.http.post(PATH, json={**ASK, "input": [reference]}, headers=other),
     ):
         assert answer.status_code == 404
+    answer = server.http.post(PATH, json={**ASK, "previous_response_id": first["id"]}, headers=other)
+    assert error_of(answer)["code"] == "previous_response_not_found"
     assert server.http.post(PATH, json={**ASK, "input": [reference]}, headers=mine).status_code == 200
 
 

@@ -33,6 +33,7 @@ def test_defaults() -> None:
     assert (settings.kv_memory, settings.api_keys, settings.session_dir, settings.blas) == (None, (), None, None)
     assert (settings.prefill_chunk, settings.keepalive_seconds, settings.stall_seconds) == (512, 10.0, 120.0)
     assert (settings.body_limit, settings.log_level) == (16 * 1024 * 1024, "info")
+    assert (settings.deadline, settings.stop_grace, settings.cors_origins) == (None, 5.0, ())
 
 
 def test_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +115,19 @@ def test_blas_is_known_but_comes_too_late_in_the_env_file(monkeypatch: pytest.Mo
         ("KEEPALIVE_SECONDS", "inf", "seconds above 0"),
         ("STALL_SECONDS", "nan", "seconds above 0"),
         ("BODY_LIMIT", "12", "at least 1024"),
+        ("DEADLINE", "0", "seconds above 0"),
+        ("DEADLINE", "soon", "seconds above 0"),
+        ("DEADLINE", "inf", "seconds above 0"),
+        ("STOP_GRACE", "-1", "0 or more"),
+        ("STOP_GRACE", "nan", "0 or more"),
+        ("CORS_ORIGINS", "localhost:3000", "each as browsers send it"),
+        ("CORS_ORIGINS", "http://localhost:3000/", "no slash at the end"),
+        ("CORS_ORIGINS", "http://ok.example,https://chat.example/app", "no path"),
+        ("CORS_ORIGINS", "https://Chat.example", "lower case"),
+        ("CORS_ORIGINS", "https://chat.example:443", "no default port"),
+        ("CORS_ORIGINS", "http://*.example", "each as browsers send it"),
+        ("CORS_ORIGINS", "*,http://localhost:3000", "* or origins"),
+        ("CORS_ORIGINS", "null", "each as browsers send it"),
     ],
 )
 def test_a_bad_value_names_key_value_and_expectation(
@@ -128,6 +142,13 @@ def test_a_bad_value_names_key_value_and_expectation(
 
 def test_every_bad_value_gets_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(refusal(monkeypatch, WINDOW="1", KEEP="x").splitlines()) == 2
+
+
+def test_origins(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = "http://localhost:3000, https://chat.example,http://[::1]:8080,app://obsidian.md,chrome-extension://abc"
+    assert load_with(monkeypatch, CORS_ORIGINS=given).cors_origins == tuple(given.replace(" ", "").split(","))
+    assert load_with(monkeypatch, CORS_ORIGINS="*").cors_origins == ("*",)
+    assert load_with(monkeypatch, CORS_ORIGINS="").cors_origins == ()
 
 
 def test_sessions_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A real server process for the tests, and text to talk about."""
 
+import json
 import os
 import random
 import re
@@ -7,14 +8,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 from prometheus_client.parser import text_string_to_metric_families
+
+from turbocache.model import BUNDLED
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 90.0
@@ -48,23 +52,45 @@ class Server:
     def cache_bytes(self) -> float:
         return self.metric("cache_bytes")
 
+    def wait_until_idle(self, seconds: float = 30.0) -> None:
+        """Until nothing runs or waits. Raises AssertionError when that takes longer."""
+        deadline = time.monotonic() + seconds
+        while (
+            self.metric("requests_running")
+            or self.metric("requests_waiting")
+            or any(row["state"] == "running" for row in self.sessions().values())
+        ):
+            assert time.monotonic() < deadline, "what nobody waits for goes on"
+            time.sleep(0.05)
+
     def sessions(self) -> dict[str, dict[str, object]]:
         return {row["id"]: row for row in httpx.get(f"{self.url}/v1/sessions").json()["data"]}
 
 
+UVICORN = ("uvicorn", "server.app:app")
+SERVE = ("turbocache.cli", "serve")
+
+
 @contextmanager
-def running(folder: Path, **settings: str) -> Iterator[Server]:
-    """`uvicorn server.app:app` with these TURBOCACHE_ settings, ready to answer; ended and waited for afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def running(
+    folder: Path, command: Sequence[str] = UVICORN, listener: socket.socket | None = None, **settings: str
+) -> Iterator[Server]:
+    """`python -m command` with these TURBOCACHE_ settings, ready to answer; ended and waited for afterwards. uvicorn
+    can be given a bound `listener`.
+    """
+    with listener.dup() if listener is not None else socket.socket() as probe:
+        if listener is None:
+            probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    where = ["--port", str(port)] if listener is None else ["--fd", str(listener.fileno())]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TURBOCACHE_")}
     environment |= {f"TURBOCACHE_{name}": value for name, value in settings.items()} | {"HF_HUB_OFFLINE": "1"}
     log = folder / f"server-{port}.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "server.app:app", "--port", str(port)],
+            [sys.executable, "-m", *command, *where],
             cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT,
+            pass_fds=() if listener is None else [listener.fileno()],
         )  # fmt: skip
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
@@ -120,6 +146,14 @@ def filler(n_sentences: int, seed: int) -> str:
         f"The {draw.choice(_PEOPLE)} {draw.choice(_DEEDS)} the {draw.choice(_PLACES)} near the {draw.choice(_PLACES)}."
         for _ in range(n_sentences)
     )
+
+
+def endless(name: str, **fields: Any) -> dict[str, Any]:
+    """A request whose answer ends only with the model's positions, because the tokens that end one are forbidden."""
+    ends = json.loads((BUNDLED / "generation_config.json").read_text())["eos_token_id"]
+    messages = [{"role": "user", "content": f"Continue, {name}: {filler(6, 3)}"}]
+    forbidden = {str(token): -100 for token in ends}
+    return {"model": "default", "messages": messages, "prompt_cache_key": name, "logit_bias": forbidden, **fields}
 
 
 def digits(text: str) -> str:

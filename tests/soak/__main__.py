@@ -1,4 +1,4 @@
-"""`python -m tests.soak kills|corruption|operations|schemas`: the long form of what `make test` does in short."""
+"""`python -m tests.soak kills|corruption|operations|schemas|crowd`: the long form of what `make test` does in short."""
 
 import turbocache  # noqa: F401, I001  (before everything that imports mlx)
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from tests.soak import corruption, kills, operations, schemas
+from tests.soak import corruption, crowd, kills, operations, schemas
 from tests.soak.engines import leave
 
 
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--count", type=int, default=5000, help="operations with each model (default: 5000)")
     one.add_argument("--clients", type=int, default=8, help="clients at once (default: 8)")
     one.add_argument("--model", choices=operations.MODELS, help="one of the tiny models (default: each in turn)")
+    one = runs.add_parser("crowd", parents=[common], help="many clients at once, a third of whose requests are left")
+    one.add_argument("--clients", type=int, default=64, help="clients at once (default: 64)")
+    one.add_argument("--count", type=int, default=20, help="requests of each client (default: 20)")
     one = runs.add_parser("schemas", parents=[common], help="answers held to random JSON schemas by a hot model")
     one.add_argument("--count", type=int, default=300, help="schemas (default: 300)")
     arguments = parser.parse_args(argv)
@@ -65,6 +68,8 @@ def _runs(arguments: argparse.Namespace) -> list[Callable[[], Result]]:
         return [partial(kills.run, arguments.times, seed, say=say)]
     if arguments.run == "corruption":
         return [partial(corruption.run, arguments.times, seed, say=say)]
+    if arguments.run == "crowd":
+        return [partial(crowd.run, arguments.clients, arguments.count, seed, say=say)]
     if arguments.run == "schemas":
         return [partial(schemas.run, arguments.count, seed, say=say)]
     models = [arguments.model] if arguments.model else operations.MODELS

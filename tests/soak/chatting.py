@@ -85,7 +85,7 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def _refusal(error: dict[str, Any]) -> Exception:
-    if error["code"] == "engine_dead":
+    if error["code"] in ("engine_dead", "shutting_down"):
         return Gone(error["message"])
     return Later(error["message"]) if error["code"] in _LATER else Refused(f"{error['code']}: {error['message']}")
 

@@ -14,7 +14,16 @@ import pytest
 from server.engine.engine import MlxEngine
 from server.errors import ContextLengthExceeded, EngineDead, KernelFault
 from server.metrics import Metrics
-from server.protocol import Conversation, Failed, Finished, SamplingParams
+from server.protocol import (
+    Conversation,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    PrefillProgress,
+    SamplingParams,
+    TextDelta,
+)
 from tests.server.engine.answers import Answer, owned_by_nobody
 from tests.server.engine.conftest import SETTINGS
 
@@ -127,6 +136,36 @@ def test_what_waits_for_the_engine_ends_with_it(engine: MlxEngine, monkeypatch: 
         waiting[0].result(10)
     with pytest.raises(EngineDead):
         engine.call(lambda: None)
+
+
+@pytest.mark.parametrize("moment", [PrefillProgress, TextDelta], ids=["amid the prompt", "amid the answer"])
+def test_cancelled_work_ends_before_the_next_step(engine: MlxEngine, moment: type[Event]) -> None:
+    """What was computed until then stays with the session."""
+    events: list[Event] = []
+    asked = "Please continue: " + "the river and the mill and " * 120
+    prompt = engine.tokenize(Conversation([{"role": "user", "content": asked}]))
+    request = GenerationRequest("cancelled", prompt, 2000, SamplingParams(temperature=0), session="gone", logprobs=0)
+
+    def deliver(event: Event) -> None:
+        events.append(event)
+        if sum(isinstance(event, moment) for event in events) == 3:
+            engine.cancel("cancelled")
+
+    engine.submit([request], deliver)
+    deadline = time.monotonic() + 20
+    while [row["state"] for row in engine.sessions()] != ["resident"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (row,) = engine.sessions()
+    assert row["state"] == "resident"
+    assert engine._budget.promised == 0
+    assert sum(isinstance(event, moment) for event in events) == 3
+    if moment is PrefillProgress:
+        assert isinstance(last := events[-1], PrefillProgress)
+        assert row["tokens_seen"] == last.processed == 3 * SETTINGS.prefill_chunk < len(prompt.tokens)
+    else:
+        # The batch computes a token before it hands out the one before it.
+        drawn = sum(len(event.tokens) for event in events if isinstance(event, TextDelta))
+        assert 0 <= row["tokens_seen"] - len(prompt.tokens) - drawn <= 1
 
 
 def test_a_cancelled_request_gets_no_further_events_and_its_promise_is_void(engine: MlxEngine) -> None:

@@ -1,0 +1,43 @@
+"""Cross-origin requests: what pages of other origins may ask, in a browser, of this server."""
+
+from typing import Any
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+EXPOSED = ("X-Session-ID", "X-Request-Id", "X-Turbocache-Overflow", "Retry-After")
+METHODS = ("GET", "POST", "DELETE")
+
+
+class CrossOrigin:
+    """ASGI middleware: starlette's CORS for the origins in TURBOCACHE_CORS_ORIGINS, nothing without any.
+
+    Settings are read when the server starts, which is after middleware is put together. No credentials: API keys travel
+    in a header that pages must know, and cookies there are none. Preflights are answered here, so they need no key.
+    """
+
+    def __init__(self, app: ASGIApp, state: Any) -> None:
+        self._plain = app
+        self._state = state
+        self._chosen: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._plain(scope, receive, send)
+            return
+        if self._chosen is None:
+            self._chosen = self._choose(self._state.context.settings.cors_origins)
+        await self._chosen(scope, receive, send)
+
+    def _choose(self, origins: tuple[str, ...]) -> ASGIApp:
+        if not origins:
+            return self._plain
+        return CORSMiddleware(
+            self._plain,
+            allow_origins=origins,
+            allow_methods=METHODS,
+            allow_headers=("*",),
+            expose_headers=EXPOSED,
+            # A page from the internet that is in the list may reach a server at home.
+            allow_private_network=True,
+        )
