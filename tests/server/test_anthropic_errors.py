@@ -28,7 +28,8 @@ def test_types(error: errors.ServerError, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(403, "permission_error"), (418, "invalid_request_error"), (529, "overloaded_error")]
+    ("status", "kind"),
+    [(403, "permission_error"), (504, "timeout_error"), (418, "invalid_request_error"), (529, "overloaded_error")],
 )
 def test_other_statuses(status: int, kind: str) -> None:
     assert envelope(errors.ServerError("m"), status, None)["error"]["type"] == kind
