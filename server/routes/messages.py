@@ -24,6 +24,7 @@ from server.schemas.anthropic_answer import (
     MessageStart,
     MessageStop,
     MessageUsage,
+    OutputTokensDetails,
     Ping,
     StopReason,
     StreamEvent,
@@ -132,6 +133,7 @@ def usage_body(usage: Usage) -> MessageUsage:
         cache_creation_input_tokens=0,
         cache_read_input_tokens=usage.cached_tokens,
         output_tokens=usage.completion_tokens,
+        output_tokens_details=OutputTokensDetails(thinking_tokens=usage.reasoning_tokens),
     )
 
 

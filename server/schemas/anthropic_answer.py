@@ -30,6 +30,10 @@ class ToolUse(BaseModel):
 ContentBlock = Text | Thought | ToolUse
 
 
+class OutputTokensDetails(BaseModel):
+    thinking_tokens: int
+
+
 class MessageUsage(BaseModel):
     """Token counts of one turn: of the prompt, `cache_read_input_tokens` were found in the session's cache and
     `input_tokens` were not.
@@ -39,6 +43,7 @@ class MessageUsage(BaseModel):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: OutputTokensDetails
 
 
 class CacheMiss(BaseModel):

@@ -41,7 +41,8 @@ def test_the_message_names_the_field(message: str, param: str | None, said: str)
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(403, "permission_error"), (418, "invalid_request_error"), (529, "overloaded_error")]
+    ("status", "kind"),
+    [(403, "permission_error"), (504, "timeout_error"), (418, "invalid_request_error"), (529, "overloaded_error")],
 )
 def test_other_statuses(status: int, kind: str) -> None:
     assert envelope(errors.ServerError("m"), status, None)["error"]["type"] == kind

@@ -15,7 +15,13 @@ MESSAGES = "/v1/messages"
 COUNT = "/v1/messages/count_tokens"
 BODY: dict[str, Any] = {"model": "default", "max_tokens": 7, "messages": [{"role": "user", "content": "hi there"}]}
 STREAM = {**BODY, "stream": True}
-COUNTED = {"input_tokens": 4, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 8, "output_tokens": 3}
+COUNTED = {
+    "input_tokens": 4,
+    "cache_creation_input_tokens": 0,
+    "cache_read_input_tokens": 8,
+    "output_tokens": 3,
+    "output_tokens_details": {"thinking_tokens": 0},
+}
 UUID = "57a121ec-f78c-48c3-a745-e3036a3ecc33"
 CALL = ToolCall("call_0123456789abcdef01234567", "weather", '{"city": "Oslo"}')
 
@@ -101,7 +107,7 @@ def test_thoughts_texts_and_calls(serve: Serve) -> None:
         TextDelta("\nSee."),
         TextDelta("\n"),
         CALL,
-        Finished("tool_calls", USAGE),
+        Finished("tool_calls", Usage(12, 8, 5, 2)),
     ]
     server = serve(ScriptedEngine(script))
     whole = server.http.post(MESSAGES, json=BODY).json()
@@ -111,6 +117,7 @@ def test_thoughts_texts_and_calls(serve: Serve) -> None:
         {"type": "tool_use", "id": "toolu_0123456789abcdef01234567", "name": "weather", "input": {"city": "Oslo"}},
     ]
     assert (whole["content"], whole["stop_reason"]) == (content, "tool_use")
+    assert whole["usage"]["output_tokens_details"] == {"thinking_tokens": 2}
     events = events_of(server.http.post(MESSAGES, json=STREAM).text)
     assert [event["delta"] for event in events if event["type"] == "content_block_delta"] == [
         {"type": "thinking_delta", "thinking": "hm"},

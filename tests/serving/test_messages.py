@@ -26,6 +26,12 @@ def ask(server: Server, messages: list[dict[str, Any]], session: str | None = No
     return answer
 
 
+def seen(answer: dict[str, Any]) -> int:
+    """Tokens of the prompt and the answer."""
+    usage = answer["usage"]
+    return int(usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["output_tokens"])
+
+
 def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
@@ -43,8 +49,7 @@ def test_the_attribution_line_leaves_the_cached_prefix_whole(server: Server, ses
     first = ask(server, talk, session, system=system(f"2.1.{code}.01c", "36ee5"))
     talk += [{"role": "assistant", "content": first["content"]}, user("What is my locker code?")]
     second = ask(server, talk, session, system=system(f"2.1.{code}.7b4", "0aaa9"))
-    seen = first["usage"]["input_tokens"] + first["usage"]["cache_read_input_tokens"] + first["usage"]["output_tokens"]
-    assert second["usage"]["cache_read_input_tokens"] == seen
+    assert second["usage"]["cache_read_input_tokens"] == seen(first)
     assert second["usage"]["input_tokens"] < 20
     assert digits(second["content"][0]["text"]) == code
 
@@ -74,7 +79,7 @@ def test_a_call_and_its_result(server: Server) -> None:
     talk += [{"role": "assistant", "content": answer["content"]}, {"role": "user", "content": [result]}]
     after = ask(server, talk, "weather", **options)
     # The call is rendered as the model wrote it.
-    assert after["usage"]["cache_read_input_tokens"] == sum(answer["usage"].values())
+    assert after["usage"]["cache_read_input_tokens"] == seen(answer)
 
 
 def test_an_answer_that_was_begun_is_continued(server: Server) -> None:
