@@ -98,6 +98,20 @@ class Unauthorized(ServerError):
         return {**super().headers(), "WWW-Authenticate": "Bearer"}
 
 
+class OriginNotAllowed(ServerError):
+    """403: a page in a browser, from an origin that is not in TURBOCACHE_CORS_ORIGINS, wants something done."""
+
+    status = 403
+    type = "invalid_request_error"
+    default_code = "origin_not_allowed"
+
+    def __init__(self, origin: str) -> None:
+        super().__init__(
+            f"Pages of the origin {origin[:100]!r} may not use this server. If they should, add it to "
+            "TURBOCACHE_CORS_ORIGINS."
+        )
+
+
 class NotFound(ServerError):
     """404: no such address, or no such model (code "model_not_found")."""
 

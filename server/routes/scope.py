@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.anthropic_errors import MESSAGES_PATH, is_anthropics
 from server.error_handlers import error_response
 from server.errors import InternalError, ServerError, ShuttingDown, Unauthorized
+from server.http_cors import check_origin
 from server.metrics import Metrics
 from server.protocol import Engine, Usage
 from server.response_store import ResponseStore
@@ -160,6 +161,7 @@ class RequestScope:
                 await error_response(error, scope)(scope, receive, send_with_id)
 
         try:
+            check_origin(scope, scope["app"].state.context.settings.cors_origins)
             async with self._requests.watched(record.turns):
                 await self._app(scope, receive, send_with_id)
         except ServerError as error:

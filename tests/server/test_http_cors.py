@@ -1,10 +1,12 @@
 """server.http_cors: what a browser is told about other origins."""
 
+import json
+
 import httpx
 import pytest
 
 from server.errors import QueueFull
-from tests.server.conftest import BODY, CHAT, Serve
+from tests.server.conftest import BODY, CHAT, Serve, error_of
 from tests.server.scripted_engine import ScriptedEngine
 
 PAGE = "http://localhost:3000"
@@ -75,3 +77,31 @@ def test_a_page_that_is_not_in_the_list_may_not(serve: Serve, origin: str) -> No
 def test_a_star_is_for_all(serve: Serve) -> None:
     server = serve(ScriptedEngine(), cors_origins=("*",))
     assert preflight(server.http, "http://any.example").headers["access-control-allow-origin"] == "*"
+
+
+@pytest.mark.parametrize("origin", [PAGE, "null", "https://evil.example", "app://obsidian.md"])
+def test_a_page_of_another_origin_can_have_nothing_done(serve: Serve, origin: str) -> None:
+    """Not even with what browsers send without asking: a simple request, whose answer the page could not read."""
+    server = serve(ScriptedEngine())
+    simple = {"Origin": origin, "Content-Type": "text/plain"}
+    for response in (
+        server.http.post(CHAT, content=json.dumps(BODY), headers=simple),
+        server.http.post("/v1/sessions/mine/fork", headers=simple),
+        server.http.delete("/v1/sessions/mine", headers=simple),
+    ):
+        assert response.status_code == 403
+        error = error_of(response)
+        assert error["code"] == "origin_not_allowed"
+        assert "TURBOCACHE_CORS_ORIGINS" in error["message"]
+    assert not server.engine.requests
+    assert not server.engine.changes
+    assert server.http.get("/v1/models", headers={"Origin": origin}).status_code == 200
+
+
+@pytest.mark.parametrize("allowed", [(PAGE,), ("*",)])
+def test_pages_of_the_list_and_of_the_server_itself_can(serve: Serve, allowed: tuple[str, ...]) -> None:
+    server = serve(ScriptedEngine(), cors_origins=allowed)
+    own = f"http://127.0.0.1:{server.port}"
+    for origin in (PAGE, own):
+        assert server.http.post(CHAT, json=BODY, headers={"Origin": origin}).status_code == 200
+    assert serve(ScriptedEngine()).http.post(CHAT, json=BODY, headers={"Origin": own}).status_code == 403
