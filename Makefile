@@ -78,14 +78,15 @@ run: $(RUNTIME)
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_NUM_THREADS=1
 PYTEST := -m pytest -n 2 --dist loadfile --timeout 300
 
+TEST_CLIENTS := SERVER_PYTHON=$(abspath $(BIN)/python) $(ONE_THREAD) $(CLIENTS_BIN)/python $(PYTEST) -c tests/clients/pytest.ini
+
 # The clients' tests also run when others have failed, so that one report shows everything.
 test: $(DEV) $(if $(ARGS),,env-clients)
 	status=0; $(ONE_THREAD) $(BIN)/python $(PYTEST) $(ARGS) || status=$$?; \
-	$(if $(ARGS),,$(MAKE) --no-print-directory test-clients || status=$$?;) exit $$status
+	$(if $(ARGS),,$(TEST_CLIENTS) tests/clients || status=$$?;) exit $$status
 
 test-clients: $(DEV) env-clients
-	SERVER_PYTHON=$(abspath $(BIN)/python) $(ONE_THREAD) $(CLIENTS_BIN)/python $(PYTEST) -c tests/clients/pytest.ini \
-	  $(or $(ARGS),tests/clients)
+	$(TEST_CLIENTS) $(or $(ARGS),tests/clients)
 
 check: $(DEV)
 	$(BIN)/ruff format --check .
