@@ -32,6 +32,7 @@ _EXPECTED = {
     "content_type": "one of a string or array of objects",
     "stop_type": "one of a string or array of strings",
     "choice_type": "one of a string or an object",
+    "prompt_type": "one of a string, array of strings, array of integers or array of arrays of integers",
 }
 _BOUNDS = {
     "less_than_equal": ("above maximum", "above_max", "le", "<="),
@@ -61,7 +62,7 @@ def invalid_field(detail: ErrorDetails) -> InvalidRequest:
     param = param_of(detail["loc"])
     if kind == "extra_forbidden":
         # OpenAI has two wordings: one for fields of the request, one for fields inside of them.
-        nested = len(detail["loc"]) > 1
+        nested = sum(not (isinstance(step, str) and _BRANCH.fullmatch(step)) for step in detail["loc"]) > 1
         text = f"Unknown parameter: '{param}'." if nested else f"Unrecognized request argument supplied: {param}"
         return InvalidRequest(text, param=param, code="unknown_parameter")
     if kind in (UNSUPPORTED_PARAMETER, UNSUPPORTED_VALUE):

@@ -1,8 +1,9 @@
 """From tokens to what is safe to send: whole characters, no stop strings, reasoning and calls kept apart."""
 
+import codecs
 import functools
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llguidance import LLTokenizer
 from llguidance.hf import from_tokenizer
@@ -39,9 +40,24 @@ class Lexicon:
         return self.tokens.decode_bytes([token])
 
 
+class _Continuation:
+    """A detokenizer as mlx-lm has them, whose text goes on with another: theirs drop a space at its beginning."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self.last_segment = ""
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add_token(self, token: int) -> None:
+        self.last_segment = self._decoder.decode(self._token_bytes(token))
+
+    def finalize(self) -> None:
+        self.last_segment = self._decoder.decode(b"", final=True)
+
+
 class TextAssembler:
     """One answer's text. `stopped` turns True when it has ended by a stop string, which is `stop` and not part of the
-    text, or by the one call that `rules` allow. `called`: it holds a call.
+    text, or by the one call that `rules` allow. `called`: it holds a call. `lexicon` only for `raw` answers.
     """
 
     def __init__(
@@ -51,6 +67,7 @@ class TextAssembler:
         stop: Sequence[str],
         rules: AnswerRules = _NO_RULES,
         format: ToolFormat | None = None,
+        lexicon: Lexicon | None = None,
     ) -> None:
         self.stopped, self.called = False, False
         self.stop: str | None = None
@@ -58,8 +75,12 @@ class TextAssembler:
         self._tools = [tool.template for tool in rules.tools]
         self._stops = {f"{_STOP}{i}": text for i, text in enumerate(stop)}
         self._call = ""
-        self._detokenizer = tokenizer.detokenizer
-        self._state = TextStateMachine(self._edges(tokenizer)).make_state(opening_state(tokenizer, prompt))
+        if rules.raw:
+            assert lexicon is not None
+            self._detokenizer, opening = _Continuation(lexicon.token_bytes), "normal"
+        else:
+            self._detokenizer, opening = tokenizer.detokenizer, opening_state(tokenizer, prompt)
+        self._state = TextStateMachine(self._edges(tokenizer)).make_state(opening)
 
     def add(self, token: int) -> list[TextDelta | ToolCall]:
         """What one more token makes certain."""
@@ -80,7 +101,7 @@ class TextAssembler:
 
     def _edges(self, tokenizer: TokenizerWrapper) -> dict[str, list[tuple[str, str]]]:
         edges: dict[str, list[tuple[str, str]]] = {"normal": [], "reasoning": []}
-        if tokenizer.has_thinking:
+        if tokenizer.has_thinking and not self._rules.raw:
             edges["normal"].append((tokenizer.think_start, "reasoning"))
             edges["reasoning"].append((tokenizer.think_end, "normal"))
         if self._format is not None:

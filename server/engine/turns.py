@@ -131,7 +131,9 @@ class Turns:
         uid = self.generator.insert(
             tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops, compiled(request.grammar)
         )
-        text = TextAssembler(self._host.model.tokenizer, tokens, request.stop, request.rules, self._format)
+        text = TextAssembler(
+            self._host.model.tokenizer, tokens, request.stop, request.rules, self._format, self._lexicon
+        )
         # Not the claim itself: its cache would stay beside the batch's.
         self.runs[uid] = Run(
             request, entry.deliver, claim.session, claim.cached, claim.prefill, text, entry.limit, entry.allowed,

@@ -150,7 +150,10 @@ def accept(context: AppContext, requests: Sequence[GenerationRequest], record: R
             # Without max_tokens at least one new token must fit.
             if prompt_tokens + (wanted.max_tokens or 1) > model.max_tokens:
                 raise ContextLengthExceeded(
-                    limit=model.max_tokens, prompt_tokens=prompt_tokens, max_tokens=wanted.max_tokens
+                    limit=model.max_tokens,
+                    prompt_tokens=prompt_tokens,
+                    max_tokens=wanted.max_tokens,
+                    param=wanted.prompt.param,
                 )
         turn.submit()
     except ServerError as error:

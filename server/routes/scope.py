@@ -20,6 +20,8 @@ from server.settings import Settings
 logger = logging.getLogger("server.requests")
 
 CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
+_ID_PREFIXES = {CHAT_PATH: "chatcmpl", COMPLETIONS_PATH: "cmpl"}
 _QUIET_PATHS = frozenset({"/health", "/metrics"})
 
 
@@ -119,8 +121,7 @@ class RequestScope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        prefix = "chatcmpl" if scope["path"] == CHAT_PATH else "req"
-        record = RequestRecord(f"{prefix}-{uuid.uuid4().hex}")
+        record = RequestRecord(f"{_ID_PREFIXES.get(scope['path'], 'req')}-{uuid.uuid4().hex}")
         scope.setdefault("state", {})["record"] = record
 
         async def send_with_id(message: Message) -> None:
