@@ -17,6 +17,7 @@ from server.engine.grammar import GrammarMaker
 from server.engine.host import Host, announce, load_host
 from server.engine.prompt import PromptMaker
 from server.engine.run import ANSWER_STEP
+from server.engine.sampling import bearable
 from server.engine.session_changes import SessionChanges
 from server.engine.sessions import LEAST_SHARED, SessionRegistry
 from server.engine.text import Lexicon, opening_state
@@ -167,6 +168,7 @@ class MlxEngine:
 
     def _entry(self, request: GenerationRequest, deliver: Deliver) -> Entry:
         self._check_tokens(request)
+        request = replace(request, sampling=bearable(request.sampling, self._prompts.n_tokens))
         limit = self._answer_limit(request)
         # Without max_tokens the promise starts small and grows as the answer does.
         allowed = limit if request.max_tokens is not None else min(limit, ANSWER_STEP)
