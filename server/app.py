@@ -17,7 +17,7 @@ from server import error_handlers
 from server.errors import StartupError
 from server.metrics import Metrics
 from server.protocol import Engine
-from server.routes import ROUTERS
+from server.routes import ROUTERS, methods_at
 from server.routes.scope import AppContext, RequestScope
 from server.settings import Settings, load_settings
 
@@ -67,11 +67,13 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
             app.state.startup_error = str(error)
             raise
 
-    # The documentation pages would load scripts from elsewhere, and the chat body is not in their schema anyway.
+    # Bodies are parsed by the routes, which server.routes.openapi describes; documentation pages would load scripts
+    # from elsewhere.
     app = FastAPI(title="turbocache", lifespan=explained, openapi_url=None)
     app.state.startup_error = None
     app.add_middleware(RequestScope, metrics=metrics)
     app.add_middleware(_PlainStartupErrors, state=app.state)
+    app.state.methods_at = methods_at
     error_handlers.install(app)
     for router in ROUTERS:
         app.include_router(router)

@@ -170,15 +170,18 @@ async def _server_error(request: Request, error: Exception) -> Response:
 async def _http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: an unknown address, a wrong method."""
     assert isinstance(error, HTTPException)
-    method, path = request.method, _shown(request.url.path)
+    method, path, headers = request.method, _shown(request.url.path), dict(error.headers or {})
     if error.status_code == 404:
         response = error_response(NotFound(f"Invalid URL ({method} {path})"))
     elif error.status_code == 405:
         response = error_response(MethodNotAllowed(f"Not allowed to {method} on {path}."))
+        # Starlette names the methods of the first route of this address only.
+        if (methods_at := getattr(request.app.state, "methods_at", None)) is not None:
+            headers["Allow"] = ", ".join(methods_at(request.url.path))
     else:
         plain = ServerError if error.status_code >= 500 else InvalidRequest
         response = JSONResponse(plain(str(error.detail)).envelope(), status_code=error.status_code)
-    response.headers.update(error.headers or {})
+    response.headers.update(headers)
     return response
 
 

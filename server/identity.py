@@ -8,6 +8,21 @@ MAX_LENGTH = 256
 SESSION_HEADERS = ("X-Session-ID", "Session-Id", "X-Session-Affinity", "X-Claude-Code-Session-Id")
 
 
+def _pattern(never: str) -> str:
+    """Of names without some characters: parts between slashes, none of them '.' or '..', the first not empty."""
+    other, start = rf"[^/\\{never}]", rf"[^./\\{never}]"
+    part = rf"(?:[.]?{start}{other}*|[.][.]{other}+)"
+    return rf"{part}(?:[/\\]{part}?)*"
+
+
+# For JSON schemas, in which the characters that can't be printed are too many to name all of them.
+_BEYOND_ASCII = r"\x00-\x1f\x7f-\uffff"
+_NEVER = r"\x00-\x1f\x7f-\xa0\xad\u2028-\u202e\ufffd"
+NAME_PATTERN = f"^{_pattern(_NEVER)}$"
+KEY_PATTERN = f"^ *(?:{_pattern(_NEVER)})?$"
+HEADER_PATTERN = rf"^(?:{_pattern(_BEYOND_ASCII)})?$"
+
+
 def session_key(prompt_cache_key: str | None, headers: Mapping[str, str]) -> str | None:
     """The session's name: `prompt_cache_key`, else the first of SESSION_HEADERS that is present, else None.
 

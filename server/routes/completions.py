@@ -24,6 +24,7 @@ from server.protocol import (
     Usage,
 )
 from server.routes.chat import LEAST_LOGPROB, usage_body
+from server.routes.documented import answering
 from server.routes.exchange import Answer, check_model, name_session, parsed, respond, several, to_json
 from server.routes.scope import COMPLETIONS_PATH, context_of, record_of, require_key
 from server.routes.turn import until_gone
@@ -37,7 +38,7 @@ _RULES = AnswerRules(raw=True)
 router = APIRouter(dependencies=[Depends(require_key)])
 
 
-@router.post(COMPLETIONS_PATH)
+@router.post(COMPLETIONS_PATH, openapi_extra=answering(CompletionRequest, Completion, Completion, last_words="[DONE]"))
 async def completions(request: Request) -> Response:
     """What follows each prompt, `n` times. Each is a choice: all of the first prompt, then those of the second, ..."""
     context, record = context_of(request), record_of(request)

@@ -93,9 +93,14 @@ def parse(kind: type[Body], body: bytes) -> Body:
         raise invalid_body(error) from error
 
 
+def model_names(model: ModelInfo) -> tuple[str, ...]:
+    """What requests may call the loaded model: its id, the last part of it, or "default"."""
+    return tuple(dict.fromkeys((model.id, model.id.rstrip("/").rsplit("/", 1)[-1], "default")))
+
+
 def check_model(name: str, model: ModelInfo) -> None:
-    """Raises NotFound unless `name` is the loaded model's id, the last part of it, or "default"."""
-    if name not in (model.id, model.id.rstrip("/").rsplit("/", 1)[-1], "default"):
+    """Raises NotFound unless `name` is one of `model_names`."""
+    if name not in model_names(model):
         shown = name if len(name) <= 100 else f"{name[:100]}..."
         raise NotFound(
             f"The model `{shown}` does not exist or you do not have access to it.",

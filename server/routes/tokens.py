@@ -7,7 +7,9 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.errors import NotFound
 from server.protocol import Engine
+from server.routes.documented import documented
 from server.routes.exchange import check_model, parsed, to_json
 from server.routes.scope import context_of, require_key
 from server.routes.turn import until_gone
@@ -23,7 +25,7 @@ from server.schemas.tokens import (
 router = APIRouter(dependencies=[Depends(require_key)])
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", openapi_extra=documented(Tokenized, body=TokenizeRequest, errors=(NotFound,)))
 async def tokenize(request: Request) -> Response:
     """The token ids of a text, or of a conversation as the model's chat template writes it."""
     engine, wanted = context_of(request).engine, (await parsed(request, TokenizeRequest)).root
@@ -40,7 +42,7 @@ async def tokenize(request: Request) -> Response:
     return Response(to_json(body), media_type="application/json")
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", openapi_extra=documented(Detokenized, body=DetokenizeRequest, errors=(NotFound,)))
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     engine, wanted = context_of(request).engine, await parsed(request, DetokenizeRequest)

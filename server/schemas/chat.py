@@ -1,11 +1,9 @@
 """The body of POST /v1/chat/completions, as OpenAI's API has it with what other local servers add."""
 
-import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Discriminator, Field, GetJsonSchemaHandler, JsonValue, Tag, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, PydanticOmit
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError, from_json
 
 from server.errors import InvalidRequest
 from server.protocol import AnswerRules, Conversation
@@ -30,10 +28,6 @@ class UnsupportedPart(BaseModel):
 
     type: Annotated[str, only("text")]
 
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        raise PydanticOmit  # nothing that it stands for is accepted
-
 
 def _part_kind(part: Any) -> str | None:
     kind = part.get("type") if isinstance(part, dict) else None
@@ -41,7 +35,8 @@ def _part_kind(part: Any) -> str | None:
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[UnsupportedPart, Tag("<other>")], Discriminator(_part_kind)
+    Annotated[TextPart, Tag("<text>")] | Annotated[UnsupportedPart, WithJsonSchema(None), Tag("<other>")],
+    Discriminator(_part_kind),
 ]
 Content = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[Part], Field(min_length=1), Tag("<parts>")],
@@ -135,6 +130,9 @@ MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 
+_OBJECT = {"type": "object"}
+
+
 class ChatCompletionRequest(SampledRequest):
     """The body of POST /v1/chat/completions. A field that is null counts as not given."""
 
@@ -143,6 +141,10 @@ class ChatCompletionRequest(SampledRequest):
         needs(
             {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
             is_true("logprobs"),
+        ),
+        needs(
+            {"required": ["tool_choice"], "properties": {"tool_choice": {"anyOf": [{"const": "required"}, _OBJECT]}}},
+            {"required": ["tools"], "properties": {"tools": {"type": "array", "minItems": 1}}},
         ),
     )
 
@@ -228,7 +230,8 @@ def template_message(message: Message) -> dict[str, Any]:
 def arguments_of(text: str) -> Any:
     """A call's arguments as templates want them: an object if the text is one, else the text as it was written."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        # Not json's: halves of surrogate pairs and bottomless nesting would end in the tokenizer and the template.
+        found = from_json(text, allow_inf_nan=False)
+    except ValueError:
         return text
     return found if isinstance(found, dict) else text

@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
+from server.identity import KEY_PATTERN, MAX_LENGTH
 from server.protocol import SamplingParams
 from server.schemas.base import ModelName, NonEmpty, Wire, kind_of, of_model, only
 from server.schemas.conditions import Condition, given, is_true, needs
@@ -33,6 +34,7 @@ Stop = Annotated[
         custom_error_message="expected one of a string or array of strings",
     ),
 ]
+SessionKey = Annotated[str, Field(json_schema_extra={"maxLength": MAX_LENGTH, "pattern": KEY_PATTERN})]
 AnswerTokens = Annotated[int, Field(ge=1), of_model("answer")]
 
 
@@ -52,12 +54,13 @@ class SampledRequest(Wire):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    # Logits are divided by it, and must stay within what the smallest float formats hold.
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    prompt_cache_key: str | None = None
+    prompt_cache_key: SessionKey | None = None
 
     # A label for the caller's own books; it changes nothing about the answer.
     user: str | None = None
