@@ -32,7 +32,7 @@ class Documented:
     """`answer` is the body of a 200, None where that is no JSON but of `media_type`; `others` are bodies of other
     statuses that are no errors. `event` is the data of a stream's events, and `last_words` what ends one that is no
     JSON. `errors` come besides those that every route has. `parameters` are schemas of the address's variables,
-    `request_headers` and `headers` of the 200's. `envelope` is the form of errors.
+    `query` is the model of what may follow it, `request_headers` and `headers` of the 200's. `envelope` is the form of errors.
     """
 
     answer: type[BaseModel] | None
@@ -46,14 +46,16 @@ class Documented:
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     request_headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    query: type[BaseModel] | None = None
     envelope: type[BaseModel] = ErrorEnvelope
 
     @property
     def models(self) -> dict[type[BaseModel], Literal["validation", "serialization"]]:
         """All of them: bodies are validated, the others serialised."""
         found: dict[type[BaseModel], Literal["validation", "serialization"]] = {}
-        if self.body is not None:
-            found[self.body] = "validation"
+        for model in (self.body, self.query):
+            if model is not None:
+                found[model] = "validation"
         for model in (self.answer, self.event, self.envelope, *self.others.values()):
             if model is not None:
                 found[model] = "serialization"

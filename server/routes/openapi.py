@@ -12,7 +12,16 @@ from pydantic_core import core_schema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.errors import InternalError, InvalidRequest, PayloadTooLarge, ServerError, Unauthorized
+from server.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    OriginNotAllowed,
+    PayloadTooLarge,
+    ServerError,
+    ShuttingDown,
+    Unauthorized,
+)
 from server.protocol import ModelInfo
 from server.routes.documented import KEY, Documented, documented
 from server.routes.exchange import model_names
@@ -71,7 +80,9 @@ def document(routers: Iterable[APIRouter], model: ModelInfo, *, keys: bool) -> S
     for route, own in said:
         keyed = keys and any(depends.dependency is require_key for depends in route.dependencies)
         for method in route.methods or ():
-            paths.setdefault(route.path_format, {})[method.lower()] = _operation(route, own, schemas, keyed)
+            paths.setdefault(route.path_format, {})[method.lower()] = _operation(
+                route, own, schemas, keyed, method != "GET"
+            )
     whole: Schema = {
         "openapi": "3.2.0",
         "info": {"title": "turbocache", "description": _ABOUT, "version": "v1"},
@@ -82,16 +93,17 @@ def document(routers: Iterable[APIRouter], model: ModelInfo, *, keys: bool) -> S
     return whole
 
 
-def _operation(route: APIRoute, own: Documented, schemas: Schemas, keyed: bool) -> Schema:
+def _operation(route: APIRoute, own: Documented, schemas: Schemas, keyed: bool, changes: bool) -> Schema:
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": schema} for name, schema in own.parameters.items()
     ] + [{"name": name, "in": "header", "schema": schema} for name, schema in own.request_headers.items()]
+    parameters += _query(own)
     operation: Schema = {
         "operationId": route.name,
         "summary": route.description.split("\n\n")[0].split(". ")[0].rstrip("."),
         "description": route.description,
         "parameters": parameters,
-        "responses": _responses(own, schemas, keyed),
+        "responses": _responses(own, schemas, keyed, changes),
     }
     if own.body is not None:
         content = {"application/json": {"schema": schemas[own.body]}}
@@ -101,7 +113,19 @@ def _operation(route: APIRoute, own: Documented, schemas: Schemas, keyed: bool) 
     return operation
 
 
-def _responses(own: Documented, schemas: Schemas, keyed: bool) -> Schema:
+def _query(own: Documented) -> list[Schema]:
+    """What may follow the address, less what may only be null, which can't be said there."""
+    if own.query is None:
+        return []
+    properties = own.query.model_json_schema(schema_generator=_Generator)["properties"]
+    return [
+        {"name": name, "in": "query", "schema": schema}
+        for name, schema in properties.items()
+        if schema.get("enum") != [None]
+    ]
+
+
+def _responses(own: Documented, schemas: Schemas, keyed: bool, changes: bool) -> Schema:
     headers = {"x-request-id": _REQUEST_ID}
     named = {name: {"schema": schema} for name, schema in own.headers.items()}
     schema = {"type": "string"} if own.answer is None else schemas[own.answer]
@@ -112,10 +136,12 @@ def _responses(own: Documented, schemas: Schemas, keyed: bool) -> Schema:
     for status, other in own.others.items():
         content = {"application/json": {"schema": schemas[other]}}
         found[str(status)] = {"description": "No answer.", "headers": headers, "content": content}
-    chosen: list[type[ServerError]] = [*own.errors, InternalError]
+    chosen: list[type[ServerError]] = [*own.errors, InternalError, ShuttingDown, DeadlineExceeded]
+    if changes:
+        chosen.append(OriginNotAllowed)
     if keyed:
         chosen.append(Unauthorized)
-    if own.body is not None or own.parameters:
+    if own.body is not None or own.parameters or own.query is not None:
         chosen.append(InvalidRequest)
     if own.body is not None:
         chosen.append(PayloadTooLarge)
