@@ -1,0 +1,9 @@
+"""Answers held to a few random schemas, and schemas that must be refused; the long form is `python -m tests.soak schemas`."""
+
+from tests.soak import schemas
+
+
+def test_a_few_random_schemas() -> None:
+    result = schemas.run(8, seed=5, most_tokens=120)
+    assert result.wrong == []
+    assert result.ends["stop"] >= 3
