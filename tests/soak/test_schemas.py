@@ -1,4 +1,4 @@
-"""Answers held to a few random schemas, and schemas that must be refused; the long form is `python -m tests.soak schemas`."""
+"""Answers held to a few random schemas, and schemas that must be refused; `python -m tests.soak schemas` is the long form."""
 
 from tests.soak import schemas
 
