@@ -1,4 +1,4 @@
-"""Answers held to a few random schemas, and schemas that must be refused; `python -m tests.soak schemas` is the long form."""
+"""A few answers held to random schemas, and schemas that must be refused; the long form: `python -m tests.soak schemas`."""
 
 from tests.soak import schemas
 
