@@ -1,4 +1,4 @@
-"""`python -m tests.soak kills|corruption|operations`: the long form of what `make test` does in short."""
+"""`python -m tests.soak kills|corruption|operations|openapi`: the long form of what `make test` does in short."""
 
 import turbocache  # noqa: F401, I001  (before everything that imports mlx)
 
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--count", type=int, default=5000, help="operations with each model (default: 5000)")
     one.add_argument("--clients", type=int, default=8, help="clients at once (default: 8)")
     one.add_argument("--model", choices=operations.MODELS, help="one of the tiny models (default: each in turn)")
+    one = runs.add_parser("openapi", parents=[common], help="schemathesis over the server's own document")
+    one.add_argument("--cases", type=int, default=5000, help="requests at least (default: 5000)")
     arguments = parser.parse_args(argv)
     logging.getLogger("server.engine.disk").setLevel(logging.ERROR)  # it warns of every damaged file
     say(f"seed {arguments.seed}")
@@ -63,6 +65,10 @@ def _runs(arguments: argparse.Namespace) -> list[Callable[[], Result]]:
         return [partial(kills.run, arguments.times, seed, say=say)]
     if arguments.run == "corruption":
         return [partial(corruption.run, arguments.times, seed, say=say)]
+    if arguments.run == "openapi":
+        from tests.soak import openapi  # schemathesis is slow to import
+
+        return [partial(openapi.run, arguments.cases, seed, say=say)]
     models = [arguments.model] if arguments.model else operations.MODELS
     return [partial(operations.run, model, arguments.count, arguments.clients, seed, say=say) for model in models]
 
