@@ -1,4 +1,4 @@
-"""A few answers held to random schemas, and schemas that must be refused; the long form: `python -m tests.soak schemas`."""
+"""A few answers held to random schemas, and some that must be refused; long: `python -m tests.soak schemas`."""
 
 from tests.soak import schemas
 
