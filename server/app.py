@@ -22,7 +22,7 @@ from server.loop_lag import watch_loop
 from server.metrics import Metrics
 from server.protocol import Engine
 from server.response_store import open_store
-from server.routes import ROUTERS
+from server.routes import ROUTERS, methods_at
 from server.routes.open_requests import OpenRequests
 from server.routes.scope import AppContext, RequestScope
 from server.settings import Settings, load_settings
@@ -82,12 +82,14 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
             app.state.startup_error = str(error)
             raise
 
-    # The documentation pages would load scripts from elsewhere, and the chat body is not in their schema anyway.
+    # Bodies are parsed by the routes, which server.routes.openapi describes; documentation pages would load scripts
+    # from elsewhere.
     app = FastAPI(title="turbocache", lifespan=explained, openapi_url=None)
     app.state.startup_error = None
     app.add_middleware(RequestScope, metrics=metrics, requests=requests)
     app.add_middleware(CrossOrigin, state=app.state)
     app.add_middleware(_PlainStartupErrors, state=app.state)
+    app.state.methods_at = methods_at
     error_handlers.install(app)
     for router in ROUTERS:
         app.include_router(router)

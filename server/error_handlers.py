@@ -34,6 +34,7 @@ _EXPECTED = {
     "content_type": "one of a string or array of objects",
     "stop_type": "one of a string or array of strings",
     "choice_type": "one of a string or an object",
+    "prompt_type": "one of a string, array of strings, array of integers or array of arrays of integers",
 }
 _BOUNDS = {
     "less_than_equal": ("above maximum", "above_max", "le", "<="),
@@ -69,7 +70,7 @@ def invalid_field(detail: ErrorDetails) -> InvalidRequest:
     param = param_of(detail["loc"])
     if kind == "extra_forbidden":
         # OpenAI has two wordings: one for fields of the request, one for fields inside of them.
-        nested = len(detail["loc"]) > 1
+        nested = sum(not (isinstance(step, str) and _BRANCH.fullmatch(step)) for step in detail["loc"]) > 1
         text = f"Unknown parameter: '{param}'." if nested else f"Unrecognized request argument supplied: {param}"
         return InvalidRequest(text, param=param, code="unknown_parameter")
     if kind in (UNSUPPORTED_PARAMETER, UNSUPPORTED_VALUE):
@@ -177,15 +178,18 @@ async def _server_error(request: Request, error: Exception) -> Response:
 async def _http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: an unknown address, a wrong method."""
     assert isinstance(error, HTTPException)
-    method, path = request.method, _shown(request.url.path)
+    method, path, headers = request.method, _shown(request.url.path), dict(error.headers or {})
     if error.status_code == 404:
         response = error_response(NotFound(f"Invalid URL ({method} {path})"), request.scope)
     elif error.status_code == 405:
         response = error_response(MethodNotAllowed(f"Not allowed to {method} on {path}."), request.scope)
+        # Starlette names the methods of the first route of this address only.
+        if (methods_at := getattr(request.app.state, "methods_at", None)) is not None:
+            headers["Allow"] = ", ".join(methods_at(request.url.path))
     else:
         plain = ServerError if error.status_code >= 500 else InvalidRequest
         response = error_response(plain(str(error.detail)), request.scope, error.status_code)
-    response.headers.update(error.headers or {})
+    response.headers.update(headers)
     return response
 
 

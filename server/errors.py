@@ -68,22 +68,23 @@ class UnsupportedField(InvalidRequest):
 class ContextLengthExceeded(InvalidRequest):
     """400: prompt plus asked-for completion do not fit the model's own positions.
 
-    `limit`, `prompt_tokens` and `max_tokens` count tokens; `max_tokens` is None when the request named no limit. The
-    words are OpenAI's, because clients recognise them to shorten the conversation.
+    `limit`, `prompt_tokens` and `max_tokens` count tokens; `max_tokens` is None when the request named no limit.
+    `param` is where the prompt stands. The words are OpenAI's, because clients recognise them to shorten the
+    conversation.
     """
 
     default_code = "context_length_exceeded"
 
-    def __init__(self, *, limit: int, prompt_tokens: int, max_tokens: int | None) -> None:
+    def __init__(self, *, limit: int, prompt_tokens: int, max_tokens: int | None, param: str = "messages") -> None:
         opening = f"This model's maximum context length is {limit} tokens. However, "
         if max_tokens is None:
-            rest = f"your messages resulted in {prompt_tokens} tokens. Please reduce the length of the messages."
+            rest = f"your {param} resulted in {prompt_tokens} tokens. Please reduce the length of the {param}."
         else:
             rest = (
-                f"you requested {prompt_tokens + max_tokens} tokens ({prompt_tokens} in the messages, {max_tokens} in "
-                "the completion). Please reduce the length of the messages or completion."
+                f"you requested {prompt_tokens + max_tokens} tokens ({prompt_tokens} in the {param}, {max_tokens} in "
+                f"the completion). Please reduce the length of the {param} or completion."
             )
-        super().__init__(opening + rest, param="messages")
+        super().__init__(opening + rest, param=param)
         self.limit, self.prompt_tokens, self.max_tokens = limit, prompt_tokens, max_tokens
 
 

@@ -12,6 +12,21 @@ _IN_USER_ID = re.compile(r"user_\S*_session_([0-9a-fA-F-]{36})")
 """`metadata.user_id` of Claude Code before it was JSON."""
 
 
+def _pattern(never: str) -> str:
+    """Of names without some characters: parts between slashes, none of them '.' or '..', the first not empty."""
+    other, start = rf"[^/\\{never}]", rf"[^./\\{never}]"
+    part = rf"(?:[.]?{start}{other}*|[.][.]{other}+)"
+    return rf"{part}(?:[/\\]{part}?)*"
+
+
+# For JSON schemas, in which the characters that can't be printed are too many to name all of them.
+_BEYOND_ASCII = r"\x00-\x1f\x7f-\uffff"
+_NEVER = r"\x00-\x1f\x7f-\xa0\xad\u2028-\u202e\ufffd"
+NAME_PATTERN = f"^{_pattern(_NEVER)}$"
+KEY_PATTERN = f"^ *(?:{_pattern(_NEVER)})?$"
+HEADER_PATTERN = rf"^(?:{_pattern(_BEYOND_ASCII)})?$"
+
+
 def session_key(prompt_cache_key: str | None, headers: Mapping[str, str], user_id: str | None = None) -> str | None:
     """The session's name: `prompt_cache_key`, else the first of SESSION_HEADERS that is present, else the session in an
     Anthropic client's `metadata.user_id`, else None.

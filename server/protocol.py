@@ -39,7 +39,8 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """What a chat template renders: `messages` and `tools` as it takes them, with `options` for it. `go_on`: the answer
-    continues the last message, which is the assistant's, instead of beginning one.
+    continues the last message, which is the assistant's, instead of beginning one. `opened`: what opens an answer
+    follows the messages.
 
     `thinking` lets the model think or forbids it, where the template has a switch for that. A `reasoning_effort` that
     the template knows nothing of is refused, or passed over if `lenient`.
@@ -52,6 +53,7 @@ class Conversation:
     thinking: bool | None = None
     lenient: bool = False
     go_on: bool = False
+    opened: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,8 @@ class AnswerRules:
 
     With `choice` "none" no tool is called, with "auto" the model decides, with "required" the answer is a call, or with
     `parallel` several. Only tools in `allowed` are called, None for all. `schema` is the JSON schema that the content
-    must satisfy; `param` is where in the request it stands.
+    must satisfy; `param` is where in the request it stands. `raw`: the answer goes on with the prompt's text, so that
+    no mark in it means anything and its leading space belongs to it.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -86,6 +89,7 @@ class AnswerRules:
     parallel: bool = True
     schema: dict[str, Any] | None = None
     param: str = "response_format"
+    raw: bool = False
 
     @property
     def calls(self) -> bool:
@@ -99,10 +103,11 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation as token ids (never empty). `system_end` and `messages_end` are numbers of tokens: what a system
-    message begins, and all messages without the answer's opening; later conversations often leave each other there. 0
-    where that is not known. `tool`: the last message is a tool's result, so the turn that a user began goes on.
-    `begun`: the answer goes on with the text at the prompt's end, and a space that it begins with belongs to it.
+    """A conversation or a text as token ids (never empty). `system_end` and `messages_end` are numbers of tokens: what
+    a system message begins, and all messages without the answer's opening; later conversations often leave each other
+    there. 0 where that is not known. `tool`: the last message is a tool's result, so the turn that a user began goes
+    on. `begun`: the answer goes on with the text at the prompt's end, and a space that it begins with belongs to it.
+    `param` is where in the request the prompt stands.
     """
 
     tokens: Sequence[int]
@@ -110,6 +115,7 @@ class Prompt:
     messages_end: int = 0
     tool: bool = False
     begun: bool = False
+    param: str = "messages"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,18 +237,20 @@ class Health:
 class ModelInfo:
     """The loaded model as clients see it. A conversation has at most `max_tokens` tokens: the model's own positions, or
     fewer where sessions may not rotate. One that is longer than `rotates_at` has lost its oldest tokens, None: never.
+    Token ids are below `n_tokens`.
     """
 
     id: str
     created: int
     max_tokens: int
+    n_tokens: int
     rotates_at: int | None = None
 
 
 class Engine(Protocol):
     """What the HTTP rooms need of the engine. All methods may be called from the event loop and return at once,
-    except `tokenize`, `encode`, `decode` and `constrain`, which are called from worker threads and take as long as
-    they need."""
+    except `tokenize`, `encode`, `decode`, `spell` and `constrain`, which are called from worker threads and take as
+    long as they need."""
 
     @property
     def model(self) -> ModelInfo: ...
@@ -256,8 +264,14 @@ class Engine(Protocol):
         """Plain text as token ids, with those that the tokenizer puts around a text if `special`."""
         ...
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Token ids as text. Raises server.errors.InvalidRequest for an id that the model doesn't have."""
+    def decode(self, tokens: Sequence[int], param: str = "tokens") -> str:
+        """Token ids as text. `param` is where in the request they stand. Raises server.errors.InvalidRequest for an id
+        that the model doesn't have.
+        """
+        ...
+
+    def spell(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as the tokenizer's vocabulary has it. Raises as `decode` does."""
         ...
 
     def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:

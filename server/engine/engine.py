@@ -18,6 +18,7 @@ from server.engine.grammar import GrammarMaker
 from server.engine.host import Host, announce, load_host
 from server.engine.prompt import PromptMaker
 from server.engine.run import ANSWER_STEP
+from server.engine.sampling import bearable
 from server.engine.session_changes import SessionChanges
 from server.engine.sessions import SessionRegistry
 from server.engine.text import Lexicon, opening_state
@@ -105,6 +106,7 @@ class MlxEngine:
         self._host: Host
         self._prompts: PromptMaker
         self._grammars: GrammarMaker
+        self._lexicon: Lexicon
         self._budget: Budget
         self._registry: SessionRegistry
         self._turns: Turns
@@ -132,10 +134,10 @@ class MlxEngine:
 
     @property
     def model(self) -> ModelInfo:
-        model, max_size = self._host.model, self._host.store.spec.ring.max_size
+        model, max_size, n_tokens = self._host.model, self._host.store.spec.ring.max_size, self._prompts.n_tokens
         if max_size is not None and self._settings.overflow == "error":
-            return ModelInfo(model.id, model.created, max_size)
-        return ModelInfo(model.id, model.created, model.max_positions, max_size)
+            return ModelInfo(model.id, model.created, max_size, n_tokens)
+        return ModelInfo(model.id, model.created, model.max_positions, n_tokens, max_size)
 
     def tokenize(self, conversation: Conversation) -> Prompt:
         return self._prompts.prompt(conversation)
@@ -143,10 +145,15 @@ class MlxEngine:
     def encode(self, text: str, special: bool = True) -> list[int]:
         return self._prompts.encode(text, special)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._prompts.decode(tokens)
+    def decode(self, tokens: Sequence[int], param: str = "tokens") -> str:
+        return self._prompts.decode(tokens, param)
+
+    def spell(self, tokens: Sequence[int]) -> list[str]:
+        return self._prompts.spell(tokens)
 
     def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:
+        if rules.raw:
+            self._lexicon.tokens  # noqa: B018  (its first use takes a while, and would hold up the engine's thread)
         return self._grammars.make(rules, opening_state(self._host.model.tokenizer, prompt.tokens) == "reasoning")
 
     def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
@@ -170,6 +177,7 @@ class MlxEngine:
 
     def _entry(self, request: GenerationRequest, deliver: Deliver) -> Entry:
         self._check_tokens(request)
+        request = replace(request, sampling=bearable(request.sampling, self._prompts.n_tokens))
         limit = self._answer_limit(request)
         # Without max_tokens the promise starts small and grows as the answer does.
         allowed = limit if request.max_tokens is not None else min(limit, ANSWER_STEP)
@@ -217,9 +225,10 @@ class MlxEngine:
         n_tokens = self._prompts.n_tokens
         for token in request.prompt.tokens:
             if not 0 <= token < n_tokens:
+                param = request.prompt.param
                 raise InvalidRequest(
-                    f"Invalid 'prompt': {token} is not a token of the model, whose tokens end at {n_tokens - 1}.",
-                    param="prompt",
+                    f"Invalid '{param}': {token} is not a token of the model, whose tokens end at {n_tokens - 1}.",
+                    param=param,
                     code="invalid_value",
                 )
         for token, _ in request.sampling.logit_bias:
@@ -233,7 +242,9 @@ class MlxEngine:
     def _answer_limit(self, request: GenerationRequest) -> int:
         limit, n_prompt = self.model.max_tokens, len(request.prompt.tokens)
         if n_prompt >= limit or n_prompt + (request.max_tokens or 0) > limit:
-            raise ContextLengthExceeded(limit=limit, prompt_tokens=n_prompt, max_tokens=request.max_tokens)
+            raise ContextLengthExceeded(
+                limit=limit, prompt_tokens=n_prompt, max_tokens=request.max_tokens, param=request.prompt.param
+            )
         return request.max_tokens or limit - n_prompt
 
     # The engine's thread.
@@ -270,6 +281,7 @@ class MlxEngine:
         host = self._host = load_host(self._settings)
         self._prompts = PromptMaker(host.model)
         lexicon, format = Lexicon(host.model.tokenizer), tool_format(host.model.tokenizer)
+        self._lexicon = lexicon
         self._grammars = GrammarMaker(host.model.tokenizer, format, lambda: lexicon.tokens)
         store, chunk = host.store, host.chunk
         self._budget = Budget(

@@ -1,5 +1,6 @@
 """From conversations and texts to token ids, with what goes wrong in the words of a request."""
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ class PromptMaker:
         self._encoder = PromptEncoder(model.tokenizer)
         self._template = str(model.tokenizer.chat_template) if model.tokenizer.has_chat_template else ""
 
-    @property
+    @functools.cached_property
     def n_tokens(self) -> int:
         """How many tokens both the tokenizer and the model have."""
         n = len(self._model.tokenizer)
@@ -64,17 +65,25 @@ class PromptMaker:
         """See `server.protocol.Engine`."""
         return list(self._model.tokenizer.encode(text, add_special_tokens=special))
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], param: str = "tokens") -> str:
         """See `server.protocol.Engine`."""
-        n = len(self._model.tokenizer)
+        self._check(tokens, param)
+        return str(self._model.tokenizer.decode(list(tokens)))
+
+    def spell(self, tokens: Sequence[int]) -> list[str]:
+        """See `server.protocol.Engine`."""
+        self._check(tokens, "tokens")
+        return list(self._model.tokenizer.convert_ids_to_tokens(list(tokens)))
+
+    def _check(self, tokens: Sequence[int], param: str) -> None:
+        n = self.n_tokens
         for token in tokens:
             if not 0 <= token < n:
                 raise InvalidRequest(
-                    f"Invalid 'tokens': {token} is not a token of the model, whose tokens end at {n - 1}.",
-                    param="tokens",
+                    f"Invalid '{param}': {token} is not a token of the model, whose tokens end at {n - 1}.",
+                    param=param,
                     code="invalid_value",
                 )
-        return str(self._model.tokenizer.decode(list(tokens)))
 
     def _options(self, conversation: Conversation) -> dict[str, Any]:
         """The template's options, all of which it knows."""

@@ -54,9 +54,11 @@ class PromptEncoder:
         return self._cut is not None
 
     def encode(self, conversation: Conversation) -> list[int]:
-        """Token ids of the conversation and of the answer's opening. Raises what the template raises."""
+        """Token ids of the conversation and, if it is `opened`, of the answer's opening. Raises what the template
+        raises.
+        """
         messages = [_plain(message) for message in conversation.messages]
-        options: dict[str, Any] = {**conversation.options, "add_generation_prompt": True}
+        options: dict[str, Any] = {**conversation.options, "add_generation_prompt": conversation.opened}
         if conversation.tools:
             options["tools"] = conversation.tools
         if conversation.go_on:

@@ -1,6 +1,7 @@
 """How a request's tokens are drawn: mlx-lm's samplers and logits processors, with OpenAI's meaning."""
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +22,19 @@ from server.protocol import SamplingParams
 
 _ALL = 1 << 30
 """As a context size: every token there is."""
+_LEAST_TEMPERATURE = 1e-3
+"""Below it only the likeliest token is ever drawn; float16 can't hold log-probabilities divided by much less."""
+_LEAST_TOP_P = 1e-6
+"""Less than any likeliest token's probability, so that this one alone is kept, as with still less."""
+
+
+def bearable(params: SamplingParams, n_tokens: int) -> SamplingParams:
+    """The same draws by numbers that the arithmetic bears: mlx-lm divides by the temperature, reads beyond the
+    vocabulary where `top_p` is nothing in float32, and raises for a `top_k` that keeps everything.
+    """
+    temperature = 0.0 if params.temperature < _LEAST_TEMPERATURE else params.temperature
+    top_k = params.top_k if params.top_k < n_tokens else 0
+    return replace(params, temperature=temperature, top_p=max(params.top_p, _LEAST_TOP_P), top_k=top_k)
 
 
 def sampler_for(params: SamplingParams) -> Sampler:

@@ -1,9 +1,10 @@
 """From tokens to what is safe to send: whole characters, no stop strings, reasoning and calls kept apart."""
 
+import codecs
 import functools
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llguidance import LLTokenizer
 from llguidance.hf import from_tokenizer
@@ -40,10 +41,25 @@ class Lexicon:
         return self.tokens.decode_bytes([token])
 
 
+class _Continuation:
+    """A detokenizer as mlx-lm has them, whose text goes on with another: theirs drop a space at its beginning."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self.last_segment = ""
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add_token(self, token: int) -> None:
+        self.last_segment = self._decoder.decode(self._token_bytes(token))
+
+    def finalize(self) -> None:
+        self.last_segment = self._decoder.decode(b"", final=True)
+
+
 class TextAssembler:
     """One answer's text. `stopped` turns True when it has ended by a stop string, which is `stop` and not part of the
-    text, or by the one call that `rules` allow. `called`: it holds a call. `begun`: it goes on with the prompt's text.
-    `reasoned` tokens were of a thought.
+    text, or by the one call that `rules` allow. `called`: it holds a call. `reasoned` tokens were of a thought.
+    One that has `begun` goes on with the prompt's text, by the bytes of `lexicon`.
     """
 
     def __init__(
@@ -55,6 +71,7 @@ class TextAssembler:
         format: ToolFormat | None = None,
         *,
         begun: bool = False,
+        lexicon: Lexicon | None = None,
     ) -> None:
         self.stopped, self.called = False, False
         self.stop: str | None = None
@@ -63,13 +80,13 @@ class TextAssembler:
         self._tools = [tool.template for tool in rules.tools]
         self._stops = {f"{_STOP}{i}": text for i, text in enumerate(stop)}
         self._call, self._looked = "", 0
-        self._detokenizer = tokenizer.detokenizer
-        if begun:  # detokenizers leave out a space at the beginning of all their text
-            for token in tokenizer.encode("a", add_special_tokens=False):
-                self._detokenizer.add_token(token)
-            _ = self._detokenizer.last_segment
+        if begun:
+            assert lexicon is not None
+            self._detokenizer = _Continuation(lexicon.token_bytes)
+        else:
+            self._detokenizer = tokenizer.detokenizer
         self._machine = TextStateMachine(self._edges(tokenizer))
-        self._state = self._machine.make_state(opening_state(tokenizer, prompt))
+        self._state = self._machine.make_state("normal" if rules.raw else opening_state(tokenizer, prompt))
 
     def add(self, token: int) -> list[TextDelta | ToolCall]:
         """What one more token makes certain."""
@@ -92,7 +109,7 @@ class TextAssembler:
 
     def _edges(self, tokenizer: TokenizerWrapper) -> dict[str, list[tuple[str, str]]]:
         edges: dict[str, list[tuple[str, str]]] = {"normal": [], "reasoning": []}
-        if tokenizer.has_thinking:
+        if tokenizer.has_thinking and not self._rules.raw:
             edges["normal"].append((tokenizer.think_start, "reasoning"))
             edges["reasoning"].append((tokenizer.think_end, "normal"))
         if self._format is not None:

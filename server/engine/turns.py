@@ -139,7 +139,13 @@ class Turns:
             tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops, compiled(request.grammar)
         )
         text = TextAssembler(
-            self._host.model.tokenizer, tokens, request.stop, request.rules, self._format, begun=request.prompt.begun
+            self._host.model.tokenizer,
+            tokens,
+            request.stop,
+            request.rules,
+            self._format,
+            begun=request.prompt.begun,
+            lexicon=self._lexicon,
         )
         # Not the claim itself: its cache would stay beside the batch's.
         self.runs[uid] = Run(

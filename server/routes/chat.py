@@ -20,6 +20,7 @@ from server.protocol import (
     ToolCall,
     Usage,
 )
+from server.routes.documented import answering
 from server.routes.exchange import Answer, check_model, name_session, parsed, prepared, respond, several, to_json
 from server.routes.scope import CHAT_PATH, context_of, record_of, require_key
 from server.schemas.chat import ChatCompletionRequest
@@ -48,7 +49,10 @@ LEAST_LOGPROB = -9999.0
 router = APIRouter(dependencies=[Depends(require_key)])
 
 
-@router.post(CHAT_PATH)
+@router.post(
+    CHAT_PATH,
+    openapi_extra=answering(ChatCompletionRequest, ChatCompletion, ChatCompletionChunk, last_words="[DONE]"),
+)
 async def chat_completions(request: Request) -> Response:
     """One chat turn."""
     context, record = context_of(request), record_of(request)

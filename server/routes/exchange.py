@@ -96,9 +96,14 @@ def parse(kind: type[Body], body: bytes) -> Body:
         raise invalid_body(error) from error
 
 
+def model_names(model: ModelInfo) -> tuple[str, ...]:
+    """What requests may call the loaded model: its id, the last part of it, or "default"."""
+    return tuple(dict.fromkeys((model.id, model.id.rstrip("/").rsplit("/", 1)[-1], "default")))
+
+
 def check_model(name: str, model: ModelInfo) -> None:
-    """Raises NotFound unless `name` is the loaded model's id, the last part of it, or "default"."""
-    if name not in (model.id, model.id.rstrip("/").rsplit("/", 1)[-1], "default"):
+    """Raises NotFound unless `name` is one of `model_names`."""
+    if name not in model_names(model):
         shown = name if len(name) <= 100 else f"{name[:100]}..."
         raise NotFound(
             f"The model `{shown}` does not exist or you do not have access to it.",
@@ -157,7 +162,10 @@ def accept(context: AppContext, requests: Sequence[GenerationRequest], record: R
             # Without max_tokens at least one new token must fit.
             if prompt_tokens + (wanted.max_tokens or 1) > model.max_tokens:
                 raise ContextLengthExceeded(
-                    limit=model.max_tokens, prompt_tokens=prompt_tokens, max_tokens=wanted.max_tokens
+                    limit=model.max_tokens,
+                    prompt_tokens=prompt_tokens,
+                    max_tokens=wanted.max_tokens,
+                    param=wanted.prompt.param,
                 )
         turn.submit()
     except ServerError as error:

@@ -8,13 +8,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.anthropic_errors import MESSAGES_PATH, envelope
-from server.errors import ServerError
+from server.errors import NotFound, ServerError
 from server.protocol import Event, Finished, GenerationRequest, PrefillProgress, TextDelta, ToolCall, Usage
+from server.routes.documented import answering, documented
 from server.routes.exchange import Answer, check_model, name_session, parsed, prepared, respond, to_json
 from server.routes.message_blocks import Blocks, whole_blocks
 from server.routes.scope import context_of, record_of, require_key
 from server.schemas.anthropic import CountTokensRequest, MessagesRequest
 from server.schemas.anthropic_answer import (
+    AnthropicErrorEnvelope,
     CacheMiss,
     ContentBlock,
     DiagnosticsBody,
@@ -28,6 +30,7 @@ from server.schemas.anthropic_answer import (
     Ping,
     StopReason,
     StreamEvent,
+    StreamEventBody,
     TokenCount,
 )
 from server.sse import data
@@ -35,7 +38,10 @@ from server.sse import data
 router = APIRouter(dependencies=[Depends(require_key)])
 
 
-@router.post(MESSAGES_PATH)
+@router.post(
+    MESSAGES_PATH,
+    openapi_extra=answering(MessagesRequest, MessageBody, StreamEventBody, envelope=AnthropicErrorEnvelope),
+)
 async def messages(request: Request) -> Response:
     """One turn."""
     context, record = context_of(request), record_of(request)
@@ -58,7 +64,10 @@ async def messages(request: Request) -> Response:
     return await respond(request, [wanted], form, stream=bool(body.stream))
 
 
-@router.post(f"{MESSAGES_PATH}/count_tokens")
+@router.post(
+    f"{MESSAGES_PATH}/count_tokens",
+    openapi_extra=documented(TokenCount, body=CountTokensRequest, errors=(NotFound,), envelope=AnthropicErrorEnvelope),
+)
 async def count_tokens(request: Request) -> Response:
     """How many tokens a prompt has, and nothing is computed of it."""
     body = await parsed(request, CountTokensRequest)

@@ -8,7 +8,7 @@ gone on with, as in chats.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,11 +18,12 @@ from starlette.responses import Response
 from server.errors import ContextLengthExceeded, InvalidRequest, NotFound
 from server.protocol import AnswerRules, Conversation, GenerationRequest, Grammar, Prompt
 from server.response_store import ResponseStore, StoredResponse
+from server.routes.documented import answering, documented
 from server.routes.exchange import check_model, name_session, parsed, prepared, respond, to_json
 from server.routes.response_form import ResponseForm
 from server.routes.scope import RESPONSES_PATH, RequestRecord, context_of, record_of, require_key
 from server.schemas.base import only
-from server.schemas.response_answer import DeletedResponse, InputTokens, ItemList, ResponseBody
+from server.schemas.response_answer import DeletedResponse, InputTokens, ItemList, ResponseBody, ResponseEvent
 from server.schemas.response_input import ItemReference
 from server.schemas.response_items import Item, messages_of
 from server.schemas.responses import InputTokensRequest, ResponseInput, ResponsesRequest
@@ -51,7 +52,12 @@ class ItemsQuery(BaseModel):
     include: Annotated[list[str] | None, only(), Field(alias="include[]")] = None
 
 
-@router.post("")
+def _documented(answer: type[BaseModel], **more: Any) -> dict[str, Any]:
+    """Of a route that names a response."""
+    return documented(answer, errors=(NotFound,), parameters={"response_id": {"type": "string"}}, **more)
+
+
+@router.post("", openapi_extra=answering(ResponsesRequest, ResponseBody, ResponseEvent))
 async def create(request: Request) -> Response:
     """One response."""
     context, record = context_of(request), record_of(request)
@@ -90,7 +96,7 @@ async def create(request: Request) -> Response:
         return Response(b"".join(form.fail(error)), media_type="text/event-stream")
 
 
-@router.post("/input_tokens")
+@router.post("/input_tokens", openapi_extra=documented(InputTokens, body=InputTokensRequest, errors=(NotFound,)))
 async def input_tokens(request: Request) -> Response:
     """How long the prompt of a response would be."""
     context, record = context_of(request), record_of(request)
@@ -103,20 +109,20 @@ async def input_tokens(request: Request) -> Response:
     return _json(InputTokens(object="response.input_tokens", input_tokens=len(prompt.tokens)))
 
 
-@router.get("/{response_id}")
+@router.get("/{response_id}", openapi_extra=_documented(ResponseBody, query=RetrieveQuery))
 async def retrieve(request: Request, response_id: str, query: Annotated[RetrieveQuery, Query()]) -> Response:
     """A response that is stored. 404 when there is none, or it is another key's."""
     return _json(context_of(request).responses.get(record_of(request).owner, response_id).response)
 
 
-@router.delete("/{response_id}")
+@router.delete("/{response_id}", openapi_extra=_documented(DeletedResponse))
 async def delete(request: Request, response_id: str) -> Response:
     """Forget a response, in memory and on disk. Its KV session stays."""
     context_of(request).responses.remove(record_of(request).owner, response_id)
     return _json(DeletedResponse(id=response_id, object="response", deleted=True))
 
 
-@router.get("/{response_id}/input_items")
+@router.get("/{response_id}/input_items", openapi_extra=_documented(ItemList, query=ItemsQuery))
 async def input_items(request: Request, response_id: str, query: Annotated[ItemsQuery, Query()]) -> Response:
     """What a response was made from, with all of the conversation before it, a page at a time."""
     store, owner = context_of(request).responses, record_of(request).owner

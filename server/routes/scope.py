@@ -25,8 +25,9 @@ from server.settings import Settings
 logger = logging.getLogger("server.requests")
 
 CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
 RESPONSES_PATH = "/v1/responses"
-_ID_PREFIXES = {CHAT_PATH: "chatcmpl-", RESPONSES_PATH: "resp_", MESSAGES_PATH: "msg_"}
+_ID_PREFIXES = {CHAT_PATH: "chatcmpl-", COMPLETIONS_PATH: "cmpl-", RESPONSES_PATH: "resp_", MESSAGES_PATH: "msg_"}
 """Where a request's id is the id of its answer."""
 _QUIET_PATHS = frozenset({"/health", "/metrics"})
 

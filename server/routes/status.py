@@ -4,10 +4,12 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from server.errors import NotFound
 from server.protocol import ModelInfo
+from server.routes.documented import documented
 from server.routes.exchange import check_model
 from server.routes.scope import context_of, require_key
-from server.schemas.other import ModelBody, ModelList
+from server.schemas.other import BackendBody, HealthBody, ModelBody, ModelList
 
 router = APIRouter(dependencies=[Depends(require_key)])
 # Probes and scrapers have no key; what they see names no session and no text.
@@ -20,7 +22,7 @@ def _model_body(model: ModelInfo) -> ModelBody:
     )
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", openapi_extra=documented(ModelList))
 async def models(request: Request) -> Response:
     """The loaded model, as a list of one."""
     listing = ModelList(object="list", data=[_model_body(context_of(request).engine.model)])
@@ -28,7 +30,12 @@ async def models(request: Request) -> Response:
 
 
 # An id of Hugging Face has a slash in it, hence a path.
-@router.get("/v1/models/{model_id:path}")
+@router.get(
+    "/v1/models/{model_id:path}",
+    openapi_extra=documented(
+        ModelBody, parameters={"model_id": {"type": "string", "minLength": 1}}, errors=(NotFound,)
+    ),
+)
 async def model(request: Request, model_id: str) -> Response:
     """The loaded model by any name that requests may use. 404 for another."""
     loaded = context_of(request).engine.model
@@ -36,13 +43,13 @@ async def model(request: Request, model_id: str) -> Response:
     return JSONResponse(_model_body(loaded).model_dump())
 
 
-@router.get("/v1/backend")
+@router.get("/v1/backend", openapi_extra=documented(BackendBody))
 async def backend(request: Request) -> Response:
     """The backend that runs, the reason, and what it was checked with."""
     return JSONResponse(context_of(request).engine.backend())
 
 
-@open_router.get("/health")
+@open_router.get("/health", openapi_extra=documented(HealthBody, others={503: HealthBody}))
 async def health(request: Request) -> Response:
     """200 while the engine works, 503 with the reason when it is dead or stuck."""
     state = context_of(request).engine.health()
@@ -50,7 +57,7 @@ async def health(request: Request) -> Response:
     return JSONResponse(body, status_code=200 if state.alive else 503)
 
 
-@open_router.get("/metrics")
+@open_router.get("/metrics", openapi_extra=documented(None, media_type="text/plain"))
 async def metrics(request: Request) -> Response:
     """Prometheus' text exposition."""
     families = context_of(request).metrics

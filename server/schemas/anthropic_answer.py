@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
@@ -142,3 +142,20 @@ class MessageStop(BaseModel):
 
 
 StreamEvent = MessageStart | Ping | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop
+
+
+class StreamEventBody(RootModel[StreamEvent]):
+    """The data of any of them."""
+
+
+class ErrorBody(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicErrorEnvelope(BaseModel):
+    """Every error on the addresses of Anthropic's API, in its shape."""
+
+    type: Literal["error"]
+    error: ErrorBody
+    request_id: str | None

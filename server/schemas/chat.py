@@ -1,14 +1,15 @@
 """The body of POST /v1/chat/completions, as OpenAI's API has it with what other local servers add."""
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, JsonValue, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError, from_json
 
 from server.errors import InvalidRequest
-from server.protocol import AnswerRules, Conversation, SamplingParams
+from server.protocol import AnswerRules, Conversation
 from server.schemas.base import NonEmpty, Wire, by_field, kind_of, only
+from server.schemas.conditions import Condition, given, is_true, needs, not_both
+from server.schemas.sampling import AnswerTokens, SampledRequest
 from server.schemas.tools import Choice, ResponseFormat, ToolSpec, answer_rules
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -34,7 +35,8 @@ def _part_kind(part: Any) -> str | None:
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[UnsupportedPart, Tag("<other>")], Discriminator(_part_kind)
+    Annotated[TextPart, Tag("<text>")] | Annotated[UnsupportedPart, WithJsonSchema(None), Tag("<other>")],
+    Discriminator(_part_kind),
 ]
 Content = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[Part], Field(min_length=1), Tag("<parts>")],
@@ -81,6 +83,15 @@ class UserMessage(Wire):
 class AssistantMessage(Wire):
     """An earlier answer, also as clients send back what they received (with empty `refusal`, `audio`, ...)."""
 
+    conditions: ClassVar[tuple[Condition, ...]] = (
+        {
+            "anyOf": [
+                given("content"),
+                {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
+            ]
+        },
+    )
+
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
@@ -115,58 +126,33 @@ Message = Annotated[
     | Annotated[ToolMessage, Tag("<tool>")],
     by_field("role"),
 ]
-
-
-class StreamOptions(Wire):
-    """Only with `stream: true`."""
-
-    include_usage: bool | None = None
-    include_obfuscation: Annotated[bool | None, only(False)] = None
-
-
-def _token_id(text: str) -> str:
-    if not text.isascii() or not text.isdecimal() or len(text) > 9:
-        raise PydanticCustomError("token_id", "Expected a token id")
-    return text
-
-
-TokenId = Annotated[str, AfterValidator(_token_id)]
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
-Stop = Annotated[
-    Annotated[NonEmpty, Tag("<string>")] | Annotated[list[NonEmpty], Field(max_length=4), Tag("<list>")],
-    Discriminator(
-        kind_of((str, "<string>"), (list, "<list>")),
-        custom_error_type="stop_type",
-        custom_error_message="expected one of a string or array of strings",
-    ),
-]
 
 
-class ChatCompletionRequest(Wire):
+_OBJECT = {"type": "object"}
+
+
+class ChatCompletionRequest(SampledRequest):
     """The body of POST /v1/chat/completions. A field that is null counts as not given."""
 
-    model: str
+    conditions: ClassVar[tuple[Condition, ...]] = (
+        not_both("max_tokens", "max_completion_tokens"),
+        needs(
+            {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
+            is_true("logprobs"),
+        ),
+        needs(
+            {"required": ["tool_choice"], "properties": {"tool_choice": {"anyOf": [{"const": "required"}, _OBJECT]}}},
+            {"required": ["tools"], "properties": {"tools": {"type": "array", "minItems": 1}}},
+        ),
+    )
+
     messages: Annotated[list[Message], Field(min_length=1)]
 
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    max_completion_tokens: AnswerTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    prompt_cache_key: str | None = None
     tools: Annotated[list[ToolSpec], Field(max_length=128)] | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
@@ -175,7 +161,6 @@ class ChatCompletionRequest(Wire):
     chat_template_kwargs: dict[str, JsonValue] | None = None
 
     # Labels for the caller's own books; they change nothing about the answer.
-    user: str | None = None
     safety_identifier: str | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
 
@@ -206,10 +191,6 @@ class ChatCompletionRequest(Wire):
             raise InvalidRequest(
                 "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled.", param="top_logprobs"
             )
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest(
-                "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
-            )
         return self
 
     @property
@@ -217,18 +198,10 @@ class ChatCompletionRequest(Wire):
         """Completion tokens asked for at most; None for as far as the model reaches."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
-    @property
-    def stop_texts(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
     def conversation(self) -> Conversation:
-        """For the chat template: plain dicts, string contents, `system` for `developer`."""
+        """For the chat template."""
         return Conversation(
-            [_template_message(message) for message in self.messages],
+            [template_message(message) for message in self.messages],
             tools=[tool.template() for tool in self.tools or ()],
             options=dict(self.chat_template_kwargs or {}),
             reasoning_effort=self.reasoning_effort,
@@ -238,22 +211,9 @@ class ChatCompletionRequest(Wire):
         """Raises InvalidRequest when they contradict each other."""
         return answer_rules(self.tools, self.tool_choice, self.parallel_tool_calls, self.response_format)
 
-    def sampling(self) -> SamplingParams:
-        """Given values, or OpenAI's defaults."""
-        return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-            min_p=self.min_p or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            logit_bias=tuple(sorted((int(token), bias) for token, bias in (self.logit_bias or {}).items())),
-            seed=self.seed,
-        )
 
-
-def _template_message(message: Message) -> dict[str, Any]:
+def template_message(message: Message) -> dict[str, Any]:
+    """A message as chat templates take it: a plain dict with a string as its content, `system` for `developer`."""
     # What only clients' own echoes carry says nothing to a template.
     echoes: dict[str, Any] = {"annotations": True, "tool_calls": {"__all__": {"index"}}}
     plain = message.model_dump(exclude_unset=True, exclude_none=True, exclude=echoes)
@@ -270,7 +230,8 @@ def _template_message(message: Message) -> dict[str, Any]:
 def arguments_of(text: str) -> Any:
     """A call's arguments as templates want them: an object if the text is one, else the text as it was written."""
     try:
-        found = json.loads(text)
+        # Not json's: halves of surrogate pairs and bottomless nesting would end in the tokenizer and the template.
+        found = from_json(text, allow_inf_nan=False)
     except ValueError:
         return text
     return found if isinstance(found, dict) else text

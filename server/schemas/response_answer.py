@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from server.schemas.response_items import Item
 
@@ -70,6 +70,15 @@ class ResponseBody(BaseModel):
     truncation: Literal["disabled"]
     usage: ResponseUsage | None
     user: str | None
+
+
+class ResponseEvent(BaseModel):
+    """The data of one of a stream's events; what else is in it depends on its type."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    sequence_number: int
 
 
 class ItemList(BaseModel):

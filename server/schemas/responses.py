@@ -7,9 +7,10 @@ from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, model_vali
 from server.errors import InvalidRequest
 from server.protocol import AnswerRules, SamplingParams, Tool, ToolChoice
 from server.schemas.base import Wire, by_field, kind_of, only
-from server.schemas.chat import MetadataKey, MetadataValue, ReasoningEffort, StreamOptions
+from server.schemas.chat import MetadataKey, MetadataValue, ReasoningEffort
 from server.schemas.response_input import Input, ItemReference, by_type, items_of
 from server.schemas.response_items import Item
+from server.schemas.sampling import StreamOptions
 from server.schemas.tools import JsonObjectFormat, Name, Schema, TextFormat, check_choice
 
 LOGPROBS = "message.output_text.logprobs"

@@ -69,7 +69,9 @@ class ScriptedEngine:
         self.script = tuple(script)
         self.submit_error = submit_error
         self.tokenize_error = tokenize_error
-        self._model = ModelInfo(id=model_id, created=1_700_000_000, max_tokens=max_tokens, rotates_at=rotates_at)
+        self._model = ModelInfo(
+            id=model_id, created=1_700_000_000, max_tokens=max_tokens, n_tokens=1000, rotates_at=rotates_at
+        )
         self.requests: list[GenerationRequest] = []
         self.rules: list[AnswerRules] = []
         self.messages: list[list[dict[str, Any]]] = []
@@ -106,8 +108,11 @@ class ScriptedEngine:
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [ord(letter) % 100 for letter in text]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], param: str = "tokens") -> str:
         return "".join(chr(token) for token in tokens)
+
+    def spell(self, tokens: Sequence[int]) -> list[str]:
+        return [chr(token) for token in tokens]
 
     def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:
         self.rules.append(rules)

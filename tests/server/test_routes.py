@@ -133,7 +133,9 @@ def test_backend_sessions_and_unknown_addresses(serve: Serve) -> None:
     missing = server.http.get("/v1/nothing")
     assert (missing.status_code, error_of(missing)["message"]) == (404, "Invalid URL (GET /v1/nothing)")
     wrong = server.http.get(CHAT)
-    assert (wrong.status_code, error_of(wrong)["code"]) == (405, "method_not_allowed")
+    assert (wrong.status_code, error_of(wrong)["code"], wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
+    assert server.http.put("/v1/sessions/a").headers["allow"] == "DELETE, GET"
+    assert server.http.put("/v1/sessions/a/fork").headers["allow"] == "DELETE, GET, POST"
     assert missing.headers["x-request-id"].startswith("req-")
 
 

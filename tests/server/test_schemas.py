@@ -139,7 +139,7 @@ BAD: list[tuple[dict[str, Any], str, str | None, str]] = [
     ({"seed": 2**63}, "seed", "integer_above_max_value", "Expected a value <"),
     ({"seed": 0.5}, "seed", "invalid_type", "expected an integer"),
     ({"presence_penalty": -2.1}, "presence_penalty", "decimal_below_min_value", ">= -2"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "decimal_below_min_value", "> 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "decimal_below_min_value", ">= 0.01"),
     ({"messages": []}, "messages", "empty_array", "Invalid 'messages': empty array."),
     ({"messages": None}, "messages", "invalid_type", "expected an array, but got null"),
     ({"messages": "hi"}, "messages", "invalid_type", "expected an array, but got a string"),
@@ -294,3 +294,13 @@ def test_template_messages() -> None:
         {"role": "tool", "content": "4", "tool_call_id": "c1"},
         {"role": "assistant", "content": "four", "reasoning_content": "2+2"},
     ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"a": "\\ud800"}', '{"a": ' * 5000 + "1" + "}" * 5000, '{"a": NaN}', '{"a": ' + "9" * 5000 + "}"],
+)
+def test_arguments_that_templates_choke_on_stay_text(arguments: str) -> None:
+    call = {**CALL, "function": {"name": "f", "arguments": arguments}}
+    chat = parse(messages=[USER, {"role": "assistant", "tool_calls": [call]}])
+    assert chat.conversation().messages[1]["tool_calls"][0]["function"]["arguments"] == arguments

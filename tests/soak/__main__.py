@@ -1,4 +1,4 @@
-"""`python -m tests.soak kills|corruption|operations|schemas|crowd`: the long form of what `make test` does in short."""
+"""The long form of what `make test` does in short: `python -m tests.soak RUN` (`--help` names the runs)."""
 
 import turbocache  # noqa: F401, I001  (before everything that imports mlx)
 
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--count", type=int, default=20, help="requests of each client (default: 20)")
     one = runs.add_parser("schemas", parents=[common], help="answers held to random JSON schemas by a hot model")
     one.add_argument("--count", type=int, default=300, help="schemas (default: 300)")
+    one = runs.add_parser("openapi", parents=[common], help="schemathesis over the server's own document")
+    one.add_argument("--cases", type=int, default=5000, help="requests at least (default: 5000)")
     arguments = parser.parse_args(argv)
     logging.getLogger("server.engine.disk").setLevel(logging.ERROR)  # it warns of every damaged file
     say(f"seed {arguments.seed}")
@@ -72,6 +74,10 @@ def _runs(arguments: argparse.Namespace) -> list[Callable[[], Result]]:
         return [partial(crowd.run, arguments.clients, arguments.count, seed, say=say)]
     if arguments.run == "schemas":
         return [partial(schemas.run, arguments.count, seed, say=say)]
+    if arguments.run == "openapi":
+        from tests.soak import openapi  # schemathesis is slow to import
+
+        return [partial(openapi.run, arguments.cases, seed, say=say)]
     models = [arguments.model] if arguments.model else operations.MODELS
     return [partial(operations.run, model, arguments.count, arguments.clients, seed, say=say) for model in models]
 

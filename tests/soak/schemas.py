@@ -16,7 +16,7 @@ from tests.soak.random_schemas import UNSUPPORTED, Schema, SchemaMaker
 from tests.soak.served import serving
 
 _ASK = "Tell me about the old harbour as JSON."
-_MOST_TOKENS = 1500
+_MOST_TOKENS = 1000
 
 
 @dataclass(slots=True)
@@ -39,19 +39,25 @@ class Result:
 
 
 def run(
-    count: int, seed: int, say: Callable[[str], None] = lambda _: None, *, temperature: float = 1.5, together: int = 8
+    count: int,
+    seed: int,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    temperature: float = 1.5,
+    most_tokens: int = _MOST_TOKENS,
+    together: int = 8,
 ) -> Result:
     """`count` schemas at this temperature, so many `together` in a batch; then schemas that must be refused."""
     result, maker, dice = Result(), SchemaMaker(seed), random.Random(seed)
     asked = [(maker.schema(), dice.randrange(1 << 30)) for _ in range(count)]
     with serving(Settings(max_batch=together)) as served, httpx.Client(base_url=served.url, timeout=600) as http:
         with ThreadPoolExecutor(together) as pool:
-            for done, one in enumerate(pool.map(partial(_answer, http, temperature), asked), 1):
+            for done, one in enumerate(pool.map(partial(_answer, http, temperature, most_tokens), asked), 1):
                 _judge(result, *one)
                 if done % 50 == 0:
                     say(f"{done} of {count} schemas, {len(result.wrong)} failures")
         for schema in UNSUPPORTED:
-            response = http.post("/v1/chat/completions", json=_body(schema, 0, temperature))
+            response = http.post("/v1/chat/completions", json=_body(schema, 0, temperature, most_tokens))
             if response.status_code == 400 and "response_format" in (response.json()["error"]["param"] or ""):
                 result.refused += 1
             else:
@@ -60,21 +66,23 @@ def run(
     return result
 
 
-def _body(schema: Schema, seed: int, temperature: float) -> dict[str, object]:
+def _body(schema: Schema, seed: int, temperature: float, most_tokens: int) -> dict[str, object]:
     format = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
     return {
         "model": "default",
         "messages": [{"role": "user", "content": _ASK}],
         "temperature": temperature,
         "seed": seed,
-        "max_tokens": _MOST_TOKENS,
+        "max_tokens": most_tokens,
         "response_format": format,
     }
 
 
-def _answer(http: httpx.Client, temperature: float, asked: tuple[Schema, int]) -> tuple[Schema, int, httpx.Response]:
+def _answer(
+    http: httpx.Client, temperature: float, most_tokens: int, asked: tuple[Schema, int]
+) -> tuple[Schema, int, httpx.Response]:
     schema, seed = asked
-    return schema, seed, http.post("/v1/chat/completions", json=_body(schema, seed, temperature))
+    return schema, seed, http.post("/v1/chat/completions", json=_body(schema, seed, temperature, most_tokens))
 
 
 def _judge(result: Result, schema: Schema, seed: int, response: httpx.Response) -> None:

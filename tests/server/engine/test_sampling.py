@@ -111,3 +111,17 @@ def test_penalties_reach_the_batch(engine: MlxEngine) -> None:
     tokens = engine._host.model.tokenizer.encode(text)
     assert max(Counter(tokens).values()) <= 2
     assert other.text() == alone
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_no_number_that_a_request_may_have_stops_the_batch(engine: MlxEngine, seed: int | None) -> None:
+    greedy = Answer(engine, ASKED, "a", sampling=GREEDY).text()
+    least = 5e-324
+    for only_the_likeliest in ({"temperature": least}, {"temperature": 1e-39}, {"top_p": least}, {"top_p": 1e-39}):
+        asked = SamplingParams(seed=seed, **only_the_likeliest)
+        assert Answer(engine, ASKED, "b", sampling=asked).text() == greedy
+    n = len(engine._host.model.tokenizer)
+    for keeps_everything in ({"top_k": n}, {"top_k": 2**31 - 1}, {"min_p": least}, {"repetition_penalty": 0.01}):
+        Answer(engine, ASKED, "c", sampling=SamplingParams(seed=seed, **keeps_everything)).whole()
+    assert engine._turns.faults.verdict is None
+    assert engine._metrics.kernel_faults._value.get() == 0

@@ -4,7 +4,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from server.engine.text import TextAssembler
+from server.engine.text import Lexicon, TextAssembler
 from server.engine.tool_formats import tool_format
 from server.protocol import AnswerRules, TextDelta, Tool, ToolCall
 from turbocache.model import BUNDLED
@@ -64,7 +64,7 @@ def test_an_answer_that_goes_on_keeps_the_space_that_it_begins_with(
     tokenizer: TokenizerWrapper, begun: bool, text: str
 ) -> None:
     prompt = tokenizer.encode("There are")
-    assembler = TextAssembler(tokenizer, prompt, (), begun=begun)
+    assembler = TextAssembler(tokenizer, prompt, (), begun=begun, lexicon=Lexicon(tokenizer))
     parts = [part for token in tokenizer.encode(" more words") for part in assembler.add(token)] + assembler.finish()
     assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == text
 

@@ -1,0 +1,140 @@
+"""GET /openapi.json: it says what the parser does, of every route, for the loaded model."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+
+from server.errors import InvalidRequest
+from server.identity import checked_name
+from server.protocol import ModelInfo
+from server.routes import ROUTERS
+from server.routes.exchange import parse
+from server.routes.openapi import document
+from server.schemas.base import MODEL_FACT
+from server.schemas.chat import ChatCompletionRequest
+from server.schemas.completions import CompletionRequest
+from server.schemas.tokens import TokenizeRequest
+from tests.server.conftest import Serve
+from tests.server.scripted_engine import ScriptedEngine
+from tests.server.test_schemas import BAD, CALL, USER, body
+
+jsonschema_rs = pytest.importorskip("jsonschema_rs")
+
+MODEL = ModelInfo(id="org/m", created=1, max_tokens=1000, n_tokens=500)
+DOCUMENT = document(ROUTERS, MODEL, keys=True)
+CHAT, TEXT, TOKENS = "ChatCompletionRequest", "CompletionRequest", "TokenizeRequest"
+KINDS = {CHAT: ChatCompletionRequest, TEXT: CompletionRequest, TOKENS: TokenizeRequest}
+ASK = {"model": "m", "prompt": "a"}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def valid(name: str, instance: Any) -> bool:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}
+    return bool(jsonschema_rs.Draft202012Validator(schema).is_valid(instance))
+
+
+def accepted(name: str, instance: Any) -> bool:
+    try:
+        found: Any = parse(KINDS[name], json.dumps(instance).encode())
+        if name == CHAT:
+            found.rules()
+    except InvalidRequest:
+        return False
+    return True
+
+
+def test_every_route_is_in_it(serve: Serve) -> None:
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    said = {(path, method.upper()) for path, methods in DOCUMENT["paths"].items() for method in methods}
+    assert said == {(route.path_format, method) for route in routes for method in route.methods or ()}
+    served = serve(ScriptedEngine()).http.get("/openapi.json").json()
+    assert set(served["paths"]) == set(DOCUMENT["paths"])
+    assert "401" not in json.dumps(served)
+
+
+def test_what_the_parser_refuses_is_invalid() -> None:
+    for fields, param, *_ in BAD:
+        if all(not isinstance(value, float) or math.isfinite(value) for value in fields.values()):
+            assert not valid(CHAT, body(**fields)), param
+
+
+@pytest.mark.parametrize(
+    ("name", "instance"),
+    [
+        (CHAT, body()),
+        (CHAT, body(stream=True, stream_options={"include_usage": True}, stop=["a", "b"], logit_bias={"7": -100})),
+        (CHAT, body(stream_options=None, max_tokens=1, max_completion_tokens=None, top_logprobs=0)),
+        (CHAT, body(logprobs=True, top_logprobs=3, functions=[], prompt_cache_options={"mode": "implicit"})),
+        (CHAT, body(messages=[{"role": "assistant", "content": None, "tool_calls": [CALL]}])),
+        (CHAT, body(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}]}])),
+        (CHAT, body(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "f"}})),
+        (CHAT, body(response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": {}}})),
+        (CHAT, body(prompt_cache_key=" a/b..c/.d ", metadata={"a": "b"})),
+        (TEXT, ASK),
+        (TEXT, {**ASK, "prompt": ["a", "b"], "echo": True, "suffix": None}),
+        (TEXT, {**ASK, "prompt": [499, 0], "logprobs": 5, "best_of": 1}),
+        (TEXT, {**ASK, "prompt": [[1], [2, 3]], "echo": False, "logprobs": 0}),
+        (TOKENS, {"prompt": ""}),
+        (TOKENS, {"messages": [USER], "add_generation_prompt": False, "add_special_tokens": False}),
+    ],
+)
+def test_what_the_parser_accepts_is_valid(name: str, instance: Any) -> None:
+    assert accepted(name, instance)
+    assert valid(name, instance)
+
+
+@pytest.mark.parametrize(
+    ("name", "instance"),
+    [
+        (CHAT, body(tool_choice="required")),
+        (CHAT, body(tools=[], tool_choice={"type": "function", "function": {"name": "f"}})),
+        (CHAT, body(stream=False, stream_options={})),
+        (CHAT, body(logit_bias={"x": 1})),
+        (TEXT, {**ASK, "prompt": []}),
+        (TEXT, {**ASK, "prompt": ["a", 1]}),
+        (TEXT, {**ASK, "prompt": [[]]}),
+        (TEXT, {**ASK, "suffix": ""}),
+        (TEXT, {**ASK, "echo": True, "logprobs": 0}),
+        (TOKENS, {"prompt": "", "messages": [USER]}),
+        (TOKENS, {"messages": [USER], "add_special_tokens": True}),
+    ],
+)
+def test_conditions_are_the_parsers(name: str, instance: Any) -> None:
+    assert not accepted(name, instance)
+    assert not valid(name, instance)
+
+
+def test_it_is_true_of_the_loaded_model() -> None:
+    assert MODEL_FACT not in json.dumps(DOCUMENT)
+    assert [valid(TEXT, {**ASK, "model": name}) for name in ("org/m", "m", "default", "org", "")] == [True] * 3 + [
+        False
+    ] * 2
+    assert not valid(TEXT, {**ASK, "prompt": [500]})
+    assert valid(TEXT, {**ASK, "max_tokens": 999})
+    assert not valid(TEXT, {**ASK, "max_tokens": 1000})
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "a/b", ".a", "..a", "a.", "größe", "🙂", "a//b", "a b", "/a", ".", "..", "a/..", "", "a\n"]
+)
+def test_session_names(name: str) -> None:
+    [parameter] = DOCUMENT["paths"]["/v1/sessions/{session_id}"]["get"]["parameters"]
+    try:
+        checked_name(name, "id")
+    except InvalidRequest:
+        assert not jsonschema_rs.is_valid(parameter["schema"], name)
+    else:
+        assert jsonschema_rs.is_valid(parameter["schema"], name)
+
+
+def test_keys(serve: Serve) -> None:
+    assert DOCUMENT["components"]["securitySchemes"] == {"bearer": {"type": "http", "scheme": "bearer"}}
+    keyed = {path for path, methods in DOCUMENT["paths"].items() for one in methods.values() if "security" in one}
+    assert set(DOCUMENT["paths"]) - keyed == {"/health", "/metrics"}
+    server = serve(ScriptedEngine(), api_keys=("one",))
+    assert server.http.get("/openapi.json").status_code == 401
+    served = server.http.get("/openapi.json", headers={"Authorization": "Bearer one"}).json()
+    assert served["paths"]["/v1/models"]["get"]["security"] == [{"bearer": []}]

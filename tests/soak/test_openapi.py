@@ -1,0 +1,70 @@
+"""The short form of `python -m tests.soak openapi`, and what it lets pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.soak.openapi_bodies import sendable, unforeseeable
+
+LIMITS = {"max_tokens": 8191, "token": 16383}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    pytest.importorskip("schemathesis")
+    from tests.soak import openapi
+
+    return openapi.run
+
+
+def test_the_server_keeps_to_its_document(run: Callable[..., Any]) -> None:
+    result = run(60, 1, say=lambda text: None, phases=("fuzzing", "stateful"), examples=3, step=23)
+    assert result.wrong == []
+    statuses = {status for _, status in result.answers}
+    assert {200, 400, 401, 404} <= statuses
+
+
+@pytest.mark.parametrize(
+    ("body", "sent"),
+    [
+        ({}, {"max_tokens": 6}),
+        ({"max_tokens": 500, "n": 128}, {"max_tokens": 6, "n": 3}),
+        ({"max_completion_tokens": 2}, {"max_completion_tokens": 2}),
+        ({"max_tokens": 9000, "n": 0}, {"max_tokens": 9000, "n": 0}),
+        ({"max_tokens": "5", "n": True}, {"max_tokens": "5", "n": True}),
+        ([1], [1]),
+    ],
+)
+def test_what_is_to_be_refused_is_sent_as_it_is(body: Any, sent: Any) -> None:
+    assert sendable(CHAT, body, positive=False, limits=LIMITS) == sent
+
+
+def test_a_valid_body_is_made_to_agree() -> None:
+    body = {"n": 7.0, "best_of": 100, "temperature": 0.5, "logit_bias": {"16385": 1, "3": 2}}
+    assert sendable("/v1/completions", body, positive=True, limits=LIMITS) == {
+        "n": 3,
+        "best_of": 3,
+        "temperature": 0.5,
+        "logit_bias": {"1": 1, "3": 2},
+        "max_tokens": 6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("param", "code", "passes"),
+    [
+        ("messages", "context_length_exceeded", True),
+        ("response_format", "null", True),
+        ("tools[3].function.parameters", "null", True),
+        ("chat_template_kwargs.a", "unsupported_parameter", True),
+        ("messages", "invalid_value", False),
+        ("tools[0].function.name", "invalid_value", False),
+        ("n", "integer_below_min_value", False),
+    ],
+)
+def test_only_unforeseeable_refusals_pass(param: str, code: str, passes: bool) -> None:
+    content = f'{{"error": {{"message": "m", "type": "t", "param": "{param}", "code": "{code}"}}}}'.encode()
+    assert unforeseeable(400, content) is passes
+    assert not unforeseeable(422, content)
