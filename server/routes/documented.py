@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from server.errors import EngineDead, NotFound, OutOfMemory, QueueFull, ServerError
 from server.identity import HEADER_PATTERN, MAX_LENGTH, SESSION_HEADERS
+from server.schemas.anthropic_answer import AnthropicErrorEnvelope
 from server.schemas.other import ErrorEnvelope
 
 KEY = "documented"
@@ -49,6 +50,11 @@ class Documented:
     headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     query: type[BaseModel] | None = None
     envelope: type[BaseModel] = ErrorEnvelope
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """The headers that name the request."""
+        return ("x-request-id", *(("request-id",) if self.envelope is AnthropicErrorEnvelope else ()))
 
     @property
     def models(self) -> dict[type[BaseModel], Literal["validation", "serialization"]]:

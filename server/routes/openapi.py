@@ -114,19 +114,28 @@ def _operation(route: APIRoute, own: Documented, schemas: Schemas, keyed: bool, 
 
 
 def _query(own: Documented) -> list[Schema]:
-    """What may follow the address, less what may only be null, which can't be said there."""
+    """What may follow the address, less what may only be null, since null can't be said there."""
     if own.query is None:
         return []
     properties = own.query.model_json_schema(schema_generator=_Generator)["properties"]
     return [
-        {"name": name, "in": "query", "schema": schema}
+        {"name": name, "in": "query", "schema": said}
         for name, schema in properties.items()
-        if schema.get("enum") != [None]
+        if (said := _less_null(schema)) is not None
     ]
 
 
+def _less_null(schema: Schema) -> Schema | None:
+    """None where nothing else is left."""
+    if "enum" in schema:
+        values = [value for value in schema["enum"] if value is not None]
+        return {**schema, "enum": values} if values else None
+    others = [one for one in schema.get("anyOf", ()) if one != {"type": "null"}]
+    return others[0] if len(others) == 1 else schema
+
+
 def _responses(own: Documented, schemas: Schemas, keyed: bool, changes: bool) -> Schema:
-    headers = {"x-request-id": _REQUEST_ID}
+    headers = dict.fromkeys(own.request_ids, _REQUEST_ID)
     named = {name: {"schema": schema} for name, schema in own.headers.items()}
     schema = {"type": "string"} if own.answer is None else schemas[own.answer]
     content: Schema = {own.media_type: {"schema": schema}}

@@ -1,6 +1,6 @@
 """The bodies of POST /v1/messages and /v1/messages/count_tokens, as Anthropic's API has them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, Tag, model_validator
 
@@ -8,7 +8,9 @@ from server.errors import InvalidRequest
 from server.protocol import AnswerRules, Conversation, SamplingParams, Tool
 from server.schemas.anthropic_content import AssistantMessage, CacheControl, Message, TextContent
 from server.schemas.anthropic_template import template_messages
-from server.schemas.base import NonEmpty, Wire, by_field, only
+from server.schemas.base import ModelName, NonEmpty, Wire, by_field, only
+from server.schemas.conditions import Condition, given, needs, some, within
+from server.schemas.sampling import AnswerTokens
 from server.schemas.tools import Schema, check_choice
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
@@ -71,6 +73,14 @@ Choice = Annotated[
 class Thinking(Wire):
     """Whether the model may think. Templates know no budget, so `budget_tokens` is as much a permission as the rest."""
 
+    conditions: ClassVar[tuple[Condition, ...]] = (
+        {
+            "if": {"properties": {"type": {"const": "enabled"}}},
+            "then": given("budget_tokens"),
+            "else": {"not": given("budget_tokens")},
+        },
+    )
+
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: Annotated[int, Field(ge=1)] | None = None
     # Nobody sums up here: "summarized" shows all of a thought, "omitted" leaves it to the signature.
@@ -115,7 +125,12 @@ class Diagnostics(Wire):
 class PromptBody(Wire):
     """What both bodies have: all that a prompt is made of. A field that is null counts as not given."""
 
-    model: str
+    conditions: ClassVar[tuple[Condition, ...]] = (
+        {"not": {"allOf": [given("output_format"), within("output_config", given("format"))]}},
+        needs(within("tool_choice", {"properties": {"type": {"enum": ["any", "tool"]}}}), some("tools")),
+    )
+
+    model: ModelName
     messages: Annotated[list[Message], Field(min_length=1, max_length=100_000)]
 
     system: TextContent | None = None
@@ -207,7 +222,7 @@ class CountTokensRequest(PromptBody):
 class MessagesRequest(PromptBody):
     """The body of POST /v1/messages."""
 
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: AnswerTokens
     stream: bool | None = None
     stop_sequences: Annotated[list[NonEmpty], Field(max_length=64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
 from server.schemas.anthropic_thoughts import hidden_in
-from server.schemas.base import NonEmpty, Wire, by_field, kind_of, only
+from server.schemas.base import REFUSED, NonEmpty, Wire, by_field, kind_of, only
 
 
 class CacheControl(Wire):
@@ -94,7 +94,7 @@ _STRING_OR_BLOCKS = Discriminator(
     custom_error_message="expected one of a string or array of objects",
 )
 _OnlyText = Annotated[
-    Annotated[TextBlock, Tag("<text>")] | Annotated[NoText, Tag("<other>")],
+    Annotated[TextBlock, Tag("<text>")] | Annotated[NoText, REFUSED, Tag("<other>")],
     _type_among("text"),
 ]
 TextContent = Annotated[
@@ -115,7 +115,7 @@ class ToolResultBlock(Block):
 _UserBlock = Annotated[
     Annotated[TextBlock, Tag("<text>")]
     | Annotated[ToolResultBlock, Tag("<tool_result>")]
-    | Annotated[NoUserBlock, Tag("<other>")],
+    | Annotated[NoUserBlock, REFUSED, Tag("<other>")],
     _type_among("text", "tool_result"),
 ]
 _AssistantBlock = Annotated[
@@ -123,7 +123,7 @@ _AssistantBlock = Annotated[
     | Annotated[ThinkingBlock, Tag("<thinking>")]
     | Annotated[RedactedThinkingBlock, Tag("<redacted_thinking>")]
     | Annotated[ToolUseBlock, Tag("<tool_use>")]
-    | Annotated[NoAssistantBlock, Tag("<other>")],
+    | Annotated[NoAssistantBlock, REFUSED, Tag("<other>")],
     _type_among("text", "thinking", "redacted_thinking", "tool_use"),
 ]
 

@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    WithJsonSchema,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
@@ -39,7 +40,8 @@ class _Only:
         return no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"enum": [*self.neutral, None]}
+        nullable = "type" not in handler(schema)  # what has one type is no union with null
+        return {"enum": [*self.neutral, None] if nullable else [*self.neutral]}
 
     def _check(self, value: Any) -> Any:
         if value is None or any(value == other and type(value) is type(other) for other in self.neutral):
@@ -96,6 +98,10 @@ class Wire(BaseModel):
         return found
 
 
+REFUSED = WithJsonSchema(None)
+"""On one of a union's models: objects that this version can't read, refused by a field with `only`. JSON schemas of the
+union leave it out.
+"""
 NonEmpty = Annotated[str, AfterValidator(nonempty), Field(json_schema_extra={"minLength": 1})]
 ModelName = Annotated[str, of_model("name")]
 TokenId = Annotated[int, Field(ge=0), of_model("token")]

@@ -2,13 +2,13 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, WithJsonSchema, model_validator
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
 from server.errors import InvalidRequest
 from server.protocol import AnswerRules, Conversation
-from server.schemas.base import NonEmpty, Wire, by_field, kind_of, only
-from server.schemas.conditions import Condition, given, is_true, needs, not_both
+from server.schemas.base import REFUSED, NonEmpty, Wire, by_field, kind_of, only
+from server.schemas.conditions import Condition, given, is_true, needs, not_both, some
 from server.schemas.sampling import AnswerTokens, SampledRequest
 from server.schemas.tools import Choice, ResponseFormat, ToolSpec, answer_rules
 
@@ -35,7 +35,7 @@ def _part_kind(part: Any) -> str | None:
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[UnsupportedPart, WithJsonSchema(None), Tag("<other>")],
+    Annotated[TextPart, Tag("<text>")] | Annotated[UnsupportedPart, REFUSED, Tag("<other>")],
     Discriminator(_part_kind),
 ]
 Content = Annotated[
@@ -83,14 +83,7 @@ class UserMessage(Wire):
 class AssistantMessage(Wire):
     """An earlier answer, also as clients send back what they received (with empty `refusal`, `audio`, ...)."""
 
-    conditions: ClassVar[tuple[Condition, ...]] = (
-        {
-            "anyOf": [
-                given("content"),
-                {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
-            ]
-        },
-    )
+    conditions: ClassVar[tuple[Condition, ...]] = ({"anyOf": [given("content"), some("tool_calls")]},)
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -144,7 +137,7 @@ class ChatCompletionRequest(SampledRequest):
         ),
         needs(
             {"required": ["tool_choice"], "properties": {"tool_choice": {"anyOf": [{"const": "required"}, _OBJECT]}}},
-            {"required": ["tools"], "properties": {"tools": {"type": "array", "minItems": 1}}},
+            some("tools"),
         ),
     )
 

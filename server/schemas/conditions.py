@@ -20,6 +20,16 @@ def is_true(field: str) -> Condition:
     return {"required": [field], "properties": {field: {"const": True}}}
 
 
+def some(field: str) -> Condition:
+    """A list that is not empty."""
+    return {"required": [field], "properties": {field: {"type": "array", "minItems": 1}}}
+
+
+def within(field: str, condition: Condition) -> Condition:
+    """An object of which `condition` holds."""
+    return {"required": [field], "properties": {field: {"type": "object", **condition}}}
+
+
 def needs(when: Condition, then: Condition) -> Condition:
     """`when` holds only together with `then`."""
     return {"if": when, "then": then}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
-from server.schemas.base import NonEmpty, Wire, kind_of, only
+from server.schemas.base import REFUSED, NonEmpty, Wire, kind_of, only
 from server.schemas.response_items import (
     CallItem,
     CallOutputItem,
@@ -69,11 +69,12 @@ class OtherOutput(BaseModel):
 Part = Annotated[
     Annotated[InputTextPart, Tag("<input_text>")]
     | Annotated[OutputTextPart, Tag("<output_text>")]
-    | Annotated[OtherPart, Tag("<other>")],
+    | Annotated[OtherPart, REFUSED, Tag("<other>")],
     by_type("input_text", "output_text"),
 ]
 OutputPart = Annotated[
-    Annotated[InputTextPart, Tag("<input_text>")] | Annotated[OtherOutput, Tag("<other>")], by_type("input_text")
+    Annotated[InputTextPart, Tag("<input_text>")] | Annotated[OtherOutput, REFUSED, Tag("<other>")],
+    by_type("input_text"),
 ]
 _string_or_list = Discriminator(
     kind_of((str, "<string>"), (list, "<list>")),
@@ -215,7 +216,7 @@ InputItem = Annotated[
     | Annotated[FunctionCallOutput, Tag("<function_call_output>")]
     | Annotated[Reasoning, Tag("<reasoning>")]
     | Annotated[ItemReference, Tag("<item_reference>")]
-    | Annotated[OtherItem, Tag("<other>")],
+    | Annotated[OtherItem, REFUSED, Tag("<other>")],
     by_type("message", "function_call", "function_call_output", "reasoning", "item_reference", missing=_untyped),
 ]
 Input = Annotated[Annotated[str, Tag("<string>")] | Annotated[list[InputItem], Tag("<list>")], _string_or_list]

@@ -1,16 +1,17 @@
 """The bodies of POST /v1/responses and POST /v1/responses/input_tokens, as OpenAI's API has them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, model_validator
 
 from server.errors import InvalidRequest
 from server.protocol import AnswerRules, SamplingParams, Tool, ToolChoice
-from server.schemas.base import Wire, by_field, kind_of, only
+from server.schemas.base import REFUSED, ModelName, Wire, by_field, kind_of, only
 from server.schemas.chat import MetadataKey, MetadataValue, ReasoningEffort
+from server.schemas.conditions import Condition, given, is_true, needs, some
 from server.schemas.response_input import Input, ItemReference, by_type, items_of
 from server.schemas.response_items import Item
-from server.schemas.sampling import StreamOptions
+from server.schemas.sampling import SessionKey, StreamOptions
 from server.schemas.tools import JsonObjectFormat, Name, Schema, TextFormat, check_choice
 
 LOGPROBS = "message.output_text.logprobs"
@@ -44,7 +45,7 @@ class OtherTool(BaseModel):
 
 
 ToolSpec = Annotated[
-    Annotated[FunctionTool, Tag("<function>")] | Annotated[OtherTool, Tag("<other>")], by_type("function")
+    Annotated[FunctionTool, Tag("<function>")] | Annotated[OtherTool, REFUSED, Tag("<other>")], by_type("function")
 ]
 
 
@@ -67,7 +68,7 @@ class AllowedTools(Wire):
     tools: Annotated[
         list[
             Annotated[
-                Annotated[FunctionChoice, Tag("<function>")] | Annotated[OtherAllowed, Tag("<other>")],
+                Annotated[FunctionChoice, Tag("<function>")] | Annotated[OtherAllowed, REFUSED, Tag("<other>")],
                 by_type("function"),
             ]
         ],
@@ -84,7 +85,7 @@ Choice = Annotated[
     | Annotated[
         Annotated[FunctionChoice, Tag("<function>")]
         | Annotated[AllowedTools, Tag("<allowed_tools>")]
-        | Annotated[OtherChoice, Tag("<other>")],
+        | Annotated[OtherChoice, REFUSED, Tag("<other>")],
         by_type("function", "allowed_tools"),
         Tag("<choice>"),
     ],
@@ -129,8 +130,25 @@ class ReasoningConfig(Wire):
     mode: Annotated[str | None, only("standard")] = None
 
 
+_OBJECT = {"type": "object"}
+
+
 class ResponseInput(Wire):
     """What makes the prompt of a response."""
+
+    conditions: ClassVar[tuple[Condition, ...]] = (
+        {
+            "anyOf": [
+                {"required": ["input"], "properties": {"input": {"type": "string"}}},
+                some("input"),
+                given("previous_response_id"),
+            ]
+        },
+        needs(
+            {"required": ["tool_choice"], "properties": {"tool_choice": {"anyOf": [{"const": "required"}, _OBJECT]}}},
+            some("tools"),
+        ),
+    )
 
     input: Input | None = None
     instructions: str | None = None
@@ -205,25 +223,34 @@ class ResponseInput(Wire):
 class InputTokensRequest(ResponseInput):
     """The body of POST /v1/responses/input_tokens."""
 
-    model: str | None = None
+    model: ModelName | None = None
     personality: Annotated[JsonValue, only()] = None
 
 
 class ResponsesRequest(ResponseInput):
     """The body of POST /v1/responses. A field that is null counts as not given."""
 
-    model: str
+    conditions: ClassVar[tuple[Condition, ...]] = (
+        needs(given("stream_options"), is_true("stream")),
+        needs(
+            {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
+            {"required": ["include"], "properties": {"include": {"type": "array", "contains": {"const": LOGPROBS}}}},
+        ),
+    )
+
+    model: ModelName
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
+    # As much as one likes: a stream tells by its one event that it is too much, and is no error by its status.
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     # Thoughts are never encrypted here: the item has them in plain words, which is what a client needs it for.
     include: list[Annotated[str, only("reasoning.encrypted_content", LOGPROBS)]] | None = None
-    prompt_cache_key: str | None = None
+    prompt_cache_key: SessionKey | None = None
     # It counts calls of hosted tools, of which there are none.
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
 

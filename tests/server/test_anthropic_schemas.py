@@ -126,35 +126,35 @@ def block(kind: str, role: str = "user") -> dict[str, Any]:
     return {"messages": [USER, {"role": role, "content": [{"type": "text", "text": "t"}, {"type": kind}]}]}
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"speed": "fast"}, "speed"),
-        ({"container": "c"}, "container"),
-        ({"inference_geo": "us"}, "inference_geo"),
-        ({"mcp_servers": [{"type": "url", "url": "u", "name": "n"}]}, "mcp_servers"),
-        ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
-        ({"output_config": {"task_budget": {"type": "tokens", "total": 5}}}, "output_config.task_budget"),
-        ({"tools": [{"type": "web_search_20250305", **TOOL}]}, "tools[0].type"),
-        ({"tools": [TOOL, {**TOOL, "defer_loading": True}]}, "tools[1].defer_loading"),
-        ({"tools": [{**TOOL, "input_examples": [{}]}]}, "tools[0].input_examples"),
-        ({"tools": [{**TOOL, "allowed_callers": ["code_execution_20260120"]}]}, "tools[0].allowed_callers"),
-        (block("image"), "messages[1].content[1].type"),
-        (block("document"), "messages[1].content[1].type"),
-        (block("tool_use"), "messages[1].content[1].type"),
-        (block("tool_result", "assistant"), "messages[1].content[1].type"),
-        (block("server_tool_use", "assistant"), "messages[1].content[1].type"),
-        (block("image", "system"), "messages[1].content[1].type"),
-        (
-            {"messages": [{"role": "user", "content": [{**RESULT, "content": [{"type": "image"}]}]}]},
-            "messages[0].content[0].content[0].type",
-        ),
-        (
-            {"messages": [{"role": "assistant", "content": [{**USE, "toolset_name": "browser"}]}]},
-            "messages[0].content[0].toolset_name",
-        ),
-    ],
-)
+NOT_HONOURED: list[tuple[dict[str, Any], str]] = [
+    ({"speed": "fast"}, "speed"),
+    ({"container": "c"}, "container"),
+    ({"inference_geo": "us"}, "inference_geo"),
+    ({"mcp_servers": [{"type": "url", "url": "u", "name": "n"}]}, "mcp_servers"),
+    ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
+    ({"output_config": {"task_budget": {"type": "tokens", "total": 5}}}, "output_config.task_budget"),
+    ({"tools": [{"type": "web_search_20250305", **TOOL}]}, "tools[0].type"),
+    ({"tools": [TOOL, {**TOOL, "defer_loading": True}]}, "tools[1].defer_loading"),
+    ({"tools": [{**TOOL, "input_examples": [{}]}]}, "tools[0].input_examples"),
+    ({"tools": [{**TOOL, "allowed_callers": ["code_execution_20260120"]}]}, "tools[0].allowed_callers"),
+    (block("image"), "messages[1].content[1].type"),
+    (block("document"), "messages[1].content[1].type"),
+    (block("tool_use"), "messages[1].content[1].type"),
+    (block("tool_result", "assistant"), "messages[1].content[1].type"),
+    (block("server_tool_use", "assistant"), "messages[1].content[1].type"),
+    (block("image", "system"), "messages[1].content[1].type"),
+    (
+        {"messages": [{"role": "user", "content": [{**RESULT, "content": [{"type": "image"}]}]}]},
+        "messages[0].content[0].content[0].type",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": [{**USE, "toolset_name": "browser"}]}]},
+        "messages[0].content[0].toolset_name",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), NOT_HONOURED)
 def test_known_but_not_honoured_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
     error = refusal(**fields)
     assert isinstance(error, UnsupportedField)
@@ -162,39 +162,42 @@ def test_known_but_not_honoured_is_refused_by_name(fields: dict[str, Any], param
     assert "supported by this version" in error.message
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"max_tokens": None}, "'max_tokens'"),
-        ({"max_tokens": 0}, "'max_tokens': integer below minimum value. Expected a value >= 1"),
-        ({"temperature": 1.5}, "'temperature': decimal above maximum"),
-        ({"messages": []}, "'messages': empty array"),
-        ({"messages": [{"role": "user", "content": []}]}, "'messages[0].content': empty array"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "Supported values are: 'user', 'assistant', 'system'"),
-        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "'messages[0].content[0].type'"),
-        ({"messages": [{"role": "user", "content": [{**RESULT, "tool_use_id": ""}]}]}, "content[0].tool_use_id"),
-        ({"messages": [{"role": "assistant", "content": ""}]}, "At least one message must have content"),
-        ({"messages": [USER, {"role": "assistant", "content": [USE]}]}, "must have a `tool_result` block"),
-        (
-            {"messages": [USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}]}]},
-            "not from a thought",
-        ),
-        ({"thinking": {"type": "enabled"}}, "'thinking.budget_tokens' is required"),
-        ({"thinking": {"type": "disabled", "budget_tokens": 9}}, "'thinking.budget_tokens' is only allowed"),
-        ({"tools": [{**TOOL, "name": "two words"}]}, "tools[0].name"),
-        ({"tools": [TOOL, TOOL]}, "two of them are called 'weather'"),
-        ({"tool_choice": {"type": "any"}}, "'tool_choice' is only allowed when 'tools'"),
-        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "clock"}}, "'clock' not found"),
-        ({"tool_choice": {"type": "required"}}, "Supported values are: 'auto', 'any', 'tool', 'none'"),
-        ({"output_format": FORMAT, "output_config": {"format": FORMAT}}, "at the same time"),
-        (
-            {"output_format": FORMAT, "messages": [USER, {"role": "assistant", "content": "{"}]},
-            "'output_format' can't be combined",
-        ),
-        ({"cache_control": {"type": "ephemeral", "ttl": "2h"}}, "Supported values are: '5m' or '1h'"),
-        ({"n": 2}, "Unrecognized request argument supplied: n"),
-    ],
-)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"max_tokens": None}, "'max_tokens'"),
+    ({"max_tokens": 0}, "'max_tokens': integer below minimum value. Expected a value >= 1"),
+    ({"temperature": 1.5}, "'temperature': decimal above maximum"),
+    ({"messages": []}, "'messages': empty array"),
+    ({"messages": [{"role": "user", "content": []}]}, "'messages[0].content': empty array"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "Supported values are: 'user', 'assistant', 'system'"),
+    ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "'messages[0].content[0].type'"),
+    ({"messages": [{"role": "user", "content": [{**RESULT, "tool_use_id": ""}]}]}, "content[0].tool_use_id"),
+    ({"thinking": {"type": "enabled"}}, "'thinking.budget_tokens' is required"),
+    ({"thinking": {"type": "disabled", "budget_tokens": 9}}, "'thinking.budget_tokens' is only allowed"),
+    ({"tools": [{**TOOL, "name": "two words"}]}, "tools[0].name"),
+    ({"tool_choice": {"type": "any"}}, "'tool_choice' is only allowed when 'tools'"),
+    ({"tool_choice": {"type": "required"}}, "Supported values are: 'auto', 'any', 'tool', 'none'"),
+    ({"output_format": FORMAT, "output_config": {"format": FORMAT}}, "at the same time"),
+    ({"cache_control": {"type": "ephemeral", "ttl": "2h"}}, "Supported values are: '5m' or '1h'"),
+    ({"n": 2}, "Unrecognized request argument supplied: n"),
+]
+CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [{"role": "assistant", "content": ""}]}, "At least one message must have content"),
+    ({"messages": [USER, {"role": "assistant", "content": [USE]}]}, "must have a `tool_result` block"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}]}]},
+        "not from a thought",
+    ),
+    ({"tools": [TOOL, TOOL]}, "two of them are called 'weather'"),
+    ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "clock"}}, "'clock' not found"),
+    (
+        {"output_format": FORMAT, "messages": [USER, {"role": "assistant", "content": "{"}]},
+        "'output_format' can't be combined",
+    ),
+]
+"""What no JSON schema can say."""
+
+
+@pytest.mark.parametrize(("fields", "words"), [*WRONG, *CONTRADICTORY])
 def test_wrong_values(fields: dict[str, Any], words: str) -> None:
     assert words in refusal(**fields).message
 

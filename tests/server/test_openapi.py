@@ -13,12 +13,17 @@ from server.protocol import ModelInfo
 from server.routes import ROUTERS
 from server.routes.exchange import parse
 from server.routes.openapi import document
+from server.schemas.anthropic import CountTokensRequest, MessagesRequest
 from server.schemas.base import MODEL_FACT
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
+from server.schemas.responses import LOGPROBS, InputTokensRequest, ResponsesRequest
 from server.schemas.tokens import TokenizeRequest
 from tests.server.conftest import Serve
 from tests.server.scripted_engine import ScriptedEngine
+from tests.server.test_anthropic_schemas import NOT_HONOURED, WRONG
+from tests.server.test_response_schemas import BAD as BAD_RESPONSES
+from tests.server.test_response_schemas import CODEX
 from tests.server.test_schemas import BAD, CALL, USER, body
 
 jsonschema_rs = pytest.importorskip("jsonschema_rs")
@@ -26,9 +31,28 @@ jsonschema_rs = pytest.importorskip("jsonschema_rs")
 MODEL = ModelInfo(id="org/m", created=1, max_tokens=1000, n_tokens=500)
 DOCUMENT = document(ROUTERS, MODEL, keys=True)
 CHAT, TEXT, TOKENS = "ChatCompletionRequest", "CompletionRequest", "TokenizeRequest"
-KINDS = {CHAT: ChatCompletionRequest, TEXT: CompletionRequest, TOKENS: TokenizeRequest}
+RESPONSE, LENGTH, MESSAGE, COUNT = "ResponsesRequest", "InputTokensRequest", "MessagesRequest", "CountTokensRequest"
+KINDS = {
+    CHAT: ChatCompletionRequest,
+    TEXT: CompletionRequest,
+    TOKENS: TokenizeRequest,
+    RESPONSE: ResponsesRequest,
+    LENGTH: InputTokensRequest,
+    MESSAGE: MessagesRequest,
+    COUNT: CountTokensRequest,
+}
 ASK = {"model": "m", "prompt": "a"}
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
+COUNTED = {"model": "m", "messages": [USER]}
+TALK = {**COUNTED, "max_tokens": 9}
+FORMAT = {"type": "json_schema", "schema": {}}
+OWN_TOOLS = [{"name": "f", "input_schema": {}}]
+RESPONSE_TOOLS = [{"type": "function", "name": "f"}]
+ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": RESPONSE_TOOLS}
+
+
+def response(**fields: Any) -> dict[str, Any]:
+    return {"model": "m", "input": "a", **fields}
 
 
 def valid(name: str, instance: Any) -> bool:
@@ -39,7 +63,7 @@ def valid(name: str, instance: Any) -> bool:
 def accepted(name: str, instance: Any) -> bool:
     try:
         found: Any = parse(KINDS[name], json.dumps(instance).encode())
-        if name == CHAT:
+        if hasattr(found, "rules"):
             found.rules()
     except InvalidRequest:
         return False
@@ -59,6 +83,10 @@ def test_what_the_parser_refuses_is_invalid() -> None:
     for fields, param, *_ in BAD:
         if all(not isinstance(value, float) or math.isfinite(value) for value in fields.values()):
             assert not valid(CHAT, body(**fields)), param
+    for fields, param, _ in BAD_RESPONSES:
+        assert not valid(RESPONSE, response(**fields)), param
+    for fields, param in (*NOT_HONOURED, *WRONG):
+        assert not valid(MESSAGE, {**TALK, **fields}), param
 
 
 @pytest.mark.parametrize(
@@ -79,6 +107,23 @@ def test_what_the_parser_refuses_is_invalid() -> None:
         (TEXT, {**ASK, "prompt": [[1], [2, 3]], "echo": False, "logprobs": 0}),
         (TOKENS, {"prompt": ""}),
         (TOKENS, {"messages": [USER], "add_generation_prompt": False, "add_special_tokens": False}),
+        (RESPONSE, response(previous_response_id=None, include=None, max_output_tokens=10**9)),
+        (RESPONSE, response(**CODEX)),
+        (RESPONSE, response(top_logprobs=2, include=[LOGPROBS], stream=True, stream_options={})),
+        (RESPONSE, {"model": "m", "previous_response_id": "resp_1"}),
+        (RESPONSE, response(input="")),
+        (RESPONSE, response(input=[{"id": "msg_1"}, {"role": "user", "content": "a", "type": None}])),
+        (RESPONSE, response(tools=RESPONSE_TOOLS, tool_choice="required")),
+        (RESPONSE, response(tools=RESPONSE_TOOLS, tool_choice=ALLOWED, text={"format": {**FORMAT, "name": "s"}})),
+        (LENGTH, {"input": [{"id": "msg_1", "type": "item_reference"}], "model": None}),
+        (
+            MESSAGE,
+            {**TALK, "system": [{"type": "text", "text": "a"}], "thinking": {"type": "enabled", "budget_tokens": 9}},
+        ),
+        (MESSAGE, {**TALK, "tools": OWN_TOOLS, "tool_choice": {"type": "tool", "name": "f"}}),
+        (MESSAGE, {**TALK, "tool_choice": {"type": "none"}, "thinking": {"type": "adaptive", "budget_tokens": None}}),
+        (MESSAGE, {**TALK, "output_config": {"format": FORMAT}, "output_format": None}),
+        (COUNT, {**COUNTED, "tools": [{"type": "custom", **OWN_TOOLS[0]}], "output_format": FORMAT}),
     ],
 )
 def test_what_the_parser_accepts_is_valid(name: str, instance: Any) -> None:
@@ -100,6 +145,18 @@ def test_what_the_parser_accepts_is_valid(name: str, instance: Any) -> None:
         (TEXT, {**ASK, "echo": True, "logprobs": 0}),
         (TOKENS, {"prompt": "", "messages": [USER]}),
         (TOKENS, {"messages": [USER], "add_special_tokens": True}),
+        (RESPONSE, response(input=[])),
+        (RESPONSE, response(include=[None])),
+        (RESPONSE, response(top_logprobs=1, include=["reasoning.encrypted_content"])),
+        (RESPONSE, response(stream=None, stream_options={})),
+        (RESPONSE, response(tools=[], tool_choice="required")),
+        (RESPONSE, response(tool_choice=ALLOWED)),
+        (LENGTH, {"input": None}),
+        (MESSAGE, COUNTED),
+        (MESSAGE, {**TALK, "tools": None, "tool_choice": {"type": "tool", "name": "f"}}),
+        (COUNT, {**COUNTED, "tools": [], "tool_choice": {"type": "any"}}),
+        (COUNT, {**COUNTED, "output_format": FORMAT, "output_config": {"format": FORMAT}}),
+        (COUNT, {**COUNTED, "thinking": {"type": "enabled", "budget_tokens": None}}),
     ],
 )
 def test_conditions_are_the_parsers(name: str, instance: Any) -> None:
@@ -115,6 +172,8 @@ def test_it_is_true_of_the_loaded_model() -> None:
     assert not valid(TEXT, {**ASK, "prompt": [500]})
     assert valid(TEXT, {**ASK, "max_tokens": 999})
     assert not valid(TEXT, {**ASK, "max_tokens": 1000})
+    assert not valid(MESSAGE, {**TALK, "max_tokens": 1000})
+    assert not any(valid(name, {**ASK, **TALK, "model": "other"}) for name in (RESPONSE, LENGTH, MESSAGE, COUNT))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +187,17 @@ def test_session_names(name: str) -> None:
         assert not jsonschema_rs.is_valid(parameter["schema"], name)
     else:
         assert jsonschema_rs.is_valid(parameter["schema"], name)
+
+
+def test_headers_and_queries() -> None:
+    counted, asked = (DOCUMENT["paths"][path]["post"]["responses"] for path in ("/v1/messages", "/v1/responses"))
+    assert all({"request-id", "x-request-id"} <= set(one["headers"]) for one in counted.values())
+    assert not any("request-id" in one["headers"] for one in asked.values())
+    query = {
+        one["name"]: one["schema"] for one in DOCUMENT["paths"]["/v1/responses/{response_id}"]["get"]["parameters"]
+    }
+    assert query["stream"] == {"enum": ["false"]}
+    assert "starting_after" not in query
 
 
 def test_keys(serve: Serve) -> None:
