@@ -33,8 +33,8 @@ class Documented:
     """`answer` is the body of a 200, None where that is no JSON but of `media_type`; `others` are bodies of other
     statuses that are no errors. `event` is the data of a stream's events, and `last_words` what ends one that is no
     JSON. `errors` come besides those that every route has. `parameters` are schemas of the address's variables,
-    `query` is the model of what may follow it, `request_headers` and `headers` of the 200's. `envelope` is the form of
-    errors.
+    `query` is the model of what may follow it, `request_headers` and `headers` of the 200's. `links` are routes, by
+    their functions' names, whose variable of the address is the answer's `id`. `envelope` is the form of errors.
     """
 
     answer: type[BaseModel] | None
@@ -49,6 +49,7 @@ class Documented:
     request_headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     query: type[BaseModel] | None = None
+    links: Mapping[str, str] = field(default_factory=dict)
     envelope: type[BaseModel] = ErrorEnvelope
 
     @property

@@ -142,6 +142,11 @@ def _responses(own: Documented, schemas: Schemas, keyed: bool, changes: bool) ->
     if own.event is not None:
         content["text/event-stream"] = {"itemSchema": _event(own, schemas)}
     found: Schema = {"200": {"description": "The answer.", "headers": {**headers, **named}, "content": content}}
+    if own.links:
+        found["200"]["links"] = {
+            name: {"operationId": name, "parameters": {variable: "$response.body#/id"}}
+            for name, variable in own.links.items()
+        }
     for status, other in own.others.items():
         content = {"application/json": {"schema": schemas[other]}}
         found[str(status)] = {"description": "No answer.", "headers": headers, "content": content}

@@ -57,8 +57,16 @@ def _documented(answer: type[BaseModel], **more: Any) -> dict[str, Any]:
     return documented(answer, errors=(NotFound,), parameters={"response_id": {"type": "string"}}, **more)
 
 
-@router.post("", openapi_extra=answering(ResponsesRequest, ResponseBody, ResponseEvent))
-async def create(request: Request) -> Response:
+@router.post(
+    "",
+    openapi_extra=answering(
+        ResponsesRequest,
+        ResponseBody,
+        ResponseEvent,
+        links=dict.fromkeys(("retrieve_response", "delete_response", "input_items"), "response_id"),
+    ),
+)
+async def create_response(request: Request) -> Response:
     """One response."""
     context, record = context_of(request), record_of(request)
     asked = await parsed(request, ResponsesRequest)
@@ -110,13 +118,13 @@ async def input_tokens(request: Request) -> Response:
 
 
 @router.get("/{response_id}", openapi_extra=_documented(ResponseBody, query=RetrieveQuery))
-async def retrieve(request: Request, response_id: str, query: Annotated[RetrieveQuery, Query()]) -> Response:
+async def retrieve_response(request: Request, response_id: str, query: Annotated[RetrieveQuery, Query()]) -> Response:
     """A response that is stored. 404 when there is none, or it is another key's."""
     return _json(context_of(request).responses.get(record_of(request).owner, response_id).response)
 
 
 @router.delete("/{response_id}", openapi_extra=_documented(DeletedResponse))
-async def delete(request: Request, response_id: str) -> Response:
+async def delete_response(request: Request, response_id: str) -> Response:
     """Forget a response, in memory and on disk. Its KV session stays."""
     context_of(request).responses.remove(record_of(request).owner, response_id)
     return _json(DeletedResponse(id=response_id, object="response", deleted=True))

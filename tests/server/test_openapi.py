@@ -74,6 +74,11 @@ def test_every_route_is_in_it(serve: Serve) -> None:
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     said = {(path, method.upper()) for path, methods in DOCUMENT["paths"].items() for method in methods}
     assert said == {(route.path_format, method) for route in routes for method in route.methods or ()}
+    operations = {one["operationId"]: one for methods in DOCUMENT["paths"].values() for one in methods.values()}
+    assert len(operations) == len(said)
+    for link in DOCUMENT["paths"]["/v1/responses"]["post"]["responses"]["200"]["links"].values():
+        variables = {one["name"] for one in operations[link["operationId"]]["parameters"] if one["in"] == "path"}
+        assert set(link["parameters"]) == variables
     served = serve(ScriptedEngine()).http.get("/openapi.json").json()
     assert set(served["paths"]) == set(DOCUMENT["paths"])
     assert "401" not in json.dumps(served)
