@@ -14,6 +14,8 @@ from tests.serving.launch import Server
 _CHAT: dict[str, Any] = {"model": "default", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 _BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": _CHAT,
+    "/v1/responses": {"model": "default", "input": "x", "max_output_tokens": 2},
+    "/v1/messages": _CHAT,
     "/v1/completions": {"model": "default", "prompt": "x", "max_tokens": 2},
     "/tokenize": {"prompt": "x"},
     "/detokenize": {"tokens": [5]},
