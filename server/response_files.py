@@ -10,13 +10,14 @@ log says so.
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-SUFFIX, PARTIAL, REFUSED = ".json", ".partial", ".refused"
+from turbocache.whole_file import PARTIAL, replacing
+
+SUFFIX, REFUSED = ".json", ".refused"
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +71,8 @@ class ResponseFiles:
         return self._folder / f"{id}{SUFFIX}"
 
     def _write(self, path: Path, text: bytes) -> None:
-        partial = path.with_name(f"{path.name}{PARTIAL}")
-        try:
-            with open(partial, "wb", opener=_private) as file:
-                file.write(_digest(text) + b"\n" + text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            file.write(_digest(text) + b"\n" + text)
 
     def _logged(self, work: Callable[[], None]) -> None:
         try:
@@ -91,7 +83,3 @@ class ResponseFiles:
 
 def _digest(text: bytes) -> bytes:
     return hashlib.sha256(text).hexdigest().encode()
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

@@ -14,7 +14,6 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -22,7 +21,9 @@ from typing import Any, BinaryIO, Literal
 import mlx.core as mx
 import numpy as np
 
-SUFFIX, PARTIAL = ".safetensors", ".partial"
+from turbocache.whole_file import PARTIAL, replacing
+
+SUFFIX = ".safetensors"
 _LENGTH = struct.Struct("<Q")
 _LONGEST_HEADER = 1 << 28
 _BLOCK = 1 << 20
@@ -85,26 +86,16 @@ def write(path: Path, pieces: Mapping[str, Piece], manifest: Mapping[str, Any]) 
     digest = _new_digest(entries, said)
     head = digest.hexdigest()
     blank = _header(entries, said, head, "0" * len(head))
-    partial = path.with_name(f"{path.name}{PARTIAL}")
-    try:
-        with open(partial, "wb", opener=_private) as file:
-            file.write(blank)
-            for name, part in pieces.items():
-                data = _bytes_of(part.make())
-                if len(data) != part.nbytes:
-                    raise ValueError(f"{name} has {len(data)} bytes instead of {part.nbytes}")
-                digest.update(data)
-                file.write(data)
-            file.seek(0)
-            file.write(_header(entries, said, head, digest.hexdigest()))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with replacing(path) as file:
+        file.write(blank)
+        for name, part in pieces.items():
+            data = _bytes_of(part.make())
+            if len(data) != part.nbytes:
+                raise ValueError(f"{name} has {len(data)} bytes instead of {part.nbytes}")
+            digest.update(data)
+            file.write(data)
+        file.seek(0)
+        file.write(_header(entries, said, head, digest.hexdigest()))
     return len(blank) + at
 
 
@@ -148,10 +139,6 @@ def remove_partial(folder: Path) -> int:
     for path in left:
         path.unlink(missing_ok=True)
     return len(left)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -221,11 +208,3 @@ def _blocks(file: BinaryIO) -> Iterator[bytes]:
 def _bytes_of(array: mx.array) -> bytes:
     plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
     return np.ascontiguousarray(np.array(plain)).tobytes()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -152,7 +152,7 @@ class MlxEngine:
         return self._prompts.spell(tokens)
 
     def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:
-        if rules.raw:
+        if rules.raw or prompt.begun:
             self._lexicon.tokens  # noqa: B018  (its first use takes a while, and would hold up the engine's thread)
         return self._grammars.make(rules, opening_state(self._host.model.tokenizer, prompt.tokens) == "reasoning")
 

@@ -1,6 +1,7 @@
 """Servers that official clients talk to: real processes with the bundled model, in the environment of the server."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import anthropic
 import openai
@@ -32,10 +33,16 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield process
 
 
-def openai_client(server: Server, **options: object) -> openai.OpenAI:
+def openai_client(server: Server, **options: Any) -> openai.OpenAI:
     """A client that raises on an answer which is not what its own types say, instead of passing it on."""
-    chosen = {"api_key": "none", "max_retries": 0, "timeout": 60, "_strict_response_validation": True, **options}
-    return openai.OpenAI(base_url=f"{server.url}/v1", **chosen)  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {
+        "api_key": "none",
+        "max_retries": 0,
+        "timeout": 60,
+        "_strict_response_validation": True,
+        **options,
+    }
+    return openai.OpenAI(base_url=f"{server.url}/v1", **chosen)
 
 
 @pytest.fixture(scope="module")

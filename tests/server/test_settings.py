@@ -178,6 +178,6 @@ def test_memory_budgets() -> None:
     assert parse_memory("0.5").resolve(1000) == 500
     assert parse_memory("1.0").resolve(1000) == 1000
     assert parse_memory("512MB").resolve(1) == 512_000_000
-    for amounts in ({}, {"bytes": 1 << 30, "fraction": 0.5}):
+    for n_bytes, fraction in ((None, None), (1 << 30, 0.5)):
         with pytest.raises(ValueError, match="either bytes or a fraction"):
-            MemoryBudget(**amounts)  # type: ignore[arg-type]
+            MemoryBudget(n_bytes, fraction)

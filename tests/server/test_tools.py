@@ -121,9 +121,10 @@ def test_calls_in_one_answer(serve: Serve) -> None:
     served = serve(ScriptedEngine(CALLING))
     choice = served.openai.chat.completions.create(**BODY, tools=TOOLS).choices[0]
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me look.")
-    calls = choice.message.tool_calls or []
-    assert all(isinstance(call, ChatCompletionMessageFunctionToolCall) for call in calls)
-    assert [(call.id, call.function.name, call.function.arguments) for call in calls] == [  # type: ignore[union-attr]
+    found = choice.message.tool_calls or []
+    calls = [call for call in found if isinstance(call, ChatCompletionMessageFunctionToolCall)]
+    assert len(calls) == len(found)
+    assert [(call.id, call.function.name, call.function.arguments) for call in calls] == [
         ("call_1", "weather", '{"city": "Oslo"}'),
         ("call_2", "clock", "{}"),
     ]

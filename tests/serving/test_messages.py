@@ -55,8 +55,9 @@ def test_the_attribution_line_leaves_the_cached_prefix_whole(server: Server, ses
 
 
 def test_a_stream_tells_what_was_cached_before_its_first_text(server: Server) -> None:
-    body = {"model": "default", "max_tokens": 8, "system": AGENT, "messages": [user("Hello! " + filler(5, seed=3))]}
-    ask(server, body["messages"], system=AGENT)  # type: ignore[arg-type]
+    said = [user("Hello! " + filler(5, seed=3))]
+    body = {"model": "default", "max_tokens": 8, "system": AGENT, "messages": said}
+    ask(server, said, system=AGENT)
     with httpx.stream("POST", f"{server.url}/v1/messages", json={**body, "stream": True}, timeout=60) as response:
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
     events = [json.loads(line) for line in lines]

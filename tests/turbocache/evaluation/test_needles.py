@@ -25,7 +25,8 @@ def test_made_needles_have_the_length_and_the_depth(bundled: LoadedModel, hay: s
         prompt = bundled.tokenizer.decode(list(needle.ids))
         assert prompt.count(needle.answer) == 1
         before = len(bundled.tokenizer.encode(prompt[: prompt.index(needle.answer)]))
-        assert before / len(needle.ids) == pytest.approx(needle.depth, abs=0.25)  # type: ignore[arg-type]
+        assert needle.depth is not None
+        assert before / len(needle.ids) == pytest.approx(needle.depth, abs=0.25)
     depths = [bundled.tokenizer.decode(list(n.ids)).index(n.answer) for n in made[6::2]]
     assert depths == sorted(depths)
     assert len({needle.answer for needle in made}) == 12
