@@ -28,7 +28,7 @@ from tests.soak.engines import started
 from tests.soak.stored import Found, Look, look
 from tests.soak.talks import Talk, talks
 from turbocache.persistence import SessionFiles
-from turbocache.session_file import PARTIAL
+from turbocache.whole_file import PARTIAL
 
 CLIENTS = 3
 KEEP, WINDOW = 16, 64

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from turbocache.persistence import SessionFiles
-from turbocache.session_file import PARTIAL, SUFFIX, SessionFileError, open_checked
+from turbocache.session_file import SUFFIX, SessionFileError, open_checked
+from turbocache.whole_file import PARTIAL
 
 ASIDE = ".refused"
 

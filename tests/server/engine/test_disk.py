@@ -14,7 +14,8 @@ from server.protocol import Conversation, Failed
 from server.settings import MemoryBudget
 from tests.server.engine.answers import Answer, owned_by_nobody
 from tests.server.engine.conftest import SETTINGS
-from turbocache.session_file import PARTIAL, SUFFIX
+from turbocache.session_file import SUFFIX
+from turbocache.whole_file import PARTIAL
 
 TEXT = "The river runs by the mill, and the miller counts his sacks in the evening. "
 
