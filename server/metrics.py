@@ -33,6 +33,8 @@ _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15
 _LENGTH_BUCKETS = tuple(float(2**power) for power in range(4, 18))
 _ROW_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
+_DISK_ERRORS = ("OSError", "PermissionError", "FileNotFoundError")
+
 M = TypeVar("M", Gauge, Counter)
 
 # `_created` series tell when a counter began, which a rate does not ask for, and double what is scraped. (The library
@@ -175,7 +177,11 @@ class Metrics:
         self.spilled_bytes = self._counter("spilled_bytes", "Sessions written to disk.", "bytes")
         self.spill_seconds = self._counter("spill_seconds", "Time spent writing sessions to disk.", "seconds")
         self.spill_failures = self._counter(
-            "spill_failures", "Sessions that could not be written, by error.", "sessions", open=("reason",)
+            "spill_failures",
+            "Sessions that could not be written, by error.",
+            "sessions",
+            {"reason": _DISK_ERRORS},
+            open=("reason",),
         )
         self.restores = self._counter("restores", "Sessions read back from disk.", "sessions")
         self.restored_bytes = self._counter("restored_bytes", "Sessions read back from disk.", "bytes")
@@ -186,6 +192,7 @@ class Metrics:
             "restore_failures",
             "Sessions that could not be read back though their files may be right, by error.",
             "sessions",
+            {"reason": _DISK_ERRORS},
             open=("reason",),
         )
         self.session_files_refused = self._counter(
