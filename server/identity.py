@@ -18,15 +18,16 @@ def _pattern(never: str) -> str:
     """
     other, start, visible = rf"[^/\\{never}]", rf"[^./\\ {never}]", rf"[^/\\ {never}]"
     part = rf"(?:[.]?{start}{other}*|[.]{{1,2}} +{visible}{other}*|[.][.]{visible}{other}*)"
-    return rf" *{part}(?:[/\\] *{part}?)*"
+    return rf"{part}(?:[/\\] *{part}?)*"
 
 
 # For JSON schemas, in which the characters that can't be printed are too many to name all of them.
 _BEYOND_ASCII = r"\x00-\x1f\x7f-\uffff"
 _NEVER = r"\x00-\x1f\x7f-\xa0\xad\u2028-\u202e\ufffd"
-NAME_PATTERN = f"^{_pattern(_NEVER)}$"
-KEY_PATTERN = f"^(?: *|{_pattern(_NEVER)})$"
-HEADER_PATTERN = rf"^(?: *|{_pattern(_BEYOND_ASCII)})$"
+NAME_PATTERN = f"^ *{_pattern(_NEVER)}$"
+KEY_PATTERN = f"^ *(?:{_pattern(_NEVER)})?$"
+# No client sends a header with spaces before it.
+HEADER_PATTERN = rf"^(?:{_pattern(_BEYOND_ASCII)})?$"
 
 
 def session_key(prompt_cache_key: str | None, headers: Mapping[str, str], user_id: str | None = None) -> str | None:
