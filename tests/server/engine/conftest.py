@@ -18,8 +18,8 @@ SETTINGS = Settings(kv_memory=MemoryBudget(bytes=64 << 20), prefill_chunk=128)
 
 @pytest.fixture(scope="session", autouse=True)
 def loaded_once() -> Iterator[None]:
-    """Engines of one process share what they only read: the model, and the plans that were proven for it. These are most
-    of a start, and have tests of their own.
+    """Engines of one process share what they only read: the model, and the plans that were proven for it. These are
+    most of a start, and have tests of their own.
     """
     plans: dict[int, tuple[Any, Sequence[LayerPlan]]] = {}
 
