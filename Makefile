@@ -45,6 +45,8 @@ UV_FILE := $(filter .uv/bin/uv,$(UV))
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python
+# How the project itself comes into the environment.
+PROJECT := --editable .
 RUNTIME := $(VENV)/.installed-$(ACCEL)
 DEV := $(VENV)/.installed-$(ACCEL)-dev
 # Official clients want versions of their own, so they live apart from the server; Node comes with them.
@@ -63,6 +65,11 @@ help:
 	@echo "make format   apply the formatting and the lint's safe fixes"
 	@echo "make bench    measure serving (ARGS=...)"
 	@echo "make lock     write requirements/ anew from pyproject.toml (UPGRADE=--upgrade for newer versions)"
+	@echo "make install-service     serve from login on, as your own user (systemd or launchd; docs/deploy.md)"
+	@echo "make restart-service     after a change in its settings"
+	@echo "make uninstall-service   take it away again; settings and sessions stay"
+	@echo "make install-system-service, uninstall-system-service   as root, for a Linux machine that serves others"
+	@echo "make monitoring          Prometheus and Grafana in containers (Docker)"
 	@echo "make clean    remove .venv, caches and build output"
 	@echo "This machine: ACCEL=$(ACCEL), Python $(or $(PYTHON),not found)"
 
@@ -105,6 +112,8 @@ clean:
 	rm -rf .venv .venv-clients .uv $(NODE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	find server turbocache kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
+include deploy/service.mk
+
 # --- environment ---
 
 .uv/bin/uv: requirements/uv.txt
@@ -123,7 +132,7 @@ $(RUNTIME): requirements/$(LOCK).txt requirements/build.txt pyproject.toml | $(U
 	@test -x $(BIN)/python || $(UV) venv --quiet --clear --python "$(PYTHON)" $(VENV)
 	$(INSTALL) --require-hashes -r requirements/$(LOCK).txt
 	@# No --require-hashes for a local folder; the build's own requirements are held to the hashes of build.txt.
-	$(INSTALL) --no-deps --build-constraints requirements/build.txt --editable .
+	$(INSTALL) --no-deps --build-constraints requirements/build.txt $(PROJECT)
 	@$(if $(filter cpu,$(ACCEL)),$(MAKE) --no-print-directory blas)
 	@touch $@
 
