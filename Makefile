@@ -55,12 +55,14 @@ CLIENTS := .venv-clients/.installed
 NODE := tests/clients/node
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-clients check format bench lock clean env env-dev env-clients
+.PHONY: help run test test-clients test-image test-machine check format bench lock clean env env-dev env-clients
 
 help:
 	@echo "make run      start the server on http://$(HOST):$(PORT) (HOST=, PORT=, ACCEL=cpu|cuda|metal)"
 	@echo "make test     run the tests (with ARGS='-k name' those of the server only)"
 	@echo "make test-clients   only the official clients against a running server (ARGS='-k name')"
+	@echo "make test-image     Dockerfile.dev's steps on a bare Debian (as root; needs debootstrap)"
+	@echo "make test-machine   the services in a Debian that is booted (as root; needs debootstrap and systemd-container)"
 	@echo "make check    formatting, lint, types, import rules"
 	@echo "make format   apply the formatting and the lint's safe fixes"
 	@echo "make bench    measure serving (ARGS=...)"
@@ -94,6 +96,10 @@ test: $(DEV) $(if $(ARGS),,env-clients)
 
 test-clients: $(DEV) env-clients
 	$(TEST_CLIENTS) $(or $(ARGS),tests/clients)
+
+# As root on a Debian with debootstrap, minutes each: Dockerfile.dev's steps; the services in a booted system.
+test-image test-machine: $(DEV)
+	$(BIN)/python -m tests.deploy.$(@:test-%=%) $(ARGS)
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

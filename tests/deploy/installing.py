@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND = Path(sys.executable).with_name("turbocache")
 
 _RECORDER = '#!/bin/sh\necho "$(basename "$0") $*" >> "$CALLS"\n'
-# What installing sees of launchd: a service ends a moment after it has been told to, and one that is there can't be put there again.
+# What installing sees of launchd: a service ends a moment after it has been told to, and one that is there can't be
+# put there again.
 _LAUNCHCTL = (
     _RECORDER
     + """
@@ -45,11 +46,11 @@ class Home:
     def make(self, target: str, *variables: str, command: Path = COMMAND) -> subprocess.CompletedProcess[str]:
         """What `make` says, on stderr too. The command to serve with is there, so no environment is built."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "MAKE", "MFLAGS"))}
+        path = f"{self.tools}:{environment['PATH']}"
         return subprocess.run(
             ["make", target, f"SERVICE_COMMAND={command}", f"PYTHON={sys.executable}", *variables],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False,
-            env=environment
-            | {"HOME": str(self.path), "CALLS": str(self.tools / "calls"), "PATH": f"{self.tools}:{environment['PATH']}"},
+            env={**environment, "HOME": str(self.path), "CALLS": f"{self.tools}/calls", "PATH": path},
         )  # fmt: skip
 
     def calls(self) -> list[str]:
