@@ -45,6 +45,8 @@ UV_FILE := $(filter .uv/bin/uv,$(UV))
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python
+# How the project itself comes into the environment.
+PROJECT := --editable .
 RUNTIME := $(VENV)/.installed-$(ACCEL)
 DEV := $(VENV)/.installed-$(ACCEL)-dev
 # Official clients want versions of their own, so they live apart from the server; Node comes with them.
@@ -53,16 +55,23 @@ CLIENTS := .venv-clients/.installed
 NODE := tests/clients/node
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-clients check format bench lock clean env env-dev env-clients
+.PHONY: help run test test-clients test-image test-machine check format bench lock clean env env-dev env-clients
 
 help:
 	@echo "make run      start the server on http://$(HOST):$(PORT) (HOST=, PORT=, ACCEL=cpu|cuda|metal)"
 	@echo "make test     run the tests (with ARGS='-k name' those of the server only)"
 	@echo "make test-clients   only the official clients against a running server (ARGS='-k name')"
+	@echo "make test-image     Dockerfile.dev's steps on a bare Debian (as root; needs debootstrap)"
+	@echo "make test-machine   the services in a Debian that is booted (as root; needs debootstrap and systemd-container)"
 	@echo "make check    formatting, lint, types, import rules"
 	@echo "make format   apply the formatting and the lint's safe fixes"
 	@echo "make bench    measure serving (ARGS=...)"
 	@echo "make lock     write requirements/ anew from pyproject.toml (UPGRADE=--upgrade for newer versions)"
+	@echo "make install-service     serve from login on, as your own user (systemd or launchd; docs/deploy.md)"
+	@echo "make restart-service     after a change in its settings"
+	@echo "make uninstall-service   take it away again; settings and sessions stay"
+	@echo "make install-system-service, uninstall-system-service   as root, for a Linux machine that serves others"
+	@echo "make monitoring          Prometheus and Grafana in containers (Docker)"
 	@echo "make clean    remove .venv, caches and build output"
 	@echo "This machine: ACCEL=$(ACCEL), Python $(or $(PYTHON),not found)"
 
@@ -88,6 +97,10 @@ test: $(DEV) $(if $(ARGS),,env-clients)
 test-clients: $(DEV) env-clients
 	$(TEST_CLIENTS) $(or $(ARGS),tests/clients)
 
+# As root on a Debian with debootstrap, minutes each: Dockerfile.dev's steps; the services in a booted system.
+test-image test-machine: $(DEV)
+	$(BIN)/python -m tests.deploy.$(@:test-%=%) $(ARGS)
+
 check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -104,6 +117,8 @@ bench: $(DEV)
 clean:
 	rm -rf .venv .venv-clients .uv $(NODE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	find server turbocache kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+include deploy/service.mk
 
 # --- environment ---
 
@@ -123,7 +138,7 @@ $(RUNTIME): requirements/$(LOCK).txt requirements/build.txt pyproject.toml | $(U
 	@test -x $(BIN)/python || $(UV) venv --quiet --clear --python "$(PYTHON)" $(VENV)
 	$(INSTALL) --require-hashes -r requirements/$(LOCK).txt
 	@# No --require-hashes for a local folder; the build's own requirements are held to the hashes of build.txt.
-	$(INSTALL) --no-deps --build-constraints requirements/build.txt --editable .
+	$(INSTALL) --no-deps --build-constraints requirements/build.txt $(PROJECT)
 	@$(if $(filter cpu,$(ACCEL)),$(MAKE) --no-print-directory blas)
 	@touch $@
 
