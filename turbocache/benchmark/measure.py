@@ -37,7 +37,6 @@ def measure(
     n_tokens = 1 + SKIPPED + settings.generate
     opened = open_contender(contender, subject.model, subject.plans, settings, backend, context + n_tokens)
     base = _settled_memory()
-    resident = _resident("VmRSS")
     _forget_peaks()
     seen: list[tuple[Stored, int]] = []
 
@@ -51,13 +50,13 @@ def measure(
     if first is not None:
         found["first_prefill_tokens_per_second"] = settings.batch * (context - 1) / first.prefilled
     stored, peak_of_prefill = seen[0]
+    if settings.batch == 1:  # BatchGenerator lets the caches of rows go that are through
+        found["active_bytes"] = _settled_memory() - base
     return found | {
         "cache_bytes": stored.nbytes,
         "cache_bytes_half": stored.half_nbytes,
         "prefill_peak_bytes": peak_of_prefill - base,
         "peak_bytes": peak - base,
-        "active_bytes": _settled_memory() - base,
-        "resident_peak_bytes": None if resident is None else (_resident("VmHWM") or 0) - resident,
         "process_peak_bytes": _process_peak(),
     }
 
@@ -109,16 +108,11 @@ def _forget_peaks() -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def _resident(field: str) -> int | None:
-    """A line of Linux's account of this process, in bytes. `ru_maxrss` begins with the parent's, so it will not do."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    match = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
-    return int(match[1]) * 1024 if match else None
-
-
 def _process_peak() -> int:
     """Most bytes that the process has had resident, Python and weights among them."""
+    status = Path("/proc/self/status")
+    # Linux begins `ru_maxrss` with that of the parent.
+    if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return _resident("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -20,7 +20,6 @@ MEASURED = (
     "prefill_peak_bytes",
     "peak_bytes",
     "active_bytes",
-    "resident_peak_bytes",
     "process_peak_bytes",
 )
 """Figures that differ from run to run: told as median, least and most."""
