@@ -39,6 +39,12 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--budget", help="memory that sessions shall fit into (default 4GiB)")
     parser.add_argument("--generate", type=int, help="tokens that are timed (default 32)")
     parser.add_argument("--repeat", type=int, help="runs of each case, in turn (default 1)")
+    parser.add_argument(
+        "--warm-up",
+        type=int,
+        metavar="TOKENS",
+        help="of each prompt, read once before it is measured (default: all on a GPU, 64 on a CPU)",
+    )
     parser.add_argument("--chunk", type=int, help="tokens a forward pass of a prompt (default 512)")
     parser.add_argument("--keep", type=int, help="sink tokens of this project's caches (default 64)")
     parser.add_argument("--window", type=int, help="their raw newest tokens (default 128)")
@@ -68,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"turbocache bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("turbocache bench: interrupted; nothing was written", file=sys.stderr)
+        kept = f"what was measured is in {options.out / 'bench.json'}" if options.out else "nothing was written"
+        print(f"turbocache bench: interrupted; {kept}", file=sys.stderr)
         return 130
 
 
@@ -82,15 +89,23 @@ def _matrix(folder: Path) -> int:
 def _measure(options: argparse.Namespace) -> int:
     # Here and not above: `--help` need not wait for what these import.
     from turbocache.benchmark import report
-    from turbocache.benchmark.run import run
+    from turbocache.benchmark.run import Benchmark
     from turbocache.documents import as_json, make_folder, write_text
 
     settings = _settings(options)
     if options.out:  # a folder that is missing or read-only is told before minutes of work
         make_folder(options.out / "bench.json")
     load = _load()
-    found = run(settings, lambda line: print(line, file=sys.stderr, flush=True))
-    told = report.document(found, settings, command_line(options), [*load, *_load()])
+    benchmark = Benchmark(settings)
+
+    def told_so_far() -> dict[str, Any]:
+        return report.document(benchmark.found(), settings, command_line(options), [*load, *_load()])
+
+    for line in benchmark.run():
+        print(line, file=sys.stderr, flush=True)
+        if options.out:  # whatever ends the benchmark, what was measured is there
+            write_text(options.out / "bench.json", as_json(told_so_far()))
+    told = told_so_far()
     if options.out:
         write_text(options.out / "bench.json", as_json(told))
         write_text(options.out / "bench.md", report.markdown(told, _plots(told, options.out)))
@@ -114,7 +129,7 @@ def _plots(told: dict[str, Any], folder: Path) -> list[str]:
 
 
 _MODEL = ("model", "shape", "weight_bits", "dtype")
-_CASES = ("contexts", "presets", "against", "batch", "budget", "generate", "repeat", "timeout")
+_CASES = ("contexts", "presets", "against", "batch", "budget", "generate", "repeat", "warm_up", "timeout")
 _CACHES = ("chunk", "keep", "window", "max_size", "backend")
 _OPTIONS = (*_MODEL, *_CASES, *_CACHES)
 

@@ -23,7 +23,7 @@ from turbocache.memory import on_cpu
 
 SKIPPED = 4
 """Tokens whose decode steps are not timed: the first ones of a process find everything cold."""
-_WARM_PROMPT = 64
+_WARM_ON_CPU = 64
 
 
 def measure(
@@ -64,16 +64,15 @@ def measure(
 def _warm_up(
     subject: Subject, contender: Contender, context: int, settings: Settings, backend: Backend | None
 ) -> Times | None:
-    """The whole case once on a device that compiles kernels and plans lengths, whose times are returned; a short prompt
-    on a CPU, which has neither.
+    """The case once with a prompt of up to `warm_up` tokens; returns its times where that was the whole prompt and the
+    device one that compiles kernels and plans lengths, so that they tell what a first prompt costs.
     """
-    whole = not on_cpu()
-    length = context if whole else min(context, _WARM_PROMPT)
+    length = min(context, settings.warm_up or (_WARM_ON_CPU if on_cpu() else context))
     n_tokens = 1 + SKIPPED
     opened = open_contender(contender, subject.model, subject.plans, settings, backend, length + n_tokens)
     prompts = _prompts(subject, length, settings.batch)
     times = play(subject.model, opened.caches, prompts, n_tokens, settings.chunk, opened.options, lambda _: None)
-    return times if whole else None
+    return times if length == context and not on_cpu() else None
 
 
 def _prompts(subject: Subject, context: int, rows: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """The benchmark itself: a survey, then every case in turn, and the figures of each contender and context."""
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from turbocache.benchmark.contenders import Contender, contenders
@@ -9,7 +9,6 @@ from turbocache.benchmark.processes import NoAnswer, ask
 from turbocache.benchmark.settings import BenchmarkError, Settings
 
 Ask = Callable[[dict[str, Any], float], dict[str, Any]]
-Tell = Callable[[str], None]
 
 MEASURED = (
     "prefill_tokens_per_second",
@@ -23,46 +22,85 @@ MEASURED = (
     "process_peak_bytes",
 )
 """Figures that differ from run to run: told as median, least and most."""
+_SURVEY_SECONDS = 1800
+"""A fresh device compiles for the probe, and a model may have to be downloaded."""
+NOT_REACHED = "not measured: the benchmark was interrupted"
 
 
-def run(settings: Settings, tell: Tell, ask: Ask = ask) -> dict[str, Any]:
-    """Measure; returns the survey's answer and `cases`. `tell` hears of each run. Raises BenchmarkError when the model
-    can't be had or a context is too long for it.
-    """
-    chosen = contenders(settings)
-    try:
-        survey = ask({"settings": settings.as_json(), "task": "survey"}, settings.timeout)
-    except NoAnswer as reason:
-        raise BenchmarkError(str(reason)) from reason
-    longest, limit = max(settings.contexts), survey["model"]["max_positions"]
-    if longest > limit:
-        raise BenchmarkError(f"--contexts {longest} is longer than the {limit} positions of {survey['model']['id']}")
-    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    failed = _unavailable(chosen, survey, settings)
-    todo = list(_cases(chosen, settings))
-    for i, (contender, context) in enumerate(todo):
-        key, name = (contender.name, context), f"{i + 1}/{len(todo)}  {contender.label}, {context} tokens"
-        if key in failed:
-            continue
-        backend = survey["backends"].get(contender.name)
-        request = {"settings": settings.as_json(), "task": "case", "contender": contender.name, "context": context}
+class Benchmark:
+    """A benchmark on its way: what computes, and what each contender has shown so far at each context."""
+
+    def __init__(self, settings: Settings, ask: Ask = ask) -> None:
+        """Survey the machine and the model. Raises BenchmarkError when the model can't be had or a context is too long
+        for it.
+        """
+        self._settings, self._ask = settings, ask
+        self._contenders = contenders(settings)
         try:
-            found = ask({**request, "backend": backend}, settings.timeout)
+            request = {"settings": settings.as_json(), "task": "survey"}
+            self._survey = ask(request, max(settings.timeout, _SURVEY_SECONDS))
         except NoAnswer as reason:
-            failed[key] = str(reason)
-            tell(f"{name}: {reason}")
-            continue
-        runs.setdefault(key, []).append(found)
-        tell(
-            f"{name}: prefill {found['prefill_tokens_per_second']:.4g}, decode "
-            f"{found['decode_tokens_per_second']:.4g} tokens/s"
-        )
-    rows = [(contender, context) for context in sorted(settings.contexts) for contender in chosen]
-    cases = [
-        _row(contender, context, settings, runs.get((contender.name, context), []), failed)
-        for contender, context in rows
-    ]
-    return survey | {"cases": cases}
+            raise BenchmarkError(str(reason)) from reason
+        model, longest = self._survey["model"], max(settings.contexts)
+        if longest > model["max_positions"]:
+            raise BenchmarkError(
+                f"--contexts {longest} is longer than the {model['max_positions']} positions of {model['id']}"
+            )
+        self._runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        self._failed: dict[tuple[str, int], str] = {}
+        for contender in self._contenders:
+            # No process needs to find out once more that a backend does not work here.
+            if "unavailable" in (said := self._survey["backends"].get(contender.name, {})):
+                self._fails(contender, said["unavailable"], settings.contexts)
+
+    def run(self) -> Iterator[str]:
+        """Measure every case; says a line after each."""
+        todo = list(_cases(self._contenders, self._settings))
+        for i, (contender, context) in enumerate(todo):
+            if (contender.name, context) not in self._failed:
+                yield f"{i + 1}/{len(todo)}  {contender.label}, prompt of {context:,}: {self._run(contender, context)}"
+
+    def found(self) -> dict[str, Any]:
+        """The survey's answer and `cases`, a row for each contender and context; what was not reached says so."""
+        rows = [(contender, context) for context in sorted(self._settings.contexts) for contender in self._contenders]
+        return self._survey | {"cases": [self._row(contender, context) for contender, context in rows]}
+
+    def _run(self, contender: Contender, context: int) -> str:
+        request = {
+            "settings": self._settings.as_json(),
+            "task": "case",
+            "contender": contender.name,
+            "context": context,
+            "backend": self._survey["backends"].get(contender.name),
+        }
+        try:
+            found = self._ask(request, self._settings.timeout)
+        except NoAnswer as reason:
+            # What mlx-lm does not have it does not have at any length.
+            everywhere = str(reason).startswith(NotImplementedError.__name__)
+            self._fails(contender, str(reason), self._settings.contexts if everywhere else [context])
+            return str(reason)
+        self._runs.setdefault((contender.name, context), []).append(found)
+        prefill, decode = found["prefill_tokens_per_second"], found["decode_tokens_per_second"]
+        return f"prefill {prefill:,.0f}, decode {decode:,.1f} tokens/s"
+
+    def _fails(self, contender: Contender, reason: str, contexts: Iterable[int]) -> None:
+        self._failed |= {(contender.name, context): reason for context in contexts}
+
+    def _row(self, contender: Contender, context: int) -> dict[str, Any]:
+        """One contender at one context. What failed once is not told as if it had run."""
+        key = contender.name, context
+        row: dict[str, Any] = {
+            "contender": contender.name,
+            "label": contender.label,
+            "ours": contender.ours,
+            "context": context,
+            "held_tokens": contender.held(context),
+        }
+        runs = self._runs.get(key, [])
+        if key in self._failed or not runs:
+            return row | {"unavailable": self._failed.get(key, NOT_REACHED)}
+        return row | _figures(runs, row["held_tokens"], self._settings.budget)
 
 
 def _cases(chosen: list[Contender], settings: Settings) -> Iterator[tuple[Contender, int]]:
@@ -73,43 +111,16 @@ def _cases(chosen: list[Contender], settings: Settings) -> Iterator[tuple[Conten
                 yield contender, context
 
 
-def _unavailable(chosen: list[Contender], survey: dict[str, Any], settings: Settings) -> dict[tuple[str, int], str]:
-    """Contenders whose backend does not work here: no process needs to find that out once more."""
-    backends = survey["backends"]
-    return {
-        (contender.name, context): backends[contender.name]["unavailable"]
-        for contender in chosen
-        if "unavailable" in backends.get(contender.name, ())
-        for context in settings.contexts
-    }
-
-
-def _row(
-    contender: Contender,
-    context: int,
-    settings: Settings,
-    runs: list[dict[str, Any]],
-    failed: dict[tuple[str, int], str],
-) -> dict[str, Any]:
-    """One contender at one context. What failed once is not told as if it had run."""
-    row: dict[str, Any] = {
-        "contender": contender.name,
-        "label": contender.label,
-        "ours": contender.ours,
-        "context": context,
-        "held_tokens": contender.held(context),
-    }
-    if (contender.name, context) in failed:
-        return row | {"unavailable": failed[contender.name, context]}
+def _figures(runs: list[dict[str, Any]], held: int, budget: int) -> dict[str, Any]:
     nbytes, half = (max(found[name] for found in runs) for name in ("cache_bytes", "cache_bytes_half"))
-    return row | {
+    return {
         "cache_bytes": nbytes,
         "cache_bytes_half": half,
-        "bytes_per_token": nbytes / row["held_tokens"],
-        "bytes_per_token_half": half / row["held_tokens"],
-        "sessions_in_budget": settings.budget // nbytes,
-        "sessions_in_budget_half": settings.budget // half,
-        **{name: _spread([found[name] for found in runs]) for name in MEASURED if runs[0].get(name) is not None},
+        "bytes_per_token": nbytes / held,
+        "bytes_per_token_half": half / held,
+        "sessions_in_budget": budget // nbytes,
+        "sessions_in_budget_half": budget // half,
+        **{name: _spread([found[name] for found in runs]) for name in MEASURED if name in runs[0]},
     }
 
 

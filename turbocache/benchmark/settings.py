@@ -28,7 +28,9 @@ class Settings:
     """Sizes are in tokens, `budget` in bytes, `timeout` in seconds for one process.
 
     `model` None is the bundled one, unless `shape` names a geometry of random weights. `max_size` None is half of the
-    shortest context. `generate` tokens are timed, after a few that are not. Raises BenchmarkError for what can't be.
+    shortest context. `generate` tokens are timed, after a few that are not. Of each prompt up to `warm_up` tokens are
+    read once before it is measured; None is all of them on a GPU, which compiles kernels and plans lengths, and a few
+    on a CPU. Raises BenchmarkError for what can't be.
     """
 
     model: str | None = None
@@ -42,6 +44,7 @@ class Settings:
     budget: int = 4 << 30
     generate: int = 32
     repeat: int = 1
+    warm_up: int | None = None
     chunk: int = 512
     keep: int = RingConfig().keep
     window: int = RingConfig().window
@@ -53,6 +56,8 @@ class Settings:
         for name in ("batch", "budget", "generate", "repeat", "chunk"):
             if getattr(self, name) < 1:
                 raise BenchmarkError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.warm_up is not None and self.warm_up < 2:
+            raise BenchmarkError(f"--warm-up must be 2 tokens or more, not {self.warm_up}")
         if self.timeout <= 0:
             raise BenchmarkError(f"--timeout must be more than 0 seconds, not {self.timeout:g}")
         if not self.contexts or min(self.contexts) < 2:

@@ -1,5 +1,6 @@
 """The model that caches are measured with: loaded, or random weights of a named geometry."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -48,18 +49,18 @@ class Subject:
         }
 
 
-def make_subject(settings: Settings) -> Subject:
-    """Load or make the model. Raises ModelError."""
+def make_subject(settings: Settings, planner: Callable[[Module], list[LayerPlan]] = checked_plans) -> Subject:
+    """Load or make the model, and plan its layers. Raises ModelError."""
     if settings.shape is None:
         loaded = load_model(settings.model)
         model, dtype = loaded.model, dtype_name(loaded.dtype)
         vocabulary = int(loaded.tokenizer.vocab_size)
-        plans = checked_plans(model)
+        plans = planner(model)
         return Subject(model, plans, loaded.id, "as loaded", dtype, loaded.max_positions, vocabulary, loaded.notes)
     shape = SHAPES[settings.shape]
     dtype = settings.dtype or ("float32" if on_cpu() else "bfloat16")
     model = random_model(shape, DTYPES[dtype], settings.weight_bits)
     bits = "" if settings.weight_bits is None else f", {settings.weight_bits} bits"
     weights = f"random{bits}: speed and memory are real, the text is not"
-    plans = checked_plans(model)
+    plans = planner(model)
     return Subject(model, plans, f"{shape.like} geometry", weights, dtype, MAX_POSITIONS, shape.vocabulary, ())

@@ -21,8 +21,9 @@ from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.subject import Subject, make_subject
 from turbocache.documents import machine, versions
 from turbocache.memory import device_memory, keep_freed_memory, on_cpu
-from turbocache.plan import LayerPlan
+from turbocache.plan import LayerPlan, plan_layers
 from turbocache.presets import Preset
+from turbocache.store import checked_plans
 
 _BACKEND = ("name", "requested", "reason", "profile", "device")
 
@@ -31,14 +32,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Do what a request asks for. Raises whatever goes wrong."""
     settings = Settings.from_json(request["settings"])
     keep_freed_memory()  # as the server does; it serves all contenders alike
-    subject = make_subject(settings)
     chosen = contenders(settings)
     if request["task"] == "survey":
-        return survey(subject, chosen, settings)
+        return survey(make_subject(settings), chosen, settings)
     contender = next(c for c in chosen if c.name == request["contender"])
-    backend = None
-    if contender.preset is not None:
-        backend = backend_from(request["backend"], subject.plans, contender.preset)
+    if contender.preset is None:
+        return measure(make_subject(settings, lambda _: []), contender, request["context"], settings, None)
+    # The survey's proof of the plans holds here too, where they have passed it.
+    subject = make_subject(settings, plan_layers if request["backend"]["layer_kinds"] else checked_plans)
+    backend = backend_from(request["backend"], subject.plans, contender.preset)
     return measure(subject, contender, request["context"], settings, backend)
 
 
