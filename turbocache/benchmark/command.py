@@ -58,7 +58,7 @@ def add_to(commands: Any) -> None:
         "--matrix",
         type=Path,
         metavar="DIR",
-        help="measure nothing: make the table of devices in DIR/README.md anew from DIR/*/bench.json",
+        help="measure nothing: make the table in DIR/README.md and the runs' pages anew from DIR/*/bench.json",
     )
     parser.set_defaults(run=run)
 

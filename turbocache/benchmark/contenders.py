@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from turbocache.backend import Backend
 from turbocache.benchmark.settings import AGAINST, BenchmarkError, Settings
@@ -35,6 +35,8 @@ _LABELS = {
     "quantized-4": "mlx-lm QuantizedKVCache, 4 bits",
     "rotating-quantized-4": "mlx-lm RotatingKVCache, 4 bits",
 }
+MLX_LM_KEEP = 4
+"""Sink tokens of a RotatingKVCache where mlx-lm's `make_prompt_cache` makes it."""
 _AHEAD = 8
 """Tokens that a generation loop may be ahead of what it has handed out, and some."""
 
@@ -114,13 +116,20 @@ def open_contender(
         store = CacheStore(model, plans, contender.preset, backend, contender.ring, pages)
         caches = [store.new_cache() for _ in range(settings.batch)]
         return Opened(caches, {}, lambda cache: paged_bytes(store, cache))
-    size = contender.max_size
-    caches = [make_prompt_cache(model, max_kv_size=size) for _ in range(settings.batch)]
-    if size is not None and not any(
-        isinstance(layer, RotatingKVCache) and layer.max_size == size for layer in caches[0]
-    ):
-        raise NotImplementedError("the model makes its own caches, which mlx-lm does not rotate")
+    caches = [_mlx_lm_cache(model, contender.max_size) for _ in range(settings.batch)]
     options: dict[str, Any] = {}
     if (bits := re.search(r"quantized-(\d)$", contender.name)) is not None:
         options = {"kv_bits": int(bits[1]), "kv_group_size": GROUP_SIZE, "quantized_kv_start": 0}
     return Opened(caches, options, foreign_bytes)
+
+
+def _mlx_lm_cache(model: Module, max_size: int | None) -> list[Any]:
+    """The model's own prompt cache, its plain caches rotating where a `max_size` is given. By hand, because mlx-lm's
+    `max_kv_size` has no effect on models that make their caches themselves, llama among them.
+    """
+    layers: list[Any] = make_prompt_cache(model)
+    if max_size is None:
+        return layers
+    if not any(type(layer) is KVCache for layer in layers):
+        raise NotImplementedError("the model has no plain KVCache in whose place one could rotate")
+    return [RotatingKVCache(max_size, MLX_LM_KEEP) if type(layer) is KVCache else layer for layer in layers]

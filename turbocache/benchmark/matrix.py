@@ -1,11 +1,11 @@
-"""One row for each device that has been measured, made from the JSON files of its runs."""
+"""One row for each device that has been measured, made from the JSON files of its runs, and these runs' pages."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from turbocache.benchmark.report import SCHEMA, size
+from turbocache.benchmark.report import SCHEMA, markdown, size
 from turbocache.benchmark.settings import BenchmarkError
 from turbocache.documents import write_text
 from turbocache.presets import DEFAULT_PRESET
@@ -40,9 +40,18 @@ def matrix(folder: Path) -> str:
     return "\n".join([*lines, *rows])
 
 
+def page_of(path: Path) -> str:
+    """The Markdown page of a run from its JSON file, with the figures beside it. Raises BenchmarkError."""
+    return markdown(_read(path), sorted(image.name for image in path.parent.glob("*.png")))
+
+
 def update(folder: Path) -> str:
-    """Put the table into the folder's README.md, between its marks; returns the table. Raises BenchmarkError."""
+    """Make the pages of all runs below `folder` anew, and put the table into its README.md, between the marks; returns
+    the table. Raises BenchmarkError.
+    """
     made, page = matrix(folder), folder / PAGE
+    for path in folder.glob(f"*/{FILE}"):
+        write_text(path.with_suffix(".md"), page_of(path))
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     between = re.compile(f"({re.escape(_BEGIN)}\n).*?(\n{re.escape(_END)})", re.DOTALL)
     if not between.search(text):

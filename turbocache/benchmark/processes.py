@@ -6,7 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
-_WORKER = "turbocache.benchmark.worker"
+WORKER = (sys.executable, "-m", "turbocache.benchmark.worker")
 
 
 class NoAnswer(Exception):
@@ -15,9 +15,8 @@ class NoAnswer(Exception):
 
 def ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:
     """One request to a new process (turbocache/benchmark/worker.py); what it found. Raises NoAnswer."""
-    command = [sys.executable, "-m", _WORKER]
     try:
-        ended = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout)
+        ended = subprocess.run(WORKER, input=json.dumps(request), capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"ended after {timeout:g} seconds (--timeout)") from None
     lines = ended.stdout.splitlines()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from turbocache.benchmark.run import NOT_REACHED
 from turbocache.benchmark.settings import Settings
 from turbocache.documents import inline
 
@@ -35,7 +36,9 @@ kept as they are, or scales, take half of the bytes."""
 
 
 def document(found: dict[str, Any], settings: Settings, command: str, load: Sequence[float]) -> dict[str, Any]:
-    """All that the JSON file says. `load`: the system's load averages before and after; empty where it has none."""
+    """All that the JSON file says. `load`: the system's load averages before and after; empty where it has none.
+    `remarks` is for people: what a reader of the page must know about this run.
+    """
     said = settings.as_json()
     return {
         "schema": SCHEMA,
@@ -44,6 +47,7 @@ def document(found: dict[str, Any], settings: Settings, command: str, load: Sequ
         **{name: found[name] for name in ("machine", "versions", "blas", "model", "backends")},
         "load": [round(value, 2) for value in load],
         "settings": {**said, "max_size": settings.rotating_ring.max_size},
+        "remarks": [],
         "cases": found["cases"],
     }
 
@@ -57,8 +61,9 @@ def table(told: dict[str, Any], context: int) -> str:
     lines = ["| " + " | ".join(_HEADS) + " |", "|---|" + "---:|" * (len(_HEADS) - 1)]
     for case in (case for case in told["cases"] if case["context"] == context):
         if "unavailable" in case:
-            reason = f"does not run: {inline(case['unavailable'])}"
-            lines.append(f"| {case['label']} | {reason} |" + " |" * (len(_HEADS) - 2))
+            reason = inline(case["unavailable"])
+            said = reason if reason == NOT_REACHED else f"does not run: {reason}"
+            lines.append(f"| {case['label']} | {said} |" + " |" * (len(_HEADS) - 2))
         else:
             lines.append(f"| {case['label']} | " + " | ".join(_cells(case, is_float32(told))) + " |")
     return "\n".join(lines)
@@ -84,6 +89,7 @@ def markdown(told: dict[str, Any], images: Sequence[str] = ()) -> str:
         f"{model['compressed_layers']} of {model['layers']} layers compressed ({kind}). "
         f"Prompts in chunks of {settings['chunk']} tokens, {settings['generate']} tokens timed, "
         f"{settings['repeat']} of each run, in turn.",
+        *(f"**{inline(remark)}**" for remark in told["remarks"]),
         tables(told),
         _LEGEND,
         *([_HALF] if is_float32(told) else []),
