@@ -53,10 +53,10 @@ def update(folder: Path) -> str:
     for path in folder.glob(f"*/{FILE}"):
         write_text(path.with_suffix(".md"), page_of(path))
     text = page.read_text(encoding="utf-8") if page.exists() else ""
-    between = re.compile(f"({re.escape(_BEGIN)}\n).*?(\n{re.escape(_END)})", re.DOTALL)
+    between = re.compile(f"{re.escape(_BEGIN)}\n.*?{re.escape(_END)}", re.DOTALL)
     if not between.search(text):
         raise BenchmarkError(f"{str(page)!r} has no lines {_BEGIN!r} and {_END!r} for the table")
-    write_text(page, between.sub(lambda marks: f"{marks[1]}\n{made}\n{marks[2]}", text))
+    write_text(page, between.sub(lambda _: f"{_BEGIN}\n\n{made}\n\n{_END}", text))
     return made
 
 

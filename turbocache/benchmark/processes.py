@@ -24,7 +24,7 @@ def ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:
         raise NoAnswer(_how_it_ended(ended))
     said: dict[str, Any] = json.loads(lines[-1])
     if "failed" in said:
-        raise NoAnswer(said["failed"])
+        raise NoAnswer(" ".join(said["failed"].split()))
     found: dict[str, Any] = said["found"]
     return found
 

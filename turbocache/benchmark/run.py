@@ -4,8 +4,9 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from turbocache.benchmark import processes
 from turbocache.benchmark.contenders import Contender, contenders
-from turbocache.benchmark.processes import NoAnswer, ask
+from turbocache.benchmark.processes import NoAnswer
 from turbocache.benchmark.settings import BenchmarkError, Settings
 
 Ask = Callable[[dict[str, Any], float], dict[str, Any]]
@@ -30,15 +31,15 @@ NOT_REACHED = "not measured: the benchmark was interrupted"
 class Benchmark:
     """A benchmark on its way: what computes, and what each contender has shown so far at each context."""
 
-    def __init__(self, settings: Settings, ask: Ask = ask) -> None:
-        """Survey the machine and the model. Raises BenchmarkError when the model can't be had or a context is too long
-        for it.
+    def __init__(self, settings: Settings, ask: Ask | None = None) -> None:
+        """Survey the machine and the model; `ask` is for others than a process of its own. Raises BenchmarkError when
+        the model can't be had or a context is too long for it.
         """
-        self._settings, self._ask = settings, ask
+        self._settings, self._ask = settings, ask or processes.ask
         self._contenders = contenders(settings)
         try:
             request = {"settings": settings.as_json(), "task": "survey"}
-            self._survey = ask(request, max(settings.timeout, _SURVEY_SECONDS))
+            self._survey = self._ask(request, max(settings.timeout, _SURVEY_SECONDS))
         except NoAnswer as reason:
             raise BenchmarkError(str(reason)) from reason
         model, longest = self._survey["model"], max(settings.contexts)
