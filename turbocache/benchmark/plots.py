@@ -6,17 +6,18 @@ from typing import Any
 
 from turbocache.documents import figure_class, save_figures
 
-Figures = Callable[[dict[str, Any]], float]
+Panel = tuple[str, str, str, Callable[[dict[str, Any]], float]]
+"""Title, unit, scale of the axis, and a case's figure."""
 
-_SPEED: Sequence[tuple[str, str, Figures]] = (
-    ("prefill", "tokens/s", lambda case: case["prefill_tokens_per_second"]["median"]),
-    ("decode", "tokens/s", lambda case: case["decode_tokens_per_second"]["median"]),
-    ("first token", "s", lambda case: case["time_to_first_token_seconds"]["median"]),
+_SPEED: Sequence[Panel] = (
+    ("prefill", "tokens/s", "linear", lambda case: case["prefill_tokens_per_second"]["median"]),
+    ("decode", "tokens/s", "linear", lambda case: case["decode_tokens_per_second"]["median"]),
+    ("first token", "s", "log", lambda case: case["time_to_first_token_seconds"]["median"]),
 )
-_MEMORY: Sequence[tuple[str, str, Figures]] = (
-    ("one session's cache", "MiB", lambda case: case["cache_bytes"] / 2**20),
-    ("peak beyond the weights", "MiB", lambda case: case["peak_bytes"]["median"] / 2**20),
-    ("sessions in the budget", "", lambda case: case["sessions_in_budget"]),
+_MEMORY: Sequence[Panel] = (
+    ("one session's cache", "MiB", "log", lambda case: case["cache_bytes"] / 2**20),
+    ("peak beyond the weights", "MiB", "log", lambda case: case["peak_bytes"]["median"] / 2**20),
+    ("sessions in the budget", "", "log", lambda case: case["sessions_in_budget"]),
 )
 
 
@@ -30,7 +31,7 @@ def draw(told: dict[str, Any], folder: Path) -> list[str]:
     )
 
 
-def _panels(new_figure: Any, told: dict[str, Any], panels: Sequence[tuple[str, str, Figures]]) -> Any:
+def _panels(new_figure: Any, told: dict[str, Any], panels: Sequence[Panel]) -> Any:
     """One panel for each figure, context across, a line for each contender that ran; None where none did."""
     ran = [case for case in told["cases"] if "unavailable" not in case]
     if not ran:
@@ -38,15 +39,17 @@ def _panels(new_figure: Any, told: dict[str, Any], panels: Sequence[tuple[str, s
     figure = new_figure(figsize=(14, 5), layout="constrained")
     contexts = sorted({case["context"] for case in ran})
     every = figure.subplots(1, len(panels))
-    for axes, (title, unit, value) in zip(every, panels, strict=True):
+    for axes, (title, unit, scale, value) in zip(every, panels, strict=True):
         for i, label in enumerate(dict.fromkeys(case["label"] for case in ran)):
             mine = sorted((case for case in ran if case["label"] == label), key=lambda case: case["context"])
             style = {"marker": "o", "linestyle": "-"} if mine[0]["ours"] else {"marker": "s", "linestyle": "--"}
             found = [max(value(case), 1e-9) for case in mine]
             axes.plot([case["context"] for case in mine], found, color=f"C{i}", label=label, **style)
-        axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel=unit, title=title)
+        axes.set(xscale="log", yscale=scale, xlabel="context (tokens)", ylabel=unit, title=title)
         axes.set_xticks(contexts, [f"{n:,}" for n in contexts])
         axes.set_xticks([], minor=True)
+        if scale == "linear":  # from nothing, so that a small difference looks small
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     every[0].legend(fontsize=8)
     model = told["model"]
