@@ -51,7 +51,7 @@ def add_to(commands: Any) -> None:
         help="needles for each depth: one number, or one for each of --lengths (default: 5 made ones, all of files)",
     )
     parser.add_argument("--markdown", type=Path, help="a page of results")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="figures, PNG and SVG; needs turbocache[eval]")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="figures, PNG and SVG; needs turbocache[plots]")
     parser.add_argument("--restart", action="store_true", help="drop what an earlier run has left instead of going on")
     parser.set_defaults(run=run)
 
