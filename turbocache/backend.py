@@ -115,6 +115,15 @@ def lanes_for(backend: Backend | str, shape: LaneShape, dtype: mx.Dtype) -> Lane
     return PartedLanes(lanes, verdict.expanded) if verdict.expanded else lanes
 
 
+def layer_uses(plans: Sequence[LayerPlan], preset: Preset) -> list[LayerUse]:
+    """What each compressed layer asks of a backend."""
+    return [
+        LayerUse(lane_shape(plan.geometry, preset.of_layer(i, len(plans))), plan.geometry.dtype)
+        for i, plan in enumerate(plans)
+        if plan.geometry is not None
+    ]
+
+
 def choose_backend(
     requested: str, plans: Sequence[LayerPlan], preset: Preset, failed: Mapping[str, Exception] | None = None
 ) -> Backend:
@@ -124,11 +133,7 @@ def choose_backend(
     With nothing to compress (preset `off`, or no layer that can be) there is nothing to probe, and the answer says so.
     Raises BackendUnavailable as `probe` does.
     """
-    uses = [
-        LayerUse(lane_shape(plan.geometry, preset.of_layer(i, len(plans))), plan.geometry.dtype)
-        for i, plan in enumerate(plans)
-        if plan.geometry is not None
-    ]
+    uses = layer_uses(plans, preset)
     candidates = [_candidate(name, (failed or {}).get(name)) for name in BACKENDS]
     backend = probe(requested, candidates, uses if preset.compressed else ())
     if not preset.compressed:

@@ -1,4 +1,4 @@
-"""The `turbocache` command: start the server, show what this machine can run, or measure what compression does."""
+"""The `turbocache` command: start the server, show what this machine can run, measure quality, memory, speed."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from turbocache.benchmark import command as benchmark
 from turbocache.evaluation import command as evaluation
 
 
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     probe.set_defaults(run=_probe)
 
     evaluation.add_to(commands)
+    benchmark.add_to(commands)
 
     options = parser.parse_args(arguments)
     return int(options.run(options))

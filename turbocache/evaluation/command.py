@@ -51,19 +51,20 @@ def add_to(commands: Any) -> None:
         help="needles for each depth: one number, or one for each of --lengths (default: 5 made ones, all of files)",
     )
     parser.add_argument("--markdown", type=Path, help="a page of results")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="figures, PNG and SVG; needs turbocache[eval]")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="figures, PNG and SVG; needs turbocache[plots]")
     parser.add_argument("--restart", action="store_true", help="drop what an earlier run has left instead of going on")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate and write; returns the exit status. Numbers are written also where plots can't be."""
+    from turbocache.documents import DocumentError
     from turbocache.evaluation.settings import EvaluationError
     from turbocache.model import ModelError
 
     try:
         return _evaluate(options)
-    except (EvaluationError, ModelError) as error:
+    except (DocumentError, EvaluationError, ModelError) as error:
         print(f"turbocache eval: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -75,6 +76,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     # Here and not above: loading MLX takes a second that `--help` need not wait for.
     from tqdm import tqdm
 
+    from turbocache.documents import as_json, make_folder, write_text
     from turbocache.evaluation import report
     from turbocache.evaluation.journal import Journal
     from turbocache.evaluation.run import journal_path, prepare, run
@@ -87,21 +89,22 @@ def _evaluate(options: argparse.Namespace) -> int:
     # A line now and then where the output is no terminal.
     seconds = 0.5 if sys.stderr.isatty() else 60
     # The first thing written: a folder that is missing or read-only is told before hours of work.
-    report.make_folder(options.json)
+    make_folder(options.json)
     with (
         Journal(journal_path(options.json), work.circumstances(), restart=options.restart) as journal,
         tqdm(total=work.todo(journal.results), unit="tok", unit_scale=True, mininterval=seconds) as progress,
     ):
         rows = run(work, journal, progress)
     told = report.document(work, rows, command_line(options))
-    report.write_text(options.json, report.as_json(told))
+    write_text(options.json, as_json(told))
     print(report.table(rows))
     return _write_pages(options, told)
 
 
 def _write_pages(options: argparse.Namespace, told: dict[str, Any]) -> int:
+    from turbocache.documents import PlotsUnavailable, write_text
     from turbocache.evaluation import report
-    from turbocache.evaluation.plots import PlotsUnavailable, draw
+    from turbocache.evaluation.plots import draw
 
     images: list[str] = []
     status = 0
@@ -113,7 +116,7 @@ def _write_pages(options: argparse.Namespace, told: dict[str, Any]) -> int:
             status = 1
     if options.markdown:
         shown = [_beside(options.plots / name, options.markdown) for name in images]
-        report.write_text(options.markdown, report.markdown(told, shown))
+        write_text(options.markdown, report.markdown(told, shown))
     return status
 
 

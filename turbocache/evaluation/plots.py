@@ -4,47 +4,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from turbocache.evaluation.settings import EvaluationError
+from turbocache.documents import figure_class, save_figures
 
 _FAMILIES = (("mlx-lm", "s", "tab:red"), ("mlx-vlm", "^", "tab:green"), ("", "o", "tab:blue"))
-
-
-class PlotsUnavailable(Exception):
-    """matplotlib is not installed; the message says how to get it."""
 
 
 def draw(told: dict[str, Any], folder: Path) -> list[str]:
     """Draw what the document has numbers for into `folder`; returns the names of the PNG files.
 
-    Raises PlotsUnavailable without matplotlib, EvaluationError where the files can't be written.
+    Raises PlotsUnavailable without matplotlib, DocumentError where the files can't be written.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotsUnavailable("plots need matplotlib: pip install 'turbocache[eval]'") from error
-    made = {"kld": _divergence(Figure, told), "needles": _needles(Figure, told)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with rc_context({"svg.hashsalt": "turbocache"}):
-            for name, figure in made.items():
-                if figure is not None:
-                    # Without a date and chance the same numbers give the same bytes.
-                    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-                    figure.savefig(folder / f"{name}.png", dpi=120)
-    except OSError as error:
-        raise EvaluationError(f"can't write plots to {str(folder)!r}: {error.strerror}") from error
-    return [f"{name}.png" for name, figure in made.items() if figure is not None]
+    figure = figure_class("eval")
+    return save_figures({"kld": _divergence(figure, told), "needles": _needles(figure, told)}, folder)
 
 
-def _divergence(figure_class: Any, told: dict[str, Any]) -> Any:
+def _divergence(new_figure: Any, told: dict[str, Any]) -> Any:
     """Mean KL divergence against stored bits, both on logarithmic axes."""
     rows = [
         row for row in told["rows"] if row.get("kld_mean") and row["kld_mean"] > 1e-9 and row.get("stored_bits_half")
     ]
     if not rows:
         return None
-    figure = figure_class(figsize=(9, 6), layout="constrained")
+    figure = new_figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for start, marker, colour in _FAMILIES:
         mine = [row for row in rows if _family(row["preset"]) == start]
@@ -65,14 +46,14 @@ def _divergence(figure_class: Any, told: dict[str, Any]) -> Any:
     return figure
 
 
-def _needles(figure_class: Any, told: dict[str, Any]) -> Any:
+def _needles(new_figure: Any, told: dict[str, Any]) -> Any:
     """A heat map of recall for each row, context across and depth down."""
     rows = [row for row in told["rows"] if any(context.isdigit() for context in row.get("needle_cells", ()))]
     if not rows:
         return None
     across = min(3, len(rows))
     down = -(-len(rows) // across)
-    figure = figure_class(figsize=(3.4 * across + 1, 2.1 * down + 0.6), layout="constrained")
+    figure = new_figure(figsize=(3.4 * across + 1, 2.1 * down + 0.6), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).flatten()
     image = None
     for panel, row in zip(panels, rows, strict=False):

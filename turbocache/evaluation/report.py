@@ -1,18 +1,12 @@
 """The evaluation's results as one JSON document and as Markdown."""
 
-import json
-import os
-import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
+from turbocache.documents import inline, machine, versions
 from turbocache.evaluation.rows import FULL, is_foreign
-from turbocache.evaluation.run import Work, versions
-from turbocache.evaluation.settings import EvaluationError
+from turbocache.evaluation.run import Work
 
 _COLUMNS = (
     ("stored_bits", "bits", ".2f"),
@@ -32,18 +26,6 @@ slots of what is allocated), by values of a full-precision cache. *bits, half*: 
 half precision, whose raw tokens and scales take half of the bytes. *KLD*: KL divergence of the next token's
 distribution from the full-precision cache's, over the whole vocabulary, in nats. *top-1*: how often the most likely
 token is the same."""
-
-
-def machine() -> dict[str, Any]:
-    """What computed, without its name."""
-    device = mx.device_info()
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "device": device.get("device_name", str(mx.default_device())),
-        "architecture": device.get("architecture", ""),
-    }
 
 
 def document(work: Work, rows: Sequence[dict[str, Any]], command: str) -> dict[str, Any]:
@@ -73,29 +55,6 @@ def document(work: Work, rows: Sequence[dict[str, Any]], command: str) -> dict[s
     }
 
 
-def make_folder(path: Path) -> None:
-    """The folder of a file to come. Raises EvaluationError where it can't be made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvaluationError(f"can't make the folder of {str(path)!r}: {error.strerror}") from error
-
-
-def write_text(path: Path, content: str) -> None:
-    """Replace a file in one step. Raises EvaluationError where that can't be."""
-    make_folder(path)
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_text(content, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise EvaluationError(f"can't write {str(path)!r}: {error.strerror}") from error
-
-
-def as_json(told: dict[str, Any]) -> str:
-    return json.dumps(told, indent=1, allow_nan=False) + "\n"
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table; a column for each needle length, and only columns that have something."""
     columns = [column for column in _COLUMNS if any(column[0] in row for row in rows)]
@@ -110,7 +69,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         if "unavailable" in row:
-            lines.append(f"| {row['preset']} | does not run: {_inline(row['unavailable'])}" + " |" * (len(heads) - 1))
+            lines.append(f"| {row['preset']} | does not run: {inline(row['unavailable'])}" + " |" * (len(heads) - 1))
             continue
         cells = [_cell(row.get(name), form) for name, _, form in columns]
         if standard:
@@ -139,7 +98,7 @@ def markdown(told: dict[str, Any], images: Sequence[str] = ()) -> str:
     compared = comparisons(told["rows"])
     if compared:
         parts.append("At no more bits (half):\n\n" + "\n".join(f"- {line}" for line in compared))
-    notes = [f"- {row['preset']}: {_inline(row['note'])}" for row in told["rows"] if row["note"]]
+    notes = [f"- {row['preset']}: {inline(row['note'])}" for row in told["rows"] if row["note"]]
     if notes:
         parts.append("How the rows were stored:\n\n" + "\n".join(notes))
     parts += [f"![{name}]({name})" for name in images]
@@ -176,7 +135,3 @@ def _needle_cell(row: dict[str, Any], length: str) -> str:
 
 def _length(context: str) -> tuple[int, str]:
     return (int(context), "") if context.isdigit() else (1 << 60, context)
-
-
-def _inline(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

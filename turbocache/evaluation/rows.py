@@ -82,12 +82,12 @@ def expand_names(settings: Settings) -> list[str]:
         )
     swept = []
     for name in names:
-        if settings.is_sweep and _parsed(name) is not None and "@" not in name and not _is_off(name):
+        if settings.is_sweep and parse_preset(name) is not None and "@" not in name and not _is_off(name):
             swept += [f"{name}@{keep}/{window}" for keep in settings.keep for window in settings.window]
         else:
             swept.append(name)
     for name in swept:
-        if _parsed(name) is None and not _foreign_bits(name) and name != FULL:
+        if parse_preset(name) is None and not _foreign_bits(name) and name != FULL:
             known = ", ".join([FULL, *(name for group in GROUPS.values() for name in group)])
             raise EvaluationError(f"unknown preset {name!r}; there are all, {', '.join(GROUPS)}, {known}")
     return list(dict.fromkeys(swept))
@@ -109,7 +109,7 @@ class RowMaker:
         """The row of that name. Raises EvaluationError for a backend that does not work here."""
         if name == FULL:
             return full_precision(self._model)
-        parsed = _parsed(name)
+        parsed = parse_preset(name)
         if parsed is not None:
             return self._paged(name, *parsed)
         whose, bits, whole = _foreign_bits(name) or ("", 0.0, False)
@@ -163,7 +163,7 @@ def _foreign(layers: list[Any]) -> OpenCache:
     return OpenCache(layers, lambda: foreign_bytes(layers))
 
 
-def _parsed(name: str) -> tuple[Preset, str | None, RingConfig | None] | None:
+def parse_preset(name: str) -> tuple[Preset, str | None, RingConfig | None] | None:
     """A preset's row name in its parts, or None for another name. Raises EvaluationError for values that can't be."""
     match = re.fullmatch(r"([^:@+]+)((?:\+\w+=[\w.]+)*)(?::([a-z]+))?(?:@(\d+)/(\d+)(?:/(\d+))?)?", name)
     if match is None or match[1] not in PRESETS:

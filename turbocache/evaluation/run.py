@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -11,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from turbocache.documents import versions
 from turbocache.evaluation.divergence import TokenScores, summary
 from turbocache.evaluation.journal import Journal
 from turbocache.evaluation.needles import ANSWER_TOKENS, Needle, ask, load_needles, make_needles, recall
@@ -70,15 +70,6 @@ class Work:
         return tokens + sum(
             len(needle.ids) for needle in self.needles for row in self.rows if _needle_key(needle, row) not in have
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes, those that are installed."""
-    found = {"mlx": version("mlx"), "mlx-lm": version("mlx-lm"), "turbocache": version("turbocache")}
-    try:
-        return found | {"mlx-vlm": version("mlx-vlm")}
-    except ModuleNotFoundError:
-        return found
 
 
 def prepare(loaded: LoadedModel, settings: Settings) -> Work:

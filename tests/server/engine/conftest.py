@@ -1,14 +1,37 @@
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.engine import host
 from server.engine.engine import MlxEngine
 from server.metrics import Metrics
 from server.settings import MemoryBudget, Settings
+from turbocache.model import load_model
+from turbocache.plan import LayerPlan
+from turbocache.store import checked_plans
 
 SETTINGS = Settings(kv_memory=MemoryBudget(bytes=64 << 20), prefill_chunk=128)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loaded_once() -> Iterator[None]:
+    """Engines of one process share what they only read: the model, and the plans that were proven for it. These are
+    most of a start, and have tests of their own.
+    """
+    plans: dict[int, tuple[Any, Sequence[LayerPlan]]] = {}
+
+    def proven(model: Any) -> Sequence[LayerPlan]:
+        if id(model) not in plans:
+            plans[id(model)] = model, checked_plans(model)  # with the model, so that its id stays its own
+        return plans[id(model)][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "load_model", functools.cache(load_model))
+        patch.setattr(host, "checked_plans", proven)
+        yield
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from turbocache.documents import PlotsUnavailable, as_json
 from turbocache.evaluation import report
-from turbocache.evaluation.plots import PlotsUnavailable, draw
-from turbocache.evaluation.settings import EvaluationError
+from turbocache.evaluation.plots import draw
 
 ROWS: list[dict[str, Any]] = [
     {"preset": "full", "note": "", "stored_bits": 32.0, "stored_bits_half": 16.0, "perplexity": 20.0, "kld_mean": 0.0,
@@ -72,27 +72,9 @@ def test_the_page_says_what_was_measured_and_how() -> None:
 
 
 def test_json_has_no_numbers_that_are_none() -> None:
-    assert json.loads(report.as_json(TOLD))["rows"][4]["perplexity"] is None
+    assert json.loads(as_json(TOLD))["rows"][4]["perplexity"] is None
     with pytest.raises(ValueError, match="not JSON compliant"):
-        report.as_json({"rows": [float("nan")]})
-
-
-def test_files_are_replaced_in_one_step(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "out.json"
-    for content in ("old", "new"):
-        report.write_text(path, content)
-        assert path.read_text() == content
-    assert [p.name for p in path.parent.iterdir()] == ["out.json"]
-    with pytest.raises(EvaluationError, match="can't write"):
-        report.write_text(path.parent, "x")
-    with pytest.raises(EvaluationError, match="can't make the folder"):
-        report.make_folder(path / "below.json")
-
-
-def test_the_machine_is_not_named() -> None:
-    import platform
-
-    assert platform.node() not in json.dumps(report.machine())
+        as_json({"rows": [float("nan")]})
 
 
 def test_plots_are_drawn_as_png_and_svg(tmp_path: Path) -> None:

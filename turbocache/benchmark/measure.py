@@ -1,0 +1,117 @@
+"""One case: a contender at a context length, measured in this process."""
+
+import contextlib
+import gc
+import re
+import resource
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from turbocache.backend import Backend
+from turbocache.benchmark.contenders import Contender, open_contender
+from turbocache.benchmark.loops import Times, play
+from turbocache.benchmark.settings import Settings
+from turbocache.benchmark.subject import Subject
+from turbocache.evaluation.storage import Stored
+from turbocache.memory import on_cpu
+
+SKIPPED = 4
+"""Tokens whose decode steps are not timed: the first ones of a process find everything cold."""
+_WARM_ON_CPU = 64
+
+
+def measure(
+    subject: Subject, contender: Contender, context: int, settings: Settings, backend: Backend | None
+) -> dict[str, Any]:
+    """Figures of one run, in base units. `cache_bytes` and what follows from it are one row's.
+
+    Raises whatever the contender raises.
+    """
+    first = _warm_up(subject, contender, context, settings, backend)
+    n_tokens = 1 + SKIPPED + settings.generate
+    opened = open_contender(contender, subject.model, subject.plans, settings, backend, context + n_tokens)
+    base = _settled_memory()
+    _forget_peaks()
+    seen: list[tuple[Stored, int]] = []
+
+    def at_first(cache: Sequence[Any]) -> None:
+        seen.append((opened.stored(cache), mx.get_peak_memory()))
+
+    prompts = _prompts(subject, context, settings.batch)
+    times = play(subject.model, opened.caches, prompts, n_tokens, settings.chunk, opened.options, at_first)
+    peak = mx.get_peak_memory()
+    found = _speed(times, context, settings.batch)
+    if first is not None:
+        found["first_prefill_tokens_per_second"] = settings.batch * (context - 1) / first.prefilled
+    stored, peak_of_prefill = seen[0]
+    if settings.batch == 1:  # BatchGenerator lets the caches of rows go that are through
+        found["active_bytes"] = _settled_memory() - base
+    return found | {
+        "cache_bytes": stored.nbytes,
+        "cache_bytes_half": stored.half_nbytes,
+        "prefill_peak_bytes": peak_of_prefill - base,
+        "peak_bytes": peak - base,
+        "process_peak_bytes": _process_peak(),
+    }
+
+
+def _warm_up(
+    subject: Subject, contender: Contender, context: int, settings: Settings, backend: Backend | None
+) -> Times | None:
+    """The case once with a prompt of up to `warm_up` tokens; returns its times where that was the whole prompt and the
+    device one that compiles kernels and plans lengths, so that they tell what a first prompt costs.
+    """
+    length = min(context, settings.warm_up or (_WARM_ON_CPU if on_cpu() else context))
+    n_tokens = 1 + SKIPPED
+    opened = open_contender(contender, subject.model, subject.plans, settings, backend, length + n_tokens)
+    prompts = _prompts(subject, length, settings.batch)
+    times = play(subject.model, opened.caches, prompts, n_tokens, settings.chunk, opened.options, lambda _: None)
+    return times if length == context and not on_cpu() else None
+
+
+def _prompts(subject: Subject, context: int, rows: int) -> list[list[int]]:
+    """The same random tokens for every contender, others in each row."""
+    drawn: list[list[int]] = np.random.default_rng(0).integers(0, subject.vocabulary, (rows, context)).tolist()
+    return drawn
+
+
+def _speed(times: Times, context: int, rows: int) -> dict[str, Any]:
+    steps = times.steps(SKIPPED)
+    return {
+        "prefill_tokens_per_second": rows * (context - 1) / times.prefilled,
+        "time_to_first_token_seconds": times.tokens[0],
+        "decode_tokens_per_second": rows / statistics.median(steps),
+        "decode_mean_tokens_per_second": rows * len(steps) / sum(steps),
+    }
+
+
+def _settled_memory() -> int:
+    """Bytes that MLX holds when nothing is in flight and nothing is kept for later."""
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    return int(mx.get_active_memory())
+
+
+def _forget_peaks() -> None:
+    mx.reset_peak_memory()
+    if sys.platform == "linux":
+        # Where that is not allowed, the peak is that of the whole process, loading included.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _process_peak() -> int:
+    """Most bytes that the process has had resident, Python and weights among them."""
+    status = Path("/proc/self/status")
+    # Linux begins `ru_maxrss` with that of the parent.
+    if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,94 @@
+"""A process of its own for each measurement: one request on standard input, one JSON line of answer on standard output.
+
+    {"settings": ..., "task": "survey"}                                        what computes, and the presets' backends
+    {"settings": ..., "task": "case", "contender": ..., "context": ..., "backend": ...}  one run's figures
+
+The answer is `{"found": ...}`, or `{"failed": REASON}` for what was raised.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from kernels.verdict import Backend, LayerVerdict
+from turbocache import blas
+from turbocache.backend import BackendUnavailable, choose_backend, layer_uses
+from turbocache.benchmark.contenders import Contender, contenders
+from turbocache.benchmark.measure import measure
+from turbocache.benchmark.settings import Settings
+from turbocache.benchmark.subject import Subject, make_subject
+from turbocache.documents import machine, versions
+from turbocache.memory import device_memory, keep_freed_memory, on_cpu
+from turbocache.plan import LayerPlan, plan_layers
+from turbocache.presets import Preset
+from turbocache.store import checked_plans
+
+_BACKEND = ("name", "requested", "reason", "profile", "device")
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Do what a request asks for. Raises whatever goes wrong."""
+    settings = Settings.from_json(request["settings"])
+    keep_freed_memory()  # as the server does; it serves all contenders alike
+    chosen = contenders(settings)
+    if request["task"] == "survey":
+        return survey(make_subject(settings), chosen, settings)
+    contender = next(c for c in chosen if c.name == request["contender"])
+    if contender.preset is None:
+        return measure(make_subject(settings, lambda _: []), contender, request["context"], settings, None)
+    # The survey's proof of the plans holds here too, where they have passed it.
+    subject = make_subject(settings, plan_layers if request["backend"]["layer_kinds"] else checked_plans)
+    backend = backend_from(request["backend"], subject.plans, contender.preset)
+    return measure(subject, contender, request["context"], settings, backend)
+
+
+def survey(subject: Subject, chosen: Sequence[Contender], settings: Settings) -> dict[str, Any]:
+    """What computes, and the probe's answer for each contender of this project: probed here, once, for all cases."""
+    return {
+        "machine": {**machine(), "memory_bytes": device_memory()},
+        "versions": versions(),
+        "blas": blas.report().name if on_cpu() else None,
+        "model": subject.as_json(),
+        "backends": {c.name: _probe(c, subject.plans, settings) for c in chosen if c.ours},
+    }
+
+
+def _probe(contender: Contender, plans: Sequence[LayerPlan], settings: Settings) -> dict[str, Any]:
+    assert contender.preset is not None
+    try:
+        chosen = choose_backend(contender.backend or settings.backend, plans, contender.preset)
+    except (ValueError, BackendUnavailable) as error:
+        return {"unavailable": str(error)}
+    said = chosen.as_json()
+    return {name: said[name] for name in (*_BACKEND, "layer_kinds")}
+
+
+def backend_from(said: dict[str, Any], plans: Sequence[LayerPlan], preset: Preset) -> Backend:
+    """The survey's answer for a preset as what lanes are made from."""
+    kinds = {kind["layers"]: kind for kind in said["layer_kinds"]}
+    uses = dict.fromkeys(layer_uses(plans, preset)) if kinds else ()
+    layers = [
+        LayerVerdict(use, kinds[str(use)]["lanes"], tuple(kinds[str(use)]["expanded"]), kinds[str(use)]["reason"])
+        for use in uses
+    ]
+    plain: dict[str, Any] = {name: said[name] for name in _BACKEND}
+    return Backend(**plain, layers=tuple(layers))
+
+
+def main() -> int:
+    request = json.load(sys.stdin)
+    # Whatever libraries print goes to standard error, so that the answer stands alone.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        said: dict[str, Any] = {"found": answer(request)}
+    except Exception as error:  # mlx-lm and models are foreign code: what they raise is the row's reason
+        said = {"failed": f"{type(error).__name__}: {error}"}
+    print(json.dumps(said), file=out, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
