@@ -7,6 +7,7 @@ import { turnBar, turnWords } from "./turns.js";
 const NEAR = 48; // pixels from the end within which a growing answer is followed
 
 const log = byId("log");
+let following = true; // the end is in sight and stays there
 let shown = null; // the name of the conversation whose messages `parts` are
 let parts = [];
 
@@ -26,7 +27,7 @@ export function showConversation({ chat, row, stateWords, answering, again }) {
 function showMessages(chat, row, answering, again) {
   const name = chat?.name ?? row?.id ?? null;
   const messages = chat?.messages ?? [];
-  const follow = name !== shown || log.scrollHeight - log.scrollTop - log.clientHeight < NEAR;
+  if (name !== shown) following = true;
   if (name !== shown || parts.length > messages.length || parts.some((part, i) => part.message !== messages[i])) {
     parts = [];
     log.replaceChildren();
@@ -41,9 +42,21 @@ function showMessages(chat, row, answering, again) {
     parts.push(message.role === "user" ? userPart(message) : answerPart(message, again));
     log.append(parts.at(-1).node);
   }
-  parts.forEach((part, i) => part.update(answering && i === messages.length - 1, i === messages.length - 1));
-  if (follow) log.scrollTop = log.scrollHeight;
+  parts.forEach((part, i) => {
+    const last = i === messages.length - 1;
+    part.update({ running: answering && last, last, rotatedBefore: messages.slice(0, i).some(({ turn }) => turn?.rotated) });
+  });
+  follow();
 }
+
+function follow() {
+  if (following) log.scrollTop = log.scrollHeight;
+}
+
+log.addEventListener("scroll", () => {
+  following = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR;
+});
+new ResizeObserver(follow).observe(log); // a phone's keyboard comes and goes
 
 const opening = () =>
   el(
@@ -75,7 +88,7 @@ function answerPart(message, again) {
   return {
     message,
     node,
-    update(running, last) {
+    update({ running, last, rotatedBefore }) {
       thinking.hidden = !message.thought;
       say(thought, message.thought);
       say(text, message.text);
@@ -83,13 +96,13 @@ function answerPart(message, again) {
       const key = `${running} ${last}`;
       if (end.key === key) return;
       end.key = key;
-      end.replaceChildren(...(running ? [] : ending(message, last, again)));
+      end.replaceChildren(...(running ? [] : ending(message, last, rotatedBefore, again)));
     },
   };
 }
 
 /** How a turn ended. */
-function ending({ turn, error, stopped }, last, again) {
+function ending({ turn, error, stopped }, last, rotatedBefore, again) {
   const found = [];
   if (error) {
     found.push(el("p", { class: "error", role: "alert" }, error));
@@ -98,7 +111,7 @@ function ending({ turn, error, stopped }, last, again) {
   if (stopped) found.push(el("p", { class: "hint" }, "Stopped. What was computed by then stays in the session."));
   if (!turn) return found;
   if (turn.finish === "length") found.push(el("p", { class: "hint" }, `Cut off after ${count(turn.generated)} tokens.`));
-  if (turn.rotated) {
+  if (turn.rotated && !rotatedBefore) {
     found.push(
       el("p", { class: "hint" }, "The conversation is longer than its session holds: its oldest tokens have rotated out."),
     );

@@ -37,13 +37,14 @@ export function redraw(root, value, draw) {
 
 const PLAIN = new Intl.NumberFormat("en");
 const SHORT = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+const SHARE = new Intl.NumberFormat("en", { maximumSignificantDigits: 2 });
 const UNITS = ["bytes", "KiB", "MiB", "GiB", "TiB"];
 
 export const count = (n) => PLAIN.format(n);
 
 export const plural = (n, one, many = `${one}s`) => `${count(n)} ${n === 1 ? one : many}`;
 
-export const percent = (share) => `${SHORT.format(share * 100)} %`;
+export const percent = (share) => `${SHARE.format(share * 100)} %`;
 
 export function bytes(n) {
   const power = n < 1 ? 0 : Math.min(UNITS.length - 1, Math.floor(Math.log2(n) / 10));

@@ -50,6 +50,7 @@ function draw() {
   const answering = known.answering.has(selected);
   showSessions(entries(known.chats, known.rows), selected, limit, select);
   showConversation({ chat, row, stateWords: stateWords(row, chat), answering, again });
+  say(byId("whose"), chat ? chats.titleOf(chat) : (row?.id ?? ""));
   redraw(byId("ring"), [row?.ring, row?.state, limit], () => ringPanel(row, limit));
   redraw(byId("turns"), [selected, chat?.messages.map(({ turn }) => turn)], () => turnsPanel(chat));
   redraw(byId("memory"), [status?.memory, status?.pages, row?.bytes, !row], () => memoryPanel({ status, row }));
@@ -238,7 +239,11 @@ for (const [name, input] of Object.entries(field)) {
   input.value = chats.options()[name] ?? "";
   input.addEventListener("change", () => chats.keepOptions(options()));
 }
+matchMedia("(min-width: 760px)").addEventListener("change", ({ matches }) => {
+  if (matches && document.body.dataset.view === "sessions") view("chat"); // the list has a place of its own there
+});
 document.addEventListener("visibilitychange", look);
+addEventListener("online", look);
 addEventListener("pagehide", () => {
   for (const name of known.answering.keys()) keep(known.chats.get(name));
 });

@@ -1,6 +1,8 @@
 // Where the parts of a session's ring lie on a circle, in turns (0 to 1, clockwise from the top).
 
-const LEAST_SINK = 0.022; // of a circle: a sink of 64 among 100,000 tokens would not be seen
+// Of a circle: 64 or 192 among 100,000 tokens would not be seen.
+const LEAST_SINK = 0.022;
+const LEAST_WINDOW = 0.012;
 const MOST_SEGMENTS = 96;
 
 /**
@@ -37,6 +39,10 @@ export function shapeOf(ring, limit, mostSegments = MOST_SEGMENTS) {
     const start = firstHeld + page * ring.page_tokens;
     add("page", start, start + n * ring.page_tokens, ring.pages > 1 ? (page + (n - 1) / 2) / (ring.pages - 1) : 1);
   }
-  if (ring.window_tokens) add("window", ring.offset - ring.window_tokens, ring.offset);
+  if (ring.window_tokens) {
+    add("window", ring.offset - ring.window_tokens, ring.offset);
+    const last = arcs.at(-1);
+    last.from = Math.max(sinkEnd, Math.min(last.from, last.to - LEAST_WINDOW));
+  }
   return { arcs, sinkEnd, point: ring.max_size === null ? null : place(oldest), head: place(ring.offset), perSegment };
 }

@@ -11,7 +11,7 @@ const at = (turn, radius) => {
 };
 
 function arc({ kind, from, to, age }, radius, width) {
-  const gap = Math.min(GAP, (to - from) / 4);
+  const gap = Math.min(GAP, (to - from) / 6);
   const large = to - from > 0.5 ? 1 : 0;
   const d = `M ${at(from + gap / 2, radius)} A ${radius} ${radius} 0 ${large} 1 ${at(to - gap / 2, radius)}`;
   const path = svg("path", { class: kind, d, "stroke-width": width });
@@ -19,7 +19,7 @@ function arc({ kind, from, to, age }, radius, width) {
   return path;
 }
 
-/** Ring and track by themselves, 2 by 2 units around the middle. */
+/** The parts of a ring around the middle; with `marker` the rotation point as well. */
 function drawing(shape, { radius, width, marker }) {
   const parts = [svg("circle", { class: "track", r: radius, "stroke-width": width })];
   parts.push(...shape.arcs.map((part) => arc(part, radius, width)));
@@ -77,11 +77,13 @@ function words({ ring }, held, size) {
 
 function legend({ ring }, shape, size) {
   const left = ring.max_size === null ? null : ring.max_size - ring.offset;
-  const rotation = left === null ? "never: the model's own limit comes first" : left > 0 ? `in ${plural(left, "token")}` : "with each page of new tokens";
+  const full = left > 0 ? `reached in ${plural(left, "token")}` : "the oldest tokens make room for new ones here";
+  const rotation = left === null ? "none: the model's own limit comes first" : full;
   const grouped = shape.perSegment > 1 ? ` (a segment is ${shape.perSegment})` : "";
+  const pages = ring.pages ? `${count(ring.pages)} of ${ring.page_tokens} tokens, compressed, the newer the stronger${grouped}` : "none yet";
   const entries = [
     ["sink", "Sink", `${plural(ring.sink_tokens, "token")}, raw, kept for ever`],
-    ["page", "Pages", `${count(ring.pages)} of ${ring.page_tokens} tokens, compressed, pale to dark by age${grouped}`],
+    ["page", "Pages", pages],
     ["window", "Window", `${plural(ring.window_tokens, "token")}, raw, the newest`],
     ["point", "Rotation point", rotation],
     ["gone", "Rotated out", `${plural(ring.first_page, "page")}, ${plural(ring.first_page * ring.page_tokens, "token")}`],
