@@ -243,7 +243,7 @@ matchMedia("(min-width: 760px)").addEventListener("change", ({ matches }) => {
   if (matches && document.body.dataset.view === "sessions") view("chat"); // the list has a place of its own there
 });
 document.addEventListener("visibilitychange", look);
-addEventListener("online", look);
+for (const change of ["online", "offline"]) addEventListener(change, look);
 addEventListener("pagehide", () => {
   for (const name of known.answering.keys()) keep(known.chats.get(name));
 });
