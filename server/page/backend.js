@@ -55,7 +55,7 @@ function checks(all, failed) {
 
 function checkEntry({ check, passed, max_error: error, microseconds, reason }) {
   const measured = [
-    error !== null && `error ${error.toPrecision(2)}`,
+    error !== null && `error ${error === 0 ? 0 : error.toExponential(1)}`,
     microseconds !== null && `${count(Math.round(microseconds))} µs`,
   ].filter(Boolean);
   return el(

@@ -24,8 +24,8 @@ function drawing(shape, { radius, width, marker }) {
   const parts = [svg("circle", { class: "track", r: radius, "stroke-width": width })];
   parts.push(...shape.arcs.map((part) => arc(part, radius, width)));
   if (marker && shape.point !== null) {
-    const [tip, base] = [radius + width / 2 + 3, radius + width / 2 + 14];
-    const spread = 0.013;
+    const [tip, base] = [radius + width / 2 + 2, radius + width / 2 + 16];
+    const spread = 0.0095;
     const d = `M ${at(shape.point, tip)} L ${at(shape.point - spread, base)} L ${at(shape.point + spread, base)} Z`;
     parts.push(svg("path", { class: "point", d }));
   }
