@@ -18,6 +18,7 @@ from server import error_handlers
 from server.errors import StartupError
 from server.exposure import warn_when_exposed
 from server.http_cors import CrossOrigin
+from server.logs import configure_logging
 from server.loop_lag import watch_loop
 from server.metrics import Metrics
 from server.protocol import Engine
@@ -59,7 +60,8 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         chosen = settings if settings is not None else load_settings()
-        _configure_logging(chosen.log_level)
+        configure_logging(chosen.log_level, chosen.log_format)
+        metrics.exemplars = chosen.metrics_exemplars
         engine = (engine_factory or _build_engine)(chosen, metrics)
         with closing(open_store(chosen.session_dir)) as responses:
             engine.start()
@@ -120,17 +122,6 @@ async def _beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _configure_logging(level: str) -> None:
-    """Our loggers at `level`; onto stderr when nobody has set logging up (uvicorn sets up only its own)."""
-    for name in ("server", "turbocache", "kernels"):
-        logger = logging.getLogger(name)
-        logger.setLevel(level.upper())
-        if not logger.hasHandlers():
-            handler = logging.StreamHandler()
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-            logger.addHandler(handler)
 
 
 class _PlainStartupErrors:

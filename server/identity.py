@@ -13,17 +13,20 @@ _IN_USER_ID = re.compile(r"user_\S*_session_([0-9a-fA-F-]{36})")
 
 
 def _pattern(never: str) -> str:
-    """Of names without some characters: parts between slashes, none of them '.' or '..', the first not empty."""
-    other, start = rf"[^/\\{never}]", rf"[^./\\{never}]"
-    part = rf"(?:[.]?{start}{other}*|[.][.]{other}+)"
-    return rf"{part}(?:[/\\]{part}?)*"
+    """Of names without some characters: parts between slashes, none of them '.' or '..' with or without spaces around,
+    the first not only spaces.
+    """
+    other, start, visible = rf"[^/\\{never}]", rf"[^./\\ {never}]", rf"[^/\\ {never}]"
+    part = rf"(?:[.]?{start}{other}*|[.]{{1,2}} +{visible}{other}*|[.][.]{visible}{other}*)"
+    return rf"{part}(?:[/\\] *{part}?)*"
 
 
 # For JSON schemas, in which the characters that can't be printed are too many to name all of them.
 _BEYOND_ASCII = r"\x00-\x1f\x7f-\uffff"
 _NEVER = r"\x00-\x1f\x7f-\xa0\xad\u2028-\u202e\ufffd"
-NAME_PATTERN = f"^{_pattern(_NEVER)}$"
+NAME_PATTERN = f"^ *{_pattern(_NEVER)}$"
 KEY_PATTERN = f"^ *(?:{_pattern(_NEVER)})?$"
+# No client sends a header with spaces before it.
 HEADER_PATTERN = rf"^(?:{_pattern(_BEYOND_ASCII)})?$"
 
 
@@ -71,7 +74,7 @@ def checked_name(key: str, param: str) -> str:
         raise InvalidRequest(
             f"Invalid '{param}': a session name must hold printable characters only.", param=param, code="invalid_value"
         )
-    parts = key.replace("\\", "/").split("/")
+    parts = [part.strip(" ") for part in key.replace("\\", "/").split("/")]
     if not parts[0] or {".", ".."} & set(parts):
         raise InvalidRequest(
             f"Invalid '{param}': a session name must not read as a path: it can't begin with a slash, nor have '.' or "

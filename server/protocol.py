@@ -159,7 +159,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """`processed` of `total` new prompt tokens are in the cache."""
+    """`processed` of `total` new prompt tokens are in the cache. The first one, with none, says that it has begun."""
 
     processed: int
     total: int

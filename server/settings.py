@@ -174,6 +174,12 @@ class Settings(BaseSettings):
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], _from_text(str.lower)] = Field(
         default="info", description="one of debug, info, warning, error, critical"
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="text (lines for a person) or json (an object a line)"
+    )
+    metrics_exemplars: bool = Field(
+        default=False, description="true or false: whether histograms name requests for scrapers of OpenMetrics"
+    )
     blas: str | None = Field(default=None, description="a BLAS library (read before MLX is loaded)")
     prefill_chunk: int = Field(default=512, ge=1, description="a number of tokens per prefill step, 1 or more")
     keepalive_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False, description="a number of seconds above 0")

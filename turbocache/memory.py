@@ -45,6 +45,11 @@ def available_memory() -> int:
     return device_memory() - mx.get_active_memory()
 
 
+def memory_in_use() -> dict[str, int]:
+    """Bytes that MLX has taken: `active` for arrays, `cached` for the next ones, `peak` the most active at once."""
+    return {"active": mx.get_active_memory(), "cached": mx.get_cache_memory(), "peak": mx.get_peak_memory()}
+
+
 def keep_freed_memory() -> bool:
     """Tell the C library to keep freed memory for the next step instead of giving it back; whether it listened.
 

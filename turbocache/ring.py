@@ -113,6 +113,11 @@ class PageRing:
         return self.config.keep + PAGE * self.flushed
 
     @property
+    def n_raw(self) -> int:
+        """Tokens in the raw sink and window."""
+        return min(self.offset, self.config.keep) + max(0, self.offset - self.window_start)
+
+    @property
     def evicted(self) -> int:
         """Tokens that have rotated out so far, whole pages only."""
         return PAGE * self.first

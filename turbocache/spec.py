@@ -1,6 +1,7 @@
 """What all sessions of a process share: sizes, the page pool, and how each layer is stored."""
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from kernels.lanes import Lanes
 from kernels.layout import PAGE
 from turbocache.paths import PathCounts
 from turbocache.pool import PagePool
-from turbocache.ring import RingConfig
+from turbocache.ring import PageRing, RingConfig
 
 if TYPE_CHECKING:
     from turbocache.batch import CacheBatch
@@ -56,10 +57,17 @@ class CacheSpec:
     @property
     def raw_token_nbytes(self) -> int:
         """Bytes of one raw token over all layers."""
-        return sum(
-            layer.lanes.shape.n_kv_heads * (layer.lanes.shape.key_dim + layer.lanes.shape.value_dim) * layer.dtype.size
-            for layer in self.layers
-        )
+        return sum(_token_values(layer) * layer.dtype.size for layer in self.layers)
+
+    @property
+    def fp16_page_nbytes(self) -> int:
+        """Bytes of a page's tokens over all layers in a float16 cache, for comparison."""
+        return PAGE * sum(_token_values(layer) * mx.float16.size for layer in self.layers)
+
+    def fp16_nbytes(self, rings: Iterable[PageRing]) -> int:
+        """Bytes in a float16 cache of all tokens in pages, shared ones once, and of the raw ones of `rings`."""
+        n_raw = sum(ring.n_raw for ring in rings)
+        return (self.pool.n_used * PAGE + n_raw) * self.fp16_page_nbytes // PAGE
 
     @property
     def raw_nbytes(self) -> int:
@@ -75,3 +83,9 @@ class CacheSpec:
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page's count is exactly its number of owners among the live batches."""
         self.pool.check_integrity(ring.pages for batch in self.live for ring in batch.rings)
+
+
+def _token_values(layer: CompressedLayer) -> int:
+    """Numbers in one token's keys and values."""
+    shape = layer.lanes.shape
+    return shape.n_kv_heads * (shape.key_dim + shape.value_dim)

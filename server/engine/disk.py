@@ -6,6 +6,7 @@ Everything here runs on the engine's thread.
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,6 +42,7 @@ class SessionDisk:
         self._files = files
         self._metrics = metrics
         self._held: Path | None = None
+        metrics.session_disk_limit.set(budget)
         if left := remove_partial(folder):
             log.warning("removed %d session files in %s that were not written to their end", left, folder)
         self._measure()
@@ -155,11 +157,14 @@ class SessionDisk:
             with suppress(OSError):
                 total -= path.stat().st_size
                 path.unlink()
+                self._metrics.session_files_dropped.inc()
         self._measure()
 
     def _measure(self) -> int:
         total = sum(_size(path) for path in self._folder.glob(f"*{SUFFIX}*"))
         self._metrics.session_disk_bytes.set(total)
+        with suppress(OSError):
+            self._metrics.session_disk_free.set(shutil.disk_usage(self._folder).free)
         return total
 
 

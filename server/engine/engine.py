@@ -94,6 +94,8 @@ class MlxEngine:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
         self._metrics = metrics
+        metrics.requests_running_limit.set(settings.max_batch)
+        metrics.requests_waiting_limit.set(settings.queue_limit)
         self._commands: queue.SimpleQueue[Entry | _Call | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._ready = threading.Event()
@@ -295,7 +297,7 @@ class MlxEngine:
         self._turns = Turns(
             self._settings, self._metrics, host, self._waiting, self._budget, self._registry, lexicon, format
         )
-        self._changes = SessionChanges(self._settings, disk, self._budget, self._registry, self._turns)
+        self._changes = SessionChanges(self._settings, self._metrics, disk, self._budget, self._registry, self._turns)
         # What the start has loaded lives as long as the process: collections need not look at it between tokens.
         gc.collect()
         gc.freeze()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 from server.engine.budget import Budget
@@ -10,7 +11,7 @@ from server.engine.run import Run
 from server.engine.session import Session
 from server.engine.sessions import SessionRegistry
 from server.metrics import Metrics
-from turbocache.paths import PATHS
+from turbocache.memory import device_memory, memory_in_use
 from turbocache.ring import PageRing
 from turbocache.seam import native_calls
 from turbocache.store import native_nbytes, ring_of
@@ -40,12 +41,21 @@ class Gauges:
         self._page = host.store.spec.rotations.tokens_per_page
         self._paths = self._attention_paths()
         self._taken = 0.0
-        backend = host.backend
+        backend, spec = host.backend, host.store.spec
         metrics.backend_info.labels(
             requested=backend.requested, active=backend.name, reason=backend.code, profile=backend.profile
         ).set(1)
-        for path in PATHS:
-            metrics.attention_path.labels(path=path)
+        metrics.model_info.labels(
+            model_name=host.model.id,
+            preset=host.store.preset.name,
+            version=version("turbocache"),
+            mlx_version=version("mlx"),
+        ).set(1)
+        n_compressed = sum(plan.compressed for plan in host.store.plans)
+        metrics.layers.labels(storage="compressed").set(n_compressed)
+        metrics.layers.labels(storage="native").set(len(host.store.plans) - n_compressed)
+        metrics.compression_ratio.labels(of="page").set(_ratio(spec.fp16_page_nbytes, spec.pool.page_nbytes))
+        metrics.device_memory.labels(kind="total").set(device_memory())
         for label, passed in backend.passed().items():
             metrics.probe_check.labels(check=label).set(passed)
         for fallback in backend.fallbacks:
@@ -69,11 +79,10 @@ class Gauges:
         m.pages_free.set(spec.pool.n_free)
         m.pages_capacity.set(spec.pool.capacity)
         sessions = list(self._registry)
-        n_rows = sum(batch.n_rows for batch in spec.live)
-        m.cache_bytes.labels(kind="pages").set(spec.pool.n_used * spec.pool.page_nbytes)
-        m.cache_bytes.labels(kind="sink").set(n_rows * spec.ring.keep * spec.raw_token_nbytes)
-        m.cache_bytes.labels(kind="window").set(n_rows * spec.ring.window_slots * spec.raw_token_nbytes)
+        self._refresh_cache_bytes()
         m.cache_bytes.labels(kind="recurrent").set(sum(native_nbytes(session.cache or ()) for session in sessions))
+        for kind, nbytes in memory_in_use().items():
+            m.device_memory.labels(kind=kind).set(nbytes)
         m.raw_shadow_bytes.set(sum(batch.shadow_nbytes for batch in spec.live))
         spilled = sum(session.spilled for session in sessions)
         m.sessions.labels(state="resident").set(len(sessions) - len(running) - spilled)
@@ -98,6 +107,18 @@ class Gauges:
             session.key: self.row(session, *running.get(session.key, (None, None))) for session in sessions
         }
         self.status = self._status(len(running), n_waiting, resting)
+
+    def _refresh_cache_bytes(self) -> None:
+        """Of compressed layers, and what their tokens would need in float16. Shared pages count once."""
+        m, spec = self._metrics, self._host.store.spec
+        rings = [ring for batch in spec.live for ring in batch.rings]
+        pages = spec.pool.n_used * spec.pool.page_nbytes
+        sink, window = (len(rings) * n * spec.raw_token_nbytes for n in (spec.ring.keep, spec.ring.window_slots))
+        m.cache_bytes.labels(kind="pages").set(pages)
+        m.cache_bytes.labels(kind="sink").set(sink)
+        m.cache_bytes.labels(kind="window").set(window)
+        m.cache_fp16_bytes.set(fp16 := spec.fp16_nbytes(rings))
+        m.compression_ratio.labels(of="held").set(_ratio(fp16, pages + sink + window))
 
     def _attention_paths(self) -> dict[str, int]:
         counted: dict[str, int] = dict(self._host.store.spec.paths.totals.items())
@@ -176,6 +197,10 @@ class Gauges:
         nbytes["checkpoints"] = held + len(others - pages) * spec.pool.page_nbytes
         self._counted[session.key] = version, nbytes
         return nbytes
+
+
+def _ratio(whole: float, part: float) -> float:
+    return whole / part if part else 0.0
 
 
 def _shape(ring: PageRing, page_tokens: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from server.engine.session import Session
 from server.engine.sessions import SessionRegistry
 from server.engine.turns import Turns
 from server.errors import Conflict, InvalidRequest, SessionNotFound, SessionNotSaved
+from server.metrics import Metrics
 from server.protocol import SessionChange
 from server.settings import Settings
 from turbocache.store import evaluate
@@ -25,12 +26,14 @@ class SessionChanges:
     def __init__(
         self,
         settings: Settings,
+        metrics: Metrics,
         disk: SessionDisk | None,
         budget: Budget,
         registry: SessionRegistry,
         turns: Turns,
     ) -> None:
         self._settings = settings
+        self._metrics = metrics
         self._disk = disk
         self._budget = budget
         self._registry = registry
@@ -61,7 +64,8 @@ class SessionChanges:
         resting = sorted(self._registry.idle(), key=lambda session: session.last_used)
         for session in resting:
             if limit is not None and session.last_used < now - limit:
-                self._registry.spill(session)
+                if not self._registry.spill(session):
+                    self._metrics.evictions.labels(reason="ttl").inc()
                 self._turns.refresh()
                 return
         if self._disk is None:

@@ -154,6 +154,7 @@ class Turns:
         )  # fmt: skip
         self._metrics.prompt_tokens.labels(source="cached").inc(claim.cached)
         self._metrics.checkpoint_hits.labels(kind=claim.source).inc()
+        entry.deliver(PrefillProgress(0, len(tokens) - claim.cached))
 
     def make_room(self, request: GenerationRequest | None = None) -> bool:
         """Hold the budget; for an unnamed request without touching named sessions that were used after it came. False
@@ -177,6 +178,8 @@ class Turns:
                 self.faults.note(type(error).__name__)
             self._drop_batch(InternalError if isinstance(error, PoolExhausted) else KernelFault, error)
             return
+        if tokens:
+            self._metrics.batch_rows.observe(len(tokens))
         bad = []
         for response in tokens:
             if (run := self.runs.get(response.uid)) is None:

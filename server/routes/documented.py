@@ -30,7 +30,8 @@ _NAMED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Documented:
-    """`answer` is the body of a 200, None where that is no JSON but of `media_type`; `others` are bodies of other
+    """`answer` is the body of a 200, None where that is no JSON but of `media_type`, or of
+    `other_media_types` where they are asked for; `others` are bodies of other
     statuses that are no errors. `event` is the data of a stream's events, and `last_words` what ends one that is no
     JSON. `errors` come besides those that every route has. `parameters` are schemas of the address's variables,
     `query` is the model of what may follow it, `request_headers` and `headers` of the 200's. `links` are routes, by
@@ -41,6 +42,7 @@ class Documented:
     body: type[BaseModel] | None = None
     body_required: bool = True
     media_type: str = "application/json"
+    other_media_types: tuple[str, ...] = ()
     others: Mapping[int, type[BaseModel]] = field(default_factory=dict)
     event: type[BaseModel] | None = None
     last_words: str | None = None

@@ -28,7 +28,8 @@ from server.protocol import (
     ToolCall,
     Usage,
 )
-from server.routes.scope import AppContext, RequestRecord, context_of, record_of, session_hash
+from server.routes.record import RequestRecord, session_hash
+from server.routes.scope import AppContext, context_of, record_of
 from server.routes.turn import Turn, until_gone
 from server.sse import Ended, Renderer, write_events
 

@@ -138,7 +138,7 @@ def _responses(own: Documented, schemas: Schemas, keyed: bool, changes: bool) ->
     headers = dict.fromkeys(own.request_ids, _REQUEST_ID)
     named = {name: {"schema": schema} for name, schema in own.headers.items()}
     schema = {"type": "string"} if own.answer is None else schemas[own.answer]
-    content: Schema = {own.media_type: {"schema": schema}}
+    content: Schema = {media_type: {"schema": schema} for media_type in (own.media_type, *own.other_media_types)}
     if own.event is not None:
         content["text/event-stream"] = {"itemSchema": _event(own, schemas)}
     found: Schema = {"200": {"description": "The answer.", "headers": {**headers, **named}, "content": content}}

@@ -20,8 +20,9 @@ from server.protocol import AnswerRules, Conversation, GenerationRequest, Gramma
 from server.response_store import ResponseStore, StoredResponse
 from server.routes.documented import answering, documented
 from server.routes.exchange import check_model, name_session, parsed, prepared, respond, to_json
+from server.routes.record import RequestRecord
 from server.routes.response_form import ResponseForm
-from server.routes.scope import RESPONSES_PATH, RequestRecord, context_of, record_of, require_key
+from server.routes.scope import RESPONSES_PATH, context_of, record_of, require_key
 from server.schemas.base import only
 from server.schemas.response_answer import DeletedResponse, InputTokens, ItemList, ResponseBody, ResponseEvent
 from server.schemas.response_input import ItemReference

@@ -4,9 +4,8 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 from starlette.requests import Request
@@ -17,9 +16,10 @@ from server.error_handlers import error_response
 from server.errors import InternalError, ServerError, ShuttingDown, Unauthorized
 from server.http_cors import check_origin
 from server.metrics import Metrics
-from server.protocol import Engine, Usage
+from server.protocol import Engine
 from server.response_store import ResponseStore
-from server.routes.open_requests import Endable, OpenRequests
+from server.routes.open_requests import OpenRequests
+from server.routes.record import RequestRecord
 from server.settings import Settings
 
 logger = logging.getLogger("server.requests")
@@ -31,55 +31,6 @@ _ID_PREFIXES = {CHAT_PATH: "chatcmpl-", COMPLETIONS_PATH: "cmpl-", RESPONSES_PAT
 """Where a request's id is the id of its answer."""
 _QUIET_PATHS = frozenset({"/health", "/metrics", "/", "/page/{name}", "/v1/sessions", "/v1/status"})
 """Asked for again and again by those who watch: templates, of which the sessions' takes nothing but GET."""
-
-
-@dataclass(slots=True)
-class RequestRecord:
-    """Who asks, and what the log line of a request says: no text of a prompt or an answer, and of a session's name only
-    a hash. `session_name` goes back to the client, as X-Session-ID. `owner` tells API keys apart. `rotated`: the prompt
-    is longer than a session holds, which the client is told as X-Turbocache-Overflow. `turns` are those that the engine
-    has accepted.
-    """
-
-    request_id: str
-    arrived: float = field(default_factory=time.monotonic)
-    status: int | None = None
-    error: str | None = None
-    session: str | None = None
-    session_name: str | None = None
-    owner: str = ""
-    rotated: bool = False
-    stream: bool = False
-    usage: Usage | None = None
-    first_text_seconds: float | None = None
-    finish: str | None = None
-    turns: list[Endable] = field(default_factory=list)
-
-    def elapsed(self) -> float:
-        """Seconds since the request arrived."""
-        return time.monotonic() - self.arrived
-
-    def line(self, method: str, path: str) -> str:
-        parts = [f"{self.request_id} {method} {path} {self.status}", f"total={self.elapsed():.3f}s"]
-        if self.finish is not None:
-            parts += [
-                f"finish={self.finish}",
-                f"stream={'yes' if self.stream else 'no'}",
-                f"session={self.session or '-'}",
-            ]
-        if self.first_text_seconds is not None:
-            parts.append(f"first={self.first_text_seconds:.3f}s")
-        if (usage := self.usage) is not None:
-            prefilled = usage.prompt_tokens - usage.cached_tokens
-            parts.append(f"cached={usage.cached_tokens} prefilled={prefilled} generated={usage.completion_tokens}")
-        if self.error is not None:
-            parts.append(f"error={self.error}")
-        return " ".join(parts)
-
-
-def session_hash(name: str | None) -> str | None:
-    """Eight hex digits to tell sessions apart in a log without telling their names."""
-    return None if name is None else hashlib.blake2s(name.encode(), digest_size=4).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,4 +133,4 @@ class RequestScope:
             path = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.http_requests.labels(path=path, status=str(record.status or 0)).inc()
             level = logging.DEBUG if path in _QUIET_PATHS else logging.INFO
-            logger.log(level, "%s", record.line(scope["method"], path))
+            logger.log(level, record.line(scope["method"], path))

@@ -63,8 +63,13 @@ async def health(request: Request) -> Response:
     return JSONResponse(body, status_code=200 if state.alive else 503)
 
 
-@open_router.get("/metrics", openapi_extra=documented(None, media_type="text/plain"))
+@open_router.get(
+    "/metrics",
+    openapi_extra=documented(None, media_type="text/plain", other_media_types=("application/openmetrics-text",)),
+)
 async def metrics(request: Request) -> Response:
-    """Prometheus' text exposition."""
-    families = context_of(request).metrics
-    return Response(families.render(), headers={"Content-Type": families.content_type})
+    """Prometheus' text exposition, or OpenMetrics' for those that ask for it."""
+    context = context_of(request)
+    context.metrics.engine_up.set(context.engine.health().alive)
+    body, content_type = context.metrics.render(request.headers.get("accept", ""))
+    return Response(body, headers={"Content-Type": content_type})

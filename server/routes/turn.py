@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +24,7 @@ from server.protocol import (
     ToolCall,
     Usage,
 )
-from server.routes.scope import RequestRecord
+from server.routes.record import RequestRecord
 from server.sse import IDLE_SECONDS, Ended, next_within
 
 T = TypeVar("T")
@@ -56,6 +57,7 @@ class Turn:
         self._loop = asyncio.get_running_loop()
         self._stirred = asyncio.Event()
         self._ended: set[int] = set()
+        self._since = time.monotonic()
 
     @property
     def n_answers(self) -> int:
@@ -64,6 +66,7 @@ class Turn:
     def submit(self) -> None:
         """Raises what Engine.submit raises; then the turn was never accepted and has no outcome."""
         self._engine.submit(self._requests, self.deliver)
+        self._since = time.monotonic()
         self._record.turns.append(self)
 
     @property
@@ -135,13 +138,15 @@ class Turn:
         if terminal:
             self._open.discard(event.choice)
             self._ended.add(event.choice)
-        if isinstance(event, PrefillProgress) and self.phase == "waiting":
-            self.phase = "prefill"
+        if isinstance(event, PrefillProgress):
+            self._read(event)
+            if not event.processed:
+                return
         elif isinstance(event, TextDelta | ToolCall):
             self.phase = "answer"
         if isinstance(event, TextDelta | ToolCall) and self._record.first_text_seconds is None:
             self._record.first_text_seconds = self._record.elapsed()
-            self._metrics.time_to_first_token.observe(self._record.first_text_seconds)
+            self._metrics.time_to_first_token.observe(self._record.first_text_seconds, self._exemplar)
         if isinstance(event, Failed):
             self._settle("error")
             self._cancel()
@@ -149,9 +154,32 @@ class Turn:
         if isinstance(event, Finished):
             self._usages[event.choice] = event.usage
             if not self._open:
-                self._record.usage = self._usage()
+                self._record.usage = usage = self._usage()
+                self._metrics.request_prompt_tokens.observe(usage.prompt_tokens)
+                self._metrics.request_generated_tokens.observe(usage.completion_tokens)
                 self._settle(event.finish_reason)
                 self._pass_on(Ended(self._record.usage))
+
+    def _read(self, progress: PrefillProgress) -> None:
+        """The request has started, or its prompt is through. Several prompts count as one from the first one's start to
+        the first one's end.
+        """
+        times = self._record.times
+        if self.phase == "waiting":
+            self.phase = "prefill"
+            self._metrics.queue_seconds.observe(self._lap("queue"), self._exemplar)
+        if progress.processed == progress.total and "prefill" not in times:
+            self._metrics.prefill_seconds.observe(self._lap("prefill"), self._exemplar)
+
+    def _lap(self, name: str) -> float:
+        """Seconds since the last lap, which go into the record under `name`."""
+        before, self._since = self._since, time.monotonic()
+        self._record.times[name] = self._since - before
+        return self._since - before
+
+    @property
+    def _exemplar(self) -> dict[str, str] | None:
+        return self._metrics.exemplar(self._record.request_id)
 
     def _usage(self) -> Usage:
         """Of all answers together: a prompt that several share counts once."""
@@ -177,7 +205,9 @@ class Turn:
         self.outcome = outcome
         self._record.finish = outcome
         self._metrics.requests_finished.labels(reason=outcome).inc()
-        self._metrics.request_duration.observe(self._record.elapsed())
+        self._metrics.request_duration.observe(self._record.elapsed(), self._exemplar)
+        if "prefill" in self._record.times:
+            self._metrics.decode_seconds.observe(self._lap("decode"), self._exemplar)
 
 
 async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:

@@ -1,10 +1,13 @@
 """server.identity: which name wins, and which names are refused."""
 
+import itertools
+import re
+
 import pytest
 from starlette.datastructures import Headers
 
 from server.errors import InvalidRequest
-from server.identity import SESSION_HEADERS, session_key
+from server.identity import HEADER_PATTERN, KEY_PATTERN, NAME_PATTERN, SESSION_HEADERS, checked_name, session_key
 
 
 def test_nothing_named() -> None:
@@ -37,7 +40,7 @@ def test_unprintable_names_are_refused(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["/etc/passwd", "../x", "a/../../b", "..", ".", "a/./b", "\\share", "..\\x", "a\\..\\b"]
+    "key", ["/etc/passwd", "../x", "a/../../b", "..", ".", "a/./b", "\\share", "..\\x", "a\\..\\b", "a/.. ", "a/ ./b"]
 )
 def test_names_that_read_as_paths_are_refused(key: str) -> None:
     with pytest.raises(InvalidRequest, match="must not read as a path") as caught:
@@ -59,3 +62,26 @@ def test_length() -> None:
     with pytest.raises(InvalidRequest, match="maximum length 256") as caught:
         session_key("x" * 257, Headers())
     assert caught.value.code == "string_above_max_length"
+
+
+def accepted(key: str, headers: dict[str, str]) -> bool:
+    try:
+        session_key(key, Headers(headers))
+    except InvalidRequest:
+        return False
+    return True
+
+
+def test_patterns_take_what_the_code_takes() -> None:
+    """All texts of up to six of the characters that matter."""
+    for length in range(1, 7):
+        for text in map("".join, itertools.product("./ a", repeat=length)):
+            assert bool(re.search(KEY_PATTERN, text)) == accepted(text, {}), repr(text)
+            if not text.startswith(" "):
+                assert bool(re.search(HEADER_PATTERN, text)) == accepted("", {"X-Session-ID": text}), repr(text)
+            try:
+                checked_name(text, "session_id")
+            except InvalidRequest:
+                assert not re.search(NAME_PATTERN, text), repr(text)
+            else:
+                assert re.search(NAME_PATTERN, text), repr(text)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from functools import partial
 from typing import Any
 
@@ -150,7 +151,10 @@ def test_metrics(serve: Serve) -> None:
     assert eventually(lambda: server.metric(counted % ("/v1/chat/completions", "200")) == 1)
     assert eventually(lambda: server.metric(counted % ("/v1/models/{model_id:path}", "404")) == 1)
     assert eventually(lambda: server.metric(counted % ("unmatched", "404")) == 1)
-    assert server.metric("turbocache_time_to_first_token_seconds_count") == 1
+    for name in ("time_to_first_token", "request_queue", "request_prefill", "request_decode", "request_duration"):
+        assert server.metric(f"turbocache_{name}_seconds_count") == 1, name
+    assert server.metric("turbocache_request_prompt_tokens_sum") == 12
+    assert server.metric("turbocache_engine_up") == 1
     assert "private" not in scrape.text
     assert "secret" not in scrape.text
 
@@ -169,10 +173,11 @@ def test_one_log_line_per_request_without_text(serve: Serve, caplog: pytest.LogC
     refused = server.http.post(CHAT, json={**BODY, "store": True})
     assert eventually(lambda: len(lines()) == 2)
     first, second = lines()
-    assert first.startswith(f"{answer.headers['x-request-id']} POST /v1/chat/completions 200 total=")
+    assert first.startswith(f"{answer.headers['x-request-id']} POST /v1/chat/completions 200 total_s=")
     assert "finish=stop stream=yes session=" in first
+    assert re.search(r" queue_s=\d+\.\d{3} prefill_s=\d+\.\d{3} decode_s=\d+\.\d{3} first_s=", first)
     assert first.endswith("cached=8 prefilled=4 generated=3")
-    assert second.startswith(f"{refused.headers['x-request-id']} POST /v1/chat/completions 400 total=")
+    assert second.startswith(f"{refused.headers['x-request-id']} POST /v1/chat/completions 400 total_s=")
     assert second.endswith("error=unsupported_value")
     ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
     everything = "\n".join(record.getMessage() for record in ours)
