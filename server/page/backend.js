@@ -4,15 +4,12 @@ import { count, el, plural } from "./dom.js";
 
 export function backendPanel(backend) {
   if (!backend) return null;
+  const { name, requested, reason } = backend;
+  const asked = requested === name ? "it was asked for by name" : `${requested} was asked for`;
   const failed = backend.checks.filter((check) => !check.passed);
   return [
-    el(
-      "p",
-      { class: "chosen" },
-      el("strong", {}, backend.name),
-      ` runs; ${backend.requested === backend.name ? "it was asked for by name" : `${backend.requested} was asked for`}.`,
-    ),
-    el("p", { class: "reason" }, backend.reason),
+    el("p", { class: "chosen" }, el("strong", {}, name), ` runs; ${asked}.`),
+    el("p", { class: "reason" }, reason),
     ...fallbacks(backend.fallbacks),
     checks(backend.checks, failed),
     layers(backend),
@@ -44,7 +41,8 @@ function fallbacks(found) {
 }
 
 function checks(all, failed) {
-  const summary = `${plural(all.length, "check")}: ${count(all.length - failed.length)} passed, ${count(failed.length)} failed`;
+  const nPassed = all.length - failed.length;
+  const summary = `${plural(all.length, "check")}: ${count(nPassed)} passed, ${count(failed.length)} failed`;
   return el(
     "details",
     { class: "checks", open: true },
@@ -83,9 +81,10 @@ function layers({ layers: all, layer_kinds: kinds, preset }) {
     el(
       "ul",
       {},
-      ...groups.map(({ from, to, cache, reason }) =>
-        el("li", {}, el("span", { class: "step" }, from === to ? `${from}` : `${from} to ${to}`), `${cache}: ${reason}`),
-      ),
+      ...groups.map(({ from, to, cache, reason }) => {
+        const which = from === to ? `${from}` : `${from} to ${to}`;
+        return el("li", {}, el("span", { class: "step" }, which), `${cache}: ${reason}`);
+      }),
       ...kinds.map(({ layers: kind, lanes, expanded, reason }) =>
         el(
           "li",

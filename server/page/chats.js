@@ -1,4 +1,5 @@
-// The conversations that this browser keeps. The server has caches and no texts, so what is not here can't be gone on with.
+// The conversations that this browser keeps. The server has caches and no texts, so what is not here can't be gone on
+// with.
 
 const PREFIX = "turbocache.chat.";
 const SELECTED = "turbocache.selected";
@@ -10,7 +11,10 @@ export function newName() {
   return `chat-${Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("")}`;
 }
 
-/** `messages` are { role, text, thought, turn, error }; `turn` has the counts of an answer, `error` why there is none. */
+/**
+ * `messages` are { role, text }, an answer's with its `thought`, and with how it ended: `turn` has its counts, `error`
+ * says why there is none, `stopped` is true where it was stopped here.
+ */
 export function newChat(name = newName(), messages = []) {
   return { name, messages, updated: Date.now() / 1000 };
 }

@@ -44,7 +44,8 @@ function showMessages(chat, row, answering, again) {
   }
   parts.forEach((part, i) => {
     const last = i === messages.length - 1;
-    part.update({ running: answering && last, last, rotatedBefore: messages.slice(0, i).some(({ turn }) => turn?.rotated) });
+    const rotatedBefore = messages.slice(0, i).some(({ turn }) => turn?.rotated);
+    part.update({ running: answering && last, last, rotatedBefore });
   });
   follow();
 }
@@ -110,11 +111,10 @@ function ending({ turn, error, stopped }, last, rotatedBefore, again) {
   }
   if (stopped) found.push(el("p", { class: "hint" }, "Stopped. What was computed by then stays in the session."));
   if (!turn) return found;
-  if (turn.finish === "length") found.push(el("p", { class: "hint" }, `Cut off after ${count(turn.generated)} tokens.`));
+  const hint = (text) => found.push(el("p", { class: "hint" }, text));
+  if (turn.finish === "length") hint(`Cut off after ${count(turn.generated)} tokens.`);
   if (turn.rotated && !rotatedBefore) {
-    found.push(
-      el("p", { class: "hint" }, "The conversation is longer than its session holds: its oldest tokens have rotated out."),
-    );
+    hint("The conversation is longer than its session holds: its oldest tokens have rotated out.");
   }
   found.push(el("div", { class: "turn" }, turnBar(turn, turn.prompt), el("span", {}, turnWords(turn))));
   return found;

@@ -25,6 +25,7 @@ const known = {
   limit: 1,
   selected: chats.selected(),
   answering: new Map(), // by session, what ends its answer
+  trouble: { connection: null, done: null },
 };
 
 const message = byId("message");
@@ -59,14 +60,17 @@ function draw() {
   if (status) {
     const { memory, requests } = status;
     const waiting = requests.waiting ? `, ${count(requests.waiting)} waiting` : "";
-    const load = `${count(requests.running)} running${waiting} · ${percent(memory.pressure_ratio)} of ${bytes(memory.budget_bytes)}`;
-    say(byId("load"), load);
+    const share = `${percent(memory.pressure_ratio)} of ${bytes(memory.budget_bytes)}`;
+    say(byId("load"), `${count(requests.running)} running${waiting} · ${share}`);
   }
 }
 
-function notice(words) {
-  byId("notice").hidden = !words;
-  say(byId("notice"), words ?? "");
+/** Says what is wrong: with the `connection`, until it is found again, or with what was `done` last. */
+function notice(about, words) {
+  known.trouble[about] = words;
+  const said = known.trouble.connection ?? known.trouble.done;
+  byId("notice").hidden = !said;
+  say(byId("notice"), said ?? "");
 }
 
 const wordsOf = (error) => (error instanceof api.Refusal ? error.message : "The server can't be reached.");
@@ -86,11 +90,11 @@ async function look() {
     const [rows, status] = await Promise.all([api.sessions(), api.status()]);
     known.rows = new Map(rows.map((row) => [row.id, row]));
     known.status = status;
-    notice(null);
+    notice("connection", null);
     wait = status.requests.running || status.requests.waiting || known.answering.size ? BUSY : IDLE;
   } catch (error) {
     known.backend = null; // it may be another one that comes back
-    notice(wordsOf(error));
+    notice("connection", wordsOf(error));
   }
   looking = false;
   timer = setTimeout(look, wait);
@@ -115,6 +119,7 @@ function view(name) {
 }
 
 function select(id) {
+  notice("done", null);
   known.selected = id;
   chats.select(id);
   view("chat");
@@ -132,7 +137,8 @@ function keep(chat) {
   try {
     chats.keep(chat);
   } catch {
-    notice("This browser has no more space for conversations: delete some, or this one is lost when the page is closed.");
+    const words = "This browser has no more space for conversations: delete some, or this one goes with the page.";
+    notice("done", words);
   }
 }
 
@@ -177,7 +183,7 @@ async function fork() {
   try {
     if (row) await api.fork(row.id, name);
   } catch (error) {
-    notice(wordsOf(error));
+    notice("done", wordsOf(error));
     return;
   }
   look();
@@ -198,7 +204,7 @@ async function remove() {
     if (row) await api.remove(selected);
   } catch (error) {
     if (error.code !== "session_not_found") {
-      notice(wordsOf(error));
+      notice("done", wordsOf(error));
       return;
     }
   }

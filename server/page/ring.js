@@ -40,8 +40,7 @@ export function smallRing(ring, limit) {
 }
 
 export function ringPanel(row, limit) {
-  if (!row) return el("p", { class: "hint" }, "There is nothing on the server yet: a session begins with its first turn.");
-  if (!row.ring) return el("p", { class: "hint" }, withoutRing(row));
+  if (!row?.ring) return el("p", { class: "hint" }, withoutRing(row));
   const { ring } = row;
   const shape = shapeOf(ring, limit);
   const held = Math.min(ring.offset, ring.max_size ?? Infinity);
@@ -58,7 +57,9 @@ export function ringPanel(row, limit) {
   ];
 }
 
-function withoutRing({ state }) {
+function withoutRing(row) {
+  if (!row) return "There is nothing on the server yet: a session begins with its first turn.";
+  const { state } = row;
   if (state === "spilled") return "This session is on disk. Its next turn brings its ring back.";
   if (state === "running") return "This session waits for its first tokens.";
   return "This session has no ring: nothing of this model's cache is compressed, or nothing is held.";
@@ -76,24 +77,26 @@ function words({ ring }, held, size) {
 }
 
 function legend({ ring }, shape, size) {
+  const gone = ring.first_page * ring.page_tokens;
   const left = ring.max_size === null ? null : ring.max_size - ring.offset;
   const full = left > 0 ? `reached in ${plural(left, "token")}` : "the oldest tokens make room for new ones here";
   const rotation = left === null ? "none: the model's own limit comes first" : full;
   const grouped = shape.perSegment > 1 ? ` (a segment is ${shape.perSegment})` : "";
-  const pages = ring.pages ? `${count(ring.pages)} of ${ring.page_tokens} tokens, compressed, the newer the stronger${grouped}` : "none yet";
+  const pages = `${count(ring.pages)} of ${ring.page_tokens} tokens, compressed, the newer the stronger${grouped}`;
   const entries = [
     ["sink", "Sink", `${plural(ring.sink_tokens, "token")}, raw, kept for ever`],
-    ["page", "Pages", pages],
+    ["page", "Pages", ring.pages ? pages : "none yet"],
     ["window", "Window", `${plural(ring.window_tokens, "token")}, raw, the newest`],
     ["point", "Rotation point", rotation],
-    ["gone", "Rotated out", `${plural(ring.first_page, "page")}, ${plural(ring.first_page * ring.page_tokens, "token")}`],
+    ["gone", "Rotated out", `${plural(ring.first_page, "page")}, ${plural(gone, "token")}`],
     ["seen", "Seen in all", plural(ring.offset, "token")],
   ];
   return el(
     "dl",
     { class: "legend" },
-    ...entries.map(([kind, name, value]) =>
-      el("div", { "data-part": kind }, el("dt", {}, el("span", { class: `swatch ${kind}` }), name), el("dd", {}, value)),
-    ),
+    ...entries.map(([kind, name, value]) => {
+      const term = el("dt", {}, el("span", { class: `swatch ${kind}` }), name);
+      return el("div", { "data-part": kind }, term, el("dd", {}, value));
+    }),
   );
 }

@@ -1,4 +1,4 @@
-// The list of sessions: those of the server, and conversations of this browser that the server does not hold (any more).
+// The list of sessions: those of the server, and conversations of this browser that it does not hold (any more).
 
 import { titleOf } from "./chats.js";
 import { byId, count, el, redraw, say } from "./dom.js";
@@ -51,6 +51,8 @@ function update({ button, ring, title, about }, { id, row, chat }, isSelected, l
   else button.removeAttribute("aria-current");
   button.dataset.state = row?.state ?? "none";
   say(title, chat ? titleOf(chat) : id);
-  say(about, [row && `${count(row.tokens_held)} tokens`, chat || !row ? null : "another client's", stateWords(row, chat)].filter(Boolean).join(" · "));
+  const tokens = row && `${count(row.tokens_held)} tokens`;
+  const whose = row && !chat && "another client's";
+  say(about, [tokens, whose, stateWords(row, chat)].filter(Boolean).join(" · "));
   redraw(ring, [row?.ring, limit], () => smallRing(row?.ring, limit));
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, Route, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, expect, sync_playwright
 
 from tests.serving.launch import BUNDLED
 
@@ -23,6 +23,14 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 PATIENCE = 20_000.0
 """Milliseconds: a busy machine takes seconds for a short answer."""
 PICTURES = Path("build/page")
+
+FORBID = """(logit_bias) => {
+  const plain = window.fetch;
+  window.fetch = (address, options) => {
+    if (!String(address).endsWith("/chat/completions")) return plain(address, options);
+    return plain(address, { ...options, body: JSON.stringify({ ...JSON.parse(options.body), logit_bias }) });
+  };
+}"""
 
 expect.set_options(timeout=PATIENCE)
 
@@ -111,12 +119,7 @@ class Visit:
     def forbid_ends(self) -> None:
         """Answers from now on end at their limit: the tokens that end one are forbidden, which the page can't ask."""
         ends = json.loads((BUNDLED / "generation_config.json").read_text())["eos_token_id"]
-        more = {"logit_bias": {str(token): -100 for token in ends}}
-
-        def add(route: Route) -> None:
-            route.continue_(post_data=json.dumps(route.request.post_data_json | more))
-
-        self.page.route("**/v1/chat/completions", add)
+        self.page.evaluate(FORBID, {str(token): -100 for token in ends})
 
     def part(self, name: str) -> str:
         """A line of the ring's legend: what it says of one part."""

@@ -21,8 +21,8 @@ def chrome() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose sessions hold 320 tokens."""
-    with running(tmp_path_factory.mktemp("page"), MAX_SIZE="320", KV_MEMORY="64MiB") as process:
+    """A server whose sessions hold 192 tokens."""
+    with running(tmp_path_factory.mktemp("page"), MAX_SIZE="192", WINDOW="64", KV_MEMORY="64MiB") as process:
         yield process
 
 

@@ -60,7 +60,7 @@ def _others(server: Server) -> None:
 
 def _talk(visit: Visit) -> None:
     visit.open()
-    visit.answer_briefly(60)
+    visit.answer_briefly(40)
     visit.send(TOLD)
     for turn in range(4):
         visit.send(f"Please read this: {filler(16, turn)}")
