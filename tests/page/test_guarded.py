@@ -45,6 +45,7 @@ def test_a_key_is_asked_for_and_the_fallback_is_shown_with_its_reason(chrome: Br
             assert item.locator("p").all_inner_texts() == [check["reason"]] * bool(check["reason"])
         assert not checks
         assert page.locator("#cache").evaluate("e => e.scrollWidth <= e.clientWidth")
+        entry.scroll_into_view_if_needed()
         visit.picture("fallback")
 
         # It answers, and the key is this tab's alone.
