@@ -297,6 +297,10 @@ class Engine(Protocol):
         """The JSON of GET /v1/backend: backend, reason, checks, preset, layers, BLAS, memory."""
         ...
 
+    def status(self) -> dict[str, Any]:
+        """The JSON of GET /v1/status: requests, memory and pages now."""
+        ...
+
     def sessions(self, owner: str) -> list[dict[str, Any]]:
         """The JSON rows of GET /v1/sessions: what belongs to an owner."""
         ...

@@ -240,4 +240,9 @@ def native_nbytes(cache: Sequence[Any]) -> int:
 
 def ring_of(cache: Sequence[Any]) -> PageRing | None:
     """The page ring of a session's cache, or None when no layer is compressed."""
-    return next((layer.batch.rings[0] for layer in leaves(cache) if isinstance(layer, PagedKVCache)), None)
+    return next(iter(rings_of(cache)), None)
+
+
+def rings_of(cache: Sequence[Any]) -> list[PageRing]:
+    """The page rings of a prompt cache, one for each of its rows; none when no layer is compressed."""
+    return next((layer.batch.rings for layer in leaves(cache) if isinstance(layer, PagedKVCache)), [])

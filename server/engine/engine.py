@@ -208,6 +208,9 @@ class MlxEngine:
     def backend(self) -> dict[str, Any]:
         return self._host.report()
 
+    def status(self) -> dict[str, Any]:
+        return self._turns.gauges.status
+
     def sessions(self, owner: str = "") -> list[dict[str, Any]]:
         return [row for (of, _), row in self._turns.gauges.session_rows.items() if of == owner]
 

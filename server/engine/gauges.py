@@ -1,7 +1,7 @@
 """The state of cache and sessions as gauges and JSON rows, taken by the engine's thread."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -12,26 +12,33 @@ from server.engine.session import Session
 from server.engine.sessions import SessionRegistry
 from server.metrics import Metrics
 from turbocache.memory import device_memory, memory_in_use
+from turbocache.ring import PageRing
 from turbocache.seam import native_calls
 from turbocache.store import native_nbytes, ring_of
 
 _EVERY_SECONDS = 0.25
 
+Rings = Callable[[], Mapping[int, PageRing]]
+"""The rings of what runs, by the uids of `Turns.runs`."""
+
 
 class Gauges:
-    """Writes the cache's state into `Metrics` and keeps the rows of GET /v1/sessions by owner and id.
+    """Writes the cache's state into `Metrics` and keeps the rows of GET /v1/sessions by owner and id, and what
+    GET /v1/status says.
 
-    `session_rows` is replaced whole, so other threads may read it at any time.
+    `session_rows` and `status` are replaced whole, so other threads may read them at any time.
     """
 
     def __init__(self, metrics: Metrics, host: Host, registry: SessionRegistry, budget: Budget) -> None:
         self.session_rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self.status: dict[str, Any] = {}
         self._budget = budget
         self._counted: dict[tuple[str, str], tuple[Any, dict[str, int]]] = {}
         self._metrics = metrics
         self._host = host
         self._registry = registry
         self._rotated_pages = 0
+        self._page = host.store.spec.rotations.tokens_per_page
         self._paths = self._attention_paths()
         self._taken = 0.0
         backend, spec = host.backend, host.store.spec
@@ -53,17 +60,18 @@ class Gauges:
             metrics.probe_check.labels(check=label).set(passed)
         for fallback in backend.fallbacks:
             metrics.fallbacks.labels(**{"from": fallback.source, "to": fallback.target, "reason": fallback.code}).inc()
-        self.refresh(0, ())
+        self.refresh(0, {}, dict)
 
-    def refresh_now_and_then(self, n_waiting: int, runs: Iterable[Run]) -> None:
+    def refresh_now_and_then(self, n_waiting: int, runs: Mapping[int, Run], rings: Rings) -> None:
         """`refresh`, unless it was done a moment ago."""
         if time.monotonic() - self._taken > _EVERY_SECONDS:
-            self.refresh(n_waiting, runs)
+            self.refresh(n_waiting, runs, rings)
 
-    def refresh(self, n_waiting: int, runs: Iterable[Run]) -> None:
+    def refresh(self, n_waiting: int, runs: Mapping[int, Run], rings: Rings) -> None:
         """Read everything anew."""
         self._taken = time.monotonic()
-        running = {run.session.key: run for run in runs}
+        found = rings() if runs else {}
+        running = {run.session.key: (run, found.get(uid)) for uid, run in runs.items()}
         m, spec = self._metrics, self._host.store.spec
         m.requests_running.set(len(running))
         m.requests_waiting.set(n_waiting)
@@ -95,7 +103,10 @@ class Gauges:
         self._counted = {
             session.key: self._counted[session.key] for session in sessions if session.key in self._counted
         }
-        self.session_rows = {session.key: self.row(session, running.get(session.key)) for session in sessions}
+        self.session_rows = {
+            session.key: self.row(session, *running.get(session.key, (None, None))) for session in sessions
+        }
+        self.status = self._status(len(running), n_waiting, resting)
 
     def _refresh_cache_bytes(self) -> None:
         """Of compressed layers, and what their tokens would need in float16. Shared pages count once."""
@@ -113,11 +124,30 @@ class Gauges:
         counted: dict[str, int] = dict(self._host.store.spec.paths.totals.items())
         return counted | {"native": native_calls()}
 
-    def row(self, session: Session, run: Run | None = None) -> dict[str, Any]:
-        """One session as GET /v1/sessions shows it. A running session's cache is in the batch, so its bytes are not
-        told apart.
+    def _status(self, n_running: int, n_waiting: int, resting: int) -> dict[str, Any]:
+        """What GET /v1/status says."""
+        budget, pool = self._budget, self._host.store.spec.pool
+        started, promised = budget.started, budget.promised
+        return {
+            "object": "status",
+            "model": self._host.model.id,
+            "requests": {"running": n_running, "waiting": n_waiting},
+            "memory": {
+                "budget_bytes": budget.total,
+                "running_bytes": started,
+                "waiting_bytes": max(0, promised - started),  # requests come and go between the two readings
+                "resting_bytes": resting,
+                "pressure_ratio": round((started + resting) / budget.total, 6),
+            },
+            "pages": {"used": pool.n_used, "capacity": pool.capacity, "tokens": self._page, "nbytes": pool.page_nbytes},
+        }
+
+    def row(self, session: Session, run: Run | None = None, ring: PageRing | None = None) -> dict[str, Any]:
+        """One session as GET /v1/sessions shows it. A running session's cache is in the batch, so its `ring` is handed
+        in, and its bytes are not told apart.
         """
-        ring = ring_of(session.cache or ())
+        if ring is None:
+            ring = ring_of(session.cache or ())
         seen = len(session.tokens) if run is None else len(run.request.prompt.tokens) + run.generated
         limit = self._host.store.spec.ring.max_size
         return {
@@ -127,10 +157,12 @@ class Gauges:
             "model": self._host.model.id,
             "state": "running" if session.running else "spilled" if session.spilled else "resident",
             "tokens_seen": seen,
-            "tokens_held": ring.size() if ring is not None else seen if limit is None else min(seen, limit),
+            # A running session's ring is ahead of what its client has by the step that is being computed.
+            "tokens_held": min(seen, ring.size()) if ring is not None else seen if limit is None else min(seen, limit),
             "bytes": None if session.cache is None else self._nbytes(session),
             "saved": session.stored,
             "rotations": 0 if ring is None else ring.first,
+            "ring": None if ring is None else _shape(ring, self._page),
             "centred_heads": None if ring is None else 0 if ring.centre is None else ring.centre.n_heads,
             "checkpoints": len(session.checkpoints),
             "turns": session.turns,
@@ -169,3 +201,16 @@ class Gauges:
 
 def _ratio(whole: float, part: float) -> float:
     return whole / part if part else 0.0
+
+
+def _shape(ring: PageRing, page_tokens: int) -> dict[str, Any]:
+    """What it takes to draw a ring; counts, whatever its length."""
+    return {
+        "offset": ring.offset,
+        "sink_tokens": min(ring.offset, ring.config.keep),
+        "first_page": ring.first,
+        "pages": len(ring.pages),
+        "page_tokens": page_tokens,
+        "window_tokens": max(0, ring.offset - ring.window_start),
+        "max_size": ring.config.max_size,
+    }

@@ -14,7 +14,8 @@ from server.engine.sampling import processors_for, sampler_for, seeded_sampler
 from server.engine.short_prompts import ShortPromptGenerator
 from server.protocol import SamplingParams
 from turbocache.model import LoadedModel
-from turbocache.store import start_evaluation
+from turbocache.ring import PageRing
+from turbocache.store import rings_of, start_evaluation
 
 _MAX_SAMPLERS = 64
 """Parameters come from users, so their samplers are not kept for ever."""
@@ -144,6 +145,13 @@ class Generator:
         batch = self._batch._generation_batch
         logprobs: mx.array = batch._next_logprobs[batch.uids.index(uid)]
         return logprobs
+
+    def rings(self) -> dict[int, PageRing]:
+        """The rows' rings as they are between two steps, by uid; none where no layer is compressed. To look at only."""
+        batch = self._batch
+        parts: list[Any] = [([sequence[0]], sequence[3]) for sequence in batch._unprocessed_sequences]
+        parts += [(part.uids, part.prompt_cache) for part in (batch._prompt_batch, batch._generation_batch)]
+        return {uid: ring for uids, cache in parts for uid, ring in zip(uids, rings_of(cache), strict=False)}
 
     def snapshot(self, uid: int) -> list[Any]:
         """A copy of a row's cache as it is now; pages are shared."""

@@ -86,10 +86,10 @@ class Turns:
 
     def refresh(self) -> None:
         """Bring gauges and session rows up to date."""
-        self.gauges.refresh(len(self._waiting), self.runs.values())
+        self.gauges.refresh(len(self._waiting), self.runs, self.generator.rings)
 
     def refresh_now_and_then(self) -> None:
-        self.gauges.refresh_now_and_then(len(self._waiting), self.runs.values())
+        self.gauges.refresh_now_and_then(len(self._waiting), self.runs, self.generator.rings)
 
     # Into the batch.
 

@@ -6,6 +6,7 @@ from server.routes.chat import router as chat_router
 from server.routes.completions import router as completions_router
 from server.routes.messages import router as messages_router
 from server.routes.openapi import openapi_router
+from server.routes.page import router as page_router
 from server.routes.responses import router as responses_router
 from server.routes.sessions import router as sessions_router
 from server.routes.status import open_router
@@ -22,7 +23,7 @@ _ROUTERS = (
     status_router,
     open_router,
 )
-ROUTERS = (*_ROUTERS, openapi_router(_ROUTERS))
+ROUTERS = (*_ROUTERS, openapi_router(_ROUTERS), page_router)
 
 
 def methods_at(path: str) -> list[str]:

@@ -29,7 +29,8 @@ COMPLETIONS_PATH = "/v1/completions"
 RESPONSES_PATH = "/v1/responses"
 _ID_PREFIXES = {CHAT_PATH: "chatcmpl-", COMPLETIONS_PATH: "cmpl-", RESPONSES_PATH: "resp_", MESSAGES_PATH: "msg_"}
 """Where a request's id is the id of its answer."""
-_QUIET_PATHS = frozenset({"/health", "/metrics"})
+_QUIET_PATHS = frozenset({"/health", "/metrics", "/", "/page/{name}", "/v1/sessions", "/v1/status"})
+"""Asked for again and again by those who watch: templates, of which the sessions' takes nothing but GET."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from server.protocol import ModelInfo
 from server.routes.documented import documented
 from server.routes.exchange import check_model
 from server.routes.scope import context_of, require_key
-from server.schemas.other import BackendBody, HealthBody, ModelBody, ModelList
+from server.schemas.other import BackendBody, HealthBody, ModelBody, ModelList, StatusBody
 
 router = APIRouter(dependencies=[Depends(require_key)])
 # Probes and scrapers have no key; what they see names no session and no text.
@@ -47,6 +47,12 @@ async def model(request: Request, model_id: str) -> Response:
 async def backend(request: Request) -> Response:
     """The backend that runs, the reason, and what it was checked with."""
     return JSONResponse(context_of(request).engine.backend())
+
+
+@router.get("/v1/status", openapi_extra=documented(StatusBody))
+async def status(request: Request) -> Response:
+    """What runs and waits, and the cache's memory against its budget."""
+    return JSONResponse(context_of(request).engine.status())
 
 
 @open_router.get("/health", openapi_extra=documented(HealthBody, others={503: HealthBody}))

@@ -41,9 +41,24 @@ class SessionBytes(BaseModel):
     checkpoints: int
 
 
+class SessionRing(BaseModel):
+    """A session's cache as a ring, in tokens but for `first_page` and `pages`: the sink, pages (the oldest is
+    `first_page`, as many as have rotated out) of `page_tokens` each, and the raw window up to `offset`, the tokens that
+    have ever come. `max_size` is null where nothing rotates.
+    """
+
+    offset: int
+    sink_tokens: int
+    first_page: int
+    pages: int
+    page_tokens: int
+    window_tokens: int
+    max_size: int | None
+
+
 class SessionBody(BaseModel):
-    """One session. `name` is the client's; `last_used` a time in seconds. `bytes` and `centred_heads` are null where no
-    cache at rest is in memory.
+    """One session. `name` is the client's; `last_used` a time in seconds. `bytes` is null where no cache at rest is in
+    memory, `ring` and `centred_heads` where no compressed cache is.
     """
 
     id: str
@@ -56,6 +71,7 @@ class SessionBody(BaseModel):
     bytes: SessionBytes | None
     saved: bool
     rotations: int
+    ring: SessionRing | None
     centred_heads: int | None
     checkpoints: int
     turns: int
@@ -93,6 +109,44 @@ class HealthBody(BaseModel):
 
     status: Literal["ok", "unavailable"]
     detail: str
+
+
+class RequestCounts(BaseModel):
+    """Requests of all clients."""
+
+    running: int
+    waiting: int
+
+
+class MemoryState(BaseModel):
+    """The budget for the cache and what has a claim on it: promises to requests that run and that wait, and what rests.
+    Above a pressure of 1 sessions must go.
+    """
+
+    budget_bytes: int
+    running_bytes: int
+    waiting_bytes: int
+    resting_bytes: int
+    pressure_ratio: float
+
+
+class PageCounts(BaseModel):
+    """The page pool; a page holds `tokens` tokens and `nbytes` bytes."""
+
+    used: int
+    capacity: int
+    tokens: int
+    nbytes: int
+
+
+class StatusBody(BaseModel):
+    """The engine now, or a moment ago."""
+
+    object: Literal["status"]
+    model: str
+    requests: RequestCounts
+    memory: MemoryState
+    pages: PageCounts
 
 
 class BackendBody(BaseModel):

@@ -138,6 +138,9 @@ class ScriptedEngine:
     def backend(self) -> dict[str, Any]:
         return {"name": "scripted", "reason": "a test asked for it"}
 
+    def status(self) -> dict[str, Any]:
+        return {"object": "status", "model": self._model.id}
+
     def sessions(self, owner: str) -> list[dict[str, Any]]:
         return [
             {"id": f"s{i}", "tokens": len(r.prompt.tokens)} for i, r in enumerate(self.requests) if r.owner == owner

@@ -71,7 +71,9 @@ def accepted(name: str, instance: Any) -> bool:
 
 
 def test_every_route_is_in_it(serve: Serve) -> None:
-    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    every = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    assert {route.path for route in every if not route.include_in_schema} == {"/", "/page/{name}"}  # for people
+    routes = [route for route in every if route.include_in_schema]
     said = {(path, method.upper()) for path, methods in DOCUMENT["paths"].items() for method in methods}
     assert said == {(route.path_format, method) for route in routes for method in route.methods or ()}
     operations = {one["operationId"]: one for methods in DOCUMENT["paths"].values() for one in methods.values()}

@@ -1,0 +1,104 @@
+// Requests to the server, in its own words when it refuses, with an API key where it wants one.
+
+const KEY = "turbocache.key";
+
+/** The server's own refusal. */
+export class Refusal extends Error {
+  constructor(message, status, code) {
+    super(message);
+    this.status = status;
+    this.code = code;
+  }
+}
+
+let askForKey = null;
+let asking = null;
+
+/** `ask(reason)` resolves to a key. It is asked once, however many requests wait for the answer. */
+export function onKeyWanted(ask) {
+  askForKey = ask;
+}
+
+async function newKey(refused, reason) {
+  if (sessionStorage.getItem(KEY) !== refused) return; // another request has got one meanwhile
+  asking ??= askForKey(reason).finally(() => (asking = null));
+  sessionStorage.setItem(KEY, await asking);
+}
+
+async function send(path, { method = "GET", body, headers = {}, signal } = {}) {
+  for (;;) {
+    if (asking) await asking;
+    const key = sessionStorage.getItem(KEY);
+    const sent = { ...headers };
+    if (key) sent.Authorization = `Bearer ${utf8(key)}`;
+    if (body !== undefined) sent["Content-Type"] = "application/json";
+    const answer = await fetch(new URL(path, document.baseURI), {
+      method,
+      headers: sent,
+      body: body === undefined ? undefined : JSON.stringify(body),
+      signal,
+      credentials: "omit",
+    });
+    if (answer.ok) return answer;
+    const refusal = await refusalOf(answer);
+    if (refusal.status !== 401) throw refusal;
+    await newKey(key, refusal.message);
+  }
+}
+
+/** The UTF-8 bytes of a text as the characters that a header may have. */
+const utf8 = (text) => String.fromCharCode(...new TextEncoder().encode(text));
+
+async function refusalOf(answer) {
+  try {
+    const { error } = await answer.json();
+    return new Refusal(error.message, answer.status, error.code);
+  } catch {
+    return new Refusal(`The server answered with status ${answer.status}.`, answer.status, null);
+  }
+}
+
+const at = (id, change = "") => `v1/sessions/${encodeURIComponent(id)}${change}`;
+
+export const models = async () => (await (await send("v1/models")).json()).data;
+export const backend = async () => (await send("v1/backend")).json();
+export const status = async () => (await send("v1/status")).json();
+export const sessions = async () => (await (await send("v1/sessions")).json()).data;
+export const remove = (id) => send(at(id), { method: "DELETE" });
+export const fork = async (id, name) => (await send(at(id, "/fork"), { method: "POST", body: { id: name } })).json();
+
+/**
+ * One streamed answer of a session. `onChunk` gets each chunk of the stream; resolves, when it has ended, to whether
+ * the conversation is longer than the session holds. Throws a Refusal, also for an error amid the stream.
+ */
+export async function chat(session, body, signal, onChunk) {
+  const answer = await send("v1/chat/completions", {
+    method: "POST",
+    body: { ...body, stream: true, stream_options: { include_usage: true } },
+    headers: { "X-Session-ID": session },
+    signal,
+  });
+  for await (const data of events(answer.body)) {
+    if (data === "[DONE]") return answer.headers.has("X-Turbocache-Overflow");
+    const chunk = JSON.parse(data);
+    if (chunk.error) throw new Refusal(chunk.error.message, null, chunk.error.code);
+    onChunk(chunk);
+  }
+  throw new Refusal("The connection ended before the answer did.", null, null);
+}
+
+/** The data of server-sent events; comments are passed over. */
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const lines = part.split("\n").filter((line) => line.startsWith("data:"));
+      if (lines.length) yield lines.map((line) => line.slice(5).trimStart()).join("\n");
+    }
+  }
+}

@@ -1,0 +1,44 @@
+// One turn of a conversation: what is sent, and what becomes of the answer.
+
+import * as api from "./api.js";
+
+/** What the server is to read: every text, but no thoughts, and nothing of answers that never came. */
+const sent = (chat) =>
+  chat.messages.filter(({ text }) => text).map(({ role, text }) => ({ role, content: text }));
+
+/**
+ * Has the model answer the last message of `chat`; `changed` is called whenever there is more to see. The answer is the
+ * last message at once, and gets its text, then a `turn`, an `error` or `stopped`. Never throws.
+ */
+export async function answer(chat, model, options, signal, changed) {
+  const messages = sent(chat);
+  const message = { role: "assistant", text: "", thought: "" };
+  chat.messages.push(message);
+  chat.updated = Date.now() / 1000;
+  changed();
+  const body = { model, messages, ...options };
+  let usage = null;
+  let finish = null;
+  try {
+    const rotated = await api.chat(chat.name, body, signal, (chunk) => {
+      const [choice] = chunk.choices;
+      message.text += choice?.delta.content ?? "";
+      message.thought += choice?.delta.reasoning_content ?? "";
+      finish = choice?.finish_reason ?? finish;
+      usage = chunk.usage ?? usage;
+      changed();
+    });
+    message.turn = {
+      prompt: usage.prompt_tokens,
+      cached: usage.prompt_tokens_details.cached_tokens,
+      generated: usage.completion_tokens,
+      finish,
+      rotated,
+    };
+  } catch (error) {
+    if (error.name === "AbortError") message.stopped = true;
+    else message.error = error instanceof api.Refusal ? error.message : "The server can't be reached.";
+  }
+  chat.updated = Date.now() / 1000;
+  changed();
+}

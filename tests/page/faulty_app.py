@@ -1,0 +1,16 @@
+"""`uvicorn tests.page.faulty_app:app`: the server on a machine whose GPU can't compile the kernels."""
+
+from server.app import create_app, turbocache  # isort: skip  # before MLX
+
+import mlx.core as mx
+
+from tests.faulty import compile_error, faulty
+from turbocache import backend as backends
+
+assert turbocache.blas  # it has put the fast BLAS in front
+
+backends.LANES["cuda"] = faulty("encode", compile_error)
+backends.DEVICES["cuda"] = lambda: True
+mx.device_info = lambda: {"architecture": "sm_90", "device_name": "Pretended GPU"}
+
+app = create_app()
