@@ -20,7 +20,7 @@ FLAGS = (
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE = 20_000.0
+PATIENCE = 60_000.0
 """Milliseconds: a busy machine takes seconds for a short answer."""
 PICTURES = Path("build/page")
 
@@ -43,7 +43,7 @@ def chromium() -> str | None:
 @contextmanager
 def browser(executable: str) -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
+        running = playwright.chromium.launch(executable_path=executable, args=list(FLAGS), timeout=PATIENCE)
         yield running
         running.close()
 

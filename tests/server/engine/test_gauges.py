@@ -35,7 +35,7 @@ def endless(engine: MlxEngine, name: str, n_tokens: int) -> Answer:
 
 def row_when(engine: MlxEngine, name: str, state: str, enough: Callable[[Row], bool]) -> Row:
     """The session's row, at the first look at which it is in this state and `enough` holds."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for row in engine.sessions():
             if row["id"] == name and row["state"] == state and enough(row):
