@@ -85,7 +85,8 @@ run: $(RUNTIME)
 
 # Two processes, each with one thread of BLAS: two that spin for each other take a quarter longer on two cores.
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_NUM_THREADS=1
-PYTEST := -m pytest -n 2 --dist loadfile --timeout 300
+# In the order of their names: xdist would leave the files with few tests for last, which are the slowest.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 300
 
 TEST_CLIENTS := SERVER_PYTHON=$(abspath $(BIN)/python) $(ONE_THREAD) $(CLIENTS_BIN)/python $(PYTEST) -c tests/clients/pytest.ini
 

@@ -9,9 +9,9 @@ from tests.soak.damage import Damage, draw
 
 
 def test_damaged_files_are_refused_and_counted_and_cost_a_prefill() -> None:
-    result = corruption.run(times=20, seed=1, at_once=11)
+    result = corruption.run(times=12, seed=1, at_once=7)
     assert result.wrong == []
-    assert result.damaged == result.reasons.total() == 20
+    assert result.damaged == result.reasons.total() == 12
     assert result.whole == 2
 
 
