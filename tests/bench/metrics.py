@@ -1,6 +1,6 @@
-"""What metrics cost: time between tokens of a server that is scraped once a second, over one that has no metrics.
+"""What metrics cost: time between tokens of a server that is scraped, over one that has no metrics.
 
-    python -m tests.bench.metrics [--pairs N] [--streams N]
+    python -m tests.bench.metrics [--pairs N] [--streams N,N] [--every SECONDS]
 
 Both run at once and are asked in turns, so the machine is the same for both. The figure is the median over pairs of the
 ratio of the mean times between two tokens; how long a scrape takes under that load is told as well.
@@ -22,7 +22,6 @@ from tests.serving.launch import running
 
 MOST = 1.02
 MOST_SCRAPE_SECONDS = 0.02
-_SCRAPE_EVERY = 1.0
 _GENERATE = 192
 _UNMETERED = ("uvicorn", "tests.bench.unmetered:app")
 
@@ -33,12 +32,12 @@ def between(answers: Sequence[Answer]) -> float:
 
 
 @contextmanager
-def scraped(endpoint: Endpoint, seconds: list[float]) -> Iterator[None]:
-    """A scrape once a second while the block runs; how long each took goes into `seconds`."""
+def scraped(endpoint: Endpoint, every: float, seconds: list[float]) -> Iterator[None]:
+    """A scrape every so many seconds while the block runs; how long each took goes into `seconds`."""
     done = threading.Event()
 
     def work() -> None:
-        while not done.wait(_SCRAPE_EVERY):
+        while not done.wait(every):
             start = time.perf_counter()
             status, _ = endpoint.get("/metrics")
             assert status == 200
@@ -57,9 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 when both costs are within their limits."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.metrics", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=15, help="pairs of answers (default: 15)")
-    parser.add_argument("--streams", type=int, default=8, help="streams at once, besides one alone (default: 8)")
+    parser.add_argument("--streams", default="1,8", help="numbers of streams at once, by commas (default: 1,8)")
+    parser.add_argument(
+        "--every", type=float, default=5.0, help="seconds between scrapes (default: 5, as deploy/prometheus has it)"
+    )
     options = parser.parse_args(argv)
-    wrong = False
+    numbers, wrong = [int(number) for number in options.streams.split(",")], False
     with (
         tempfile.TemporaryDirectory() as folder,
         running(Path(folder)) as metered,
@@ -69,13 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             Endpoint(int(server.url.rpartition(":")[2]), {"model": "default"}, names_sessions=True)
             for server in (metered, unmetered)
         )
-        prompts = long_answers([with_metrics, without], [], 60, options.streams, _GENERATE, options.streams, "metrics")
-        for streams in (1, options.streams):
+        prompts = long_answers([with_metrics, without], [], 60, max(numbers), _GENERATE, max(numbers), "metrics")
+        for streams in numbers:
             ratios, scrapes = [], list[float]()
             for i in range(options.pairs):
                 times = {}
                 for endpoint in (with_metrics, without) if i % 2 == 0 else (without, with_metrics):
-                    with scraped(endpoint, scrapes) if endpoint is with_metrics else nullcontext():
+                    with scraped(endpoint, options.every, scrapes) if endpoint is with_metrics else nullcontext():
                         times[endpoint is with_metrics] = between(endpoint.chat_together(prompts[:streams], _GENERATE))
                 ratios.append(times[True] / times[False])
             ratios.sort()
