@@ -194,5 +194,8 @@ def test_a_second_turn_continues_the_session_of_the_first(client: openai.OpenAI,
     assert first.usage is not None
     assert second.usage is not None
     assert second.usage.prompt_tokens_details is not None
-    assert second.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens
+    # More where another test has led the same conversation: sessions share what they have in common.
+    assert (
+        first.usage.total_tokens <= (second.usage.prompt_tokens_details.cached_tokens or 0) < second.usage.prompt_tokens
+    )
     assert server.sessions()["openai-chat"]["name"] == "openai-chat"
