@@ -81,7 +81,7 @@ def test_the_next_response_goes_on_from_the_previous_one_and_its_cache(client: o
     assert digits(asked.output_text) == CODE
     assert told.usage is not None
     assert asked.usage is not None
-    assert asked.usage.input_tokens_details.cached_tokens == told.usage.total_tokens
+    assert asked.usage.input_tokens_details.cached_tokens >= told.usage.total_tokens
     # Another question to the same response knows nothing of the first one.
     other = client.responses.create(**ASK, input="What is my name?", previous_response_id=told.id)
     assert "Anna" in other.output_text
