@@ -85,14 +85,15 @@ run: $(RUNTIME)
 
 # Two processes, each with one thread of BLAS: two that spin for each other take a quarter longer on two cores.
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_NUM_THREADS=1
+PYTEST := -m pytest -n 2 --dist loadfile --timeout 300
 # In the order of their names: xdist would leave the files with few tests for last, which are the slowest.
-PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 300
+BY_NAME := --no-loadscope-reorder
 
 TEST_CLIENTS := SERVER_PYTHON=$(abspath $(BIN)/python) $(ONE_THREAD) $(CLIENTS_BIN)/python $(PYTEST) -c tests/clients/pytest.ini
 
 # The clients' tests also run when others have failed, so that one report shows everything.
 test: $(DEV) $(if $(ARGS),,env-clients)
-	status=0; $(ONE_THREAD) $(BIN)/python $(PYTEST) $(ARGS) || status=$$?; \
+	status=0; $(ONE_THREAD) $(BIN)/python $(PYTEST) $(BY_NAME) $(ARGS) || status=$$?; \
 	$(if $(ARGS),,$(TEST_CLIENTS) tests/clients || status=$$?;) exit $$status
 
 test-clients: $(DEV) env-clients
