@@ -8,10 +8,13 @@ from prometheus_client import Counter, Gauge, Histogram
 def _nothing(self: Any, *_: Any, **__: Any) -> None: ...
 
 
+def _itself(self: Any, *_: Any, **__: Any) -> Any:
+    return self
+
+
 for kind, writes in {Counter: ("inc",), Gauge: ("inc", "dec", "set"), Histogram: ("observe",)}.items():
-    for write in writes:
-        setattr(kind, write, _nothing)
-    kind.labels = lambda self, *_, **__: self  # type: ignore[method-assign]
+    for name, instead in {**dict.fromkeys(writes, _nothing), "labels": _itself}.items():
+        setattr(kind, name, instead)
 
 from server.app import app  # noqa: E402
 
