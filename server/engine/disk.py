@@ -95,7 +95,9 @@ class SessionDisk:
             self._metrics.restore_failures.labels(reason=type(error).__name__).inc()
             return None
         session.cache, session.tokens = list(own.cache), own.tokens
-        session.checkpoints = [Checkpoint(cast(Kind, o.kind), o.tokens, list(o.cache)) for o in others]
+        session.checkpoints = [
+            Checkpoint(cast(Kind, o.kind), o.tokens, list(o.cache), session.last_used) for o in others
+        ]
         self._metrics.restores.inc()
         self._metrics.restored_bytes.inc(n_bytes)
         self._metrics.restore_seconds.inc(time.perf_counter() - start)

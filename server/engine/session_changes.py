@@ -3,8 +3,6 @@
 Everything here runs on the engine's thread.
 """
 
-import time
-import uuid
 from typing import Any
 
 from server.engine.budget import Budget
@@ -12,6 +10,7 @@ from server.engine.checkpoints import LEAST_SHARED
 from server.engine.disk import SessionDisk
 from server.engine.session import Session
 from server.engine.sessions import SessionRegistry
+from server.engine.step_clock import StepClock
 from server.engine.turns import Turns
 from server.errors import Conflict, InvalidRequest, SessionNotFound, SessionNotSaved
 from server.metrics import Metrics
@@ -31,6 +30,7 @@ class SessionChanges:
         budget: Budget,
         registry: SessionRegistry,
         turns: Turns,
+        clock: StepClock,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
@@ -38,6 +38,7 @@ class SessionChanges:
         self._budget = budget
         self._registry = registry
         self._turns = turns
+        self._clock = clock
 
     def make(self, change: SessionChange, owner: str, id: str, new_id: str | None = None) -> dict[str, Any]:
         """One change that a client asks for; returns the session's row afterwards. See `server.protocol.Engine`."""
@@ -60,7 +61,7 @@ class SessionChanges:
         """While nothing is asked for: write one session that has rested for a while to disk, and let one go that has
         not been used for too long.
         """
-        now, limit = time.time(), self._settings.session_ttl
+        now, limit = self._clock(), self._settings.session_ttl
         resting = sorted(self._registry.idle(), key=lambda session: session.last_used)
         for session in resting:
             if limit is not None and session.last_used < now - limit:
@@ -78,7 +79,7 @@ class SessionChanges:
                 return
 
     def _fork(self, session: Session, new_id: str | None) -> Session:
-        id = new_id or f"fork-{uuid.uuid4().hex[:12]}"
+        id = new_id or f"fork-{self._clock.name()}"
         if self._registry.find(session.owner, id) is not None:
             raise Conflict(f"There is a session '{id}' already.", param="id", code="session_exists")
         self._restore(session)
@@ -101,7 +102,7 @@ class SessionChanges:
     def _restore(self, session: Session) -> Session:
         if not session.spilled:
             return session
-        promise = f"restore-{uuid.uuid4().hex}"
+        promise = f"restore-{self._clock.name()}"
         self._budget.promise(promise, len(session.tokens))
         try:
             self._budget.start(promise)
@@ -112,7 +113,7 @@ class SessionChanges:
             if refused is None:
                 raise SessionNotSaved("The session could not be read from disk. The server's log has the reason.")
             raise Conflict(f"The session's file is refused: {refused}.", code="session_file_refused")
-        session.last_used = time.time()
+        session.last_used = self._clock()
         session.running = True  # what has to go for it now is others, or checkpoints
         try:
             self._turns.make_room()
