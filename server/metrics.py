@@ -213,6 +213,14 @@ class Metrics:
         self.session_files_dropped = self._counter(
             "session_files_dropped", "Session files deleted because TURBOCACHE_SESSION_DISK was full."
         )
+        self.session_handovers = self._counter(
+            "session_handovers",
+            "What several servers on one TURBOCACHE_SESSION_DIR do: found (another's session, new here), taken_up (one "
+            "known here that another took further), leased (not written: another was at the file), superseded (not "
+            "written: another's turn was later).",
+            "sessions",
+            {"event": ("found", "taken_up", "leased", "superseded")},
+        )
         self.session_disk_bytes = self._gauge("session_disk_bytes", "Files of sessions.", "bytes")
         self.session_disk_limit = self._gauge(
             "session_disk_limit_bytes", "What files of sessions may take; 0 without TURBOCACHE_SESSION_DIR.", "bytes"

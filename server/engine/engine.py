@@ -271,6 +271,7 @@ class MlxEngine:
                 self._turns.admit()
                 if self._turns.runs:
                     self._turns.step()
+                    self._changes.save_between_steps()
                 elif self._waiting.empty:
                     self._changes.tidy()
                 self._turns.refresh_now_and_then()
@@ -333,6 +334,7 @@ class MlxEngine:
             elif command is not None:
                 self._waiting.add(command)
         self._turns.end_all(error)
+        self._changes.close()
 
     def _listen(self) -> None:
         """Take all commands; wait for one when there is nothing else to do."""
