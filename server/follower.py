@@ -37,6 +37,7 @@ def follow() -> int:
     except StartupError as error:
         print(error, file=sys.stderr)
         return _FAILED
-    engine.join()
+    if not engine.join():
+        return _FAILED
     log.info("stopped with rank 0")
     return 0

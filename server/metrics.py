@@ -214,11 +214,12 @@ class Metrics:
         )
         self.session_files_refused = self._counter(
             "session_files_refused",
-            "Session files that can't be used and were moved aside.",
+            "Session files that can't be used and were moved aside; those of other groups (other_group) stay.",
             labels={
                 "reason": (
                     "corrupt",
                     "missing",
+                    "other_group",
                     "other_layout",
                     "other_model",
                     "other_version",
@@ -229,6 +230,14 @@ class Metrics:
         )
         self.session_files_dropped = self._counter(
             "session_files_dropped", "Session files deleted because TURBOCACHE_SESSION_DISK was full."
+        )
+        self.session_handovers = self._counter(
+            "session_handovers",
+            "What several servers on one TURBOCACHE_SESSION_DIR do: found (another's session, new here), taken_up (one "
+            "known here that another took further), leased (not written: another was at the file), superseded (not "
+            "written: another's turn was later).",
+            "sessions",
+            {"event": ("found", "taken_up", "leased", "superseded")},
         )
         self.session_disk_bytes = self._gauge("session_disk_bytes", "Files of sessions.", "bytes")
         self.session_disk_limit = self._gauge(

@@ -14,6 +14,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -42,7 +43,9 @@ _DTYPES = {
     mx.float32: "F32",
 }
 
-Refusal = Literal["missing", "unreadable", "truncated", "corrupt", "other_version", "other_model", "other_layout"]
+Refusal = Literal[
+    "missing", "unreadable", "truncated", "corrupt", "other_version", "other_model", "other_layout", "other_group"
+]
 """Why a session file is not read, from a fixed set."""
 
 
@@ -114,31 +117,45 @@ def read_manifest(path: Path, name: str) -> tuple[dict[str, Any], bytes]:
 
 
 def open_checked(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """The manifest and the arrays, which MLX reads when they are needed, of a file whose every byte was checked.
+    """The manifest and the arrays, which MLX reads when they are needed, of a file whose every byte was checked. Where
+    another is put in its place meanwhile, of that one.
 
     Raises SessionFileError.
     """
-    with _opened(path) as file:
-        entries, said, claimed = _parsed(path, file)
-        digest = _new_digest(entries, said)
-        for block in _blocks(file):
-            digest.update(block)
-    if digest.hexdigest() != claimed:
-        raise SessionFileError("corrupt", f"{path.name}: the contents are not what was written")
-    try:
-        arrays = mx.load(str(path))
-    except (RuntimeError, ValueError) as error:
-        raise SessionFileError("unreadable", f"{path.name}: {error}") from error
-    assert isinstance(arrays, dict)
-    return _manifest(path, said), arrays
+    while True:
+        with _opened(path) as file:
+            entries, said, claimed = _parsed(path, file)
+            digest = _new_digest(entries, said)
+            for block in _blocks(file):
+                digest.update(block)
+            if digest.hexdigest() != claimed:
+                raise SessionFileError("corrupt", f"{path.name}: the contents are not what was written")
+            try:
+                arrays = mx.load(str(path))
+                # MLX has opened what lies there, and the checked file is still open, so its inode is nobody else's.
+                same = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+            except FileNotFoundError as error:
+                raise SessionFileError("missing", f"{path.name} is not there any more") from error
+            except (RuntimeError, ValueError) as error:
+                raise SessionFileError("unreadable", f"{path.name}: {error}") from error
+        if same:
+            assert isinstance(arrays, dict)
+            return _manifest(path, said), arrays
 
 
-def remove_partial(folder: Path) -> int:
-    """Remove what writes that were killed have left; returns how many there were."""
-    left = list(folder.glob(f"*{SUFFIX}{PARTIAL}"))
-    for path in left:
-        path.unlink(missing_ok=True)
-    return len(left)
+def remove_partial(
+    folder: Path, lease: Callable[[str], AbstractContextManager[bool]] = lambda name: nullcontext(True)
+) -> int:
+    """Remove what writes that were killed have left; returns how many there were. `lease` tells, for the time of its
+    block, whether a file of this name is being written by nobody else.
+    """
+    n = 0
+    for path in folder.glob(f"*{SUFFIX}{PARTIAL}"):
+        with lease(path.name.removesuffix(PARTIAL)) as mine:
+            if mine:
+                path.unlink(missing_ok=True)
+                n += 1
+    return n
 
 
 def _opened(path: Path) -> BinaryIO:

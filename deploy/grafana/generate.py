@@ -160,6 +160,8 @@ ROWS: dict[str, list[Plot]] = {
                                            (_rate("session_files_dropped_total"), "deleted: limit"),
                                            (_rate("session_files_refused_total", by="reason"), "refused: {{reason}}")],
              "short", text="A second."),
+        Plot("Sessions between servers", [(_rate("session_handovers_total", by="event"), "{{event}}")], "short",
+             text="On one folder, a second."),
         Plot("Time for it", [(_rate("spill_seconds_total"), "writing"), (_rate("restore_seconds_total"), "reading")],
              "percentunit", text="Share of the engine's time."),
         Plot("Disk", [(_sum("session_disk_bytes"), "sessions"),

@@ -20,7 +20,9 @@ from server.engine.checkpoints import LEAST_SHARED
 from server.engine.decisions import Cancel, Change, Command, Decisions
 from server.engine.disk import SessionDisk
 from server.engine.grammar import GrammarMaker
+from server.engine.group_disk import GroupDisk
 from server.engine.host import Host, announce, load_host
+from server.engine.other_groups import other_groups, rank_folder
 from server.engine.prompt import PromptMaker
 from server.engine.ranks import TICK_SECONDS, Ranks
 from server.engine.run import ANSWER_STEP
@@ -145,10 +147,11 @@ class MlxEngine:
             self._thread.join(_IDLE_SECONDS)
         _wait_for_last_words(self._thread)
 
-    def join(self) -> None:
-        """Wait for the thread's end, which rank 0 decides on."""
+    def join(self) -> bool:
+        """Wait for the thread's end, which rank 0 decides on; whether it was in order."""
         self._thread.join()
         _wait_for_last_words(self._thread)
+        return self._death is None
 
     @property
     def model(self) -> ModelInfo:
@@ -318,6 +321,7 @@ class MlxEngine:
         self._turns.admit()
         if self._turns.runs:
             self._turns.step()
+            self._changes.save_between_steps()
         elif self._waiting.empty:
             self._changes.tidy()
         if not self._ranks.group.alone:
@@ -364,8 +368,12 @@ class MlxEngine:
         if (folder := self._settings.session_dir) is None:
             return None
         try:
-            files = SessionFiles(self._host.model, self._host.store)
-            return SessionDisk(folder, self._settings.session_disk, files, self._metrics)
+            group = self._host.group
+            files, others = SessionFiles(self._host.model, self._host.store, group), other_groups(folder, group)
+            folder, budget = rank_folder(folder, group), self._settings.session_disk
+            if group.alone:
+                return SessionDisk(folder, budget, files, self._metrics, others)
+            return GroupDisk(folder, budget, files, self._metrics, others, group)
         except OSError as error:
             raise StartupError(f"TURBOCACHE_SESSION_DIR: {folder} can't be used: {error.strerror}.") from error
 
@@ -390,6 +398,7 @@ class MlxEngine:
             elif isinstance(command, Entry):
                 self._waiting.add(command)
         self._turns.end_all(error)
+        self._changes.close()
 
     def _decide(self, wait: bool) -> Decisions:
         """What this step does, on the rank that decides. With `wait` it waits a little for a command."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from server.engine.checkpoints import Checkpoint, Start, start_at, turn_start
+from server.engine.folder_watch import FileState
 from turbocache.store import ring_of
 
 NOTHING = np.zeros(0, dtype=np.int32)
@@ -23,7 +24,8 @@ class Session:
     `tokens`, int32, are exactly the tokens that went into `cache`, of a running session its prompt's; `asked` of them
     are the messages of its last prompt. A running session's cache is with the generator and None here. Checkpoints stay
     with the session whatever it does. `stored`: a file holds the cache of just these tokens; `unsavable`: writing one
-    has failed.
+    has failed. `file`: the session's file as it was when this session last wrote or read it, so that one of another
+    server is told apart.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Session:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     stored: bool = False
     unsavable: bool = False
+    file: FileState | None = None
 
     @property
     def key(self) -> tuple[str, str]:

@@ -18,6 +18,10 @@ from server.protocol import SessionChange
 from server.settings import Settings
 from turbocache.store import evaluate
 
+_REST = 20
+"""Between steps a session is written when this many times as long has passed as the last one took."""
+_LOOK_SECONDS = 0.25
+
 
 class SessionChanges:
     """Changes to sessions at rest."""
@@ -39,11 +43,16 @@ class SessionChanges:
         self._registry = registry
         self._turns = turns
         self._clock = clock
+        self._next_write = 0.0
+        self._wrote_at: float | None = None
 
     def make(self, change: SessionChange, owner: str, id: str, new_id: str | None = None) -> dict[str, Any]:
         """One change that a client asks for; returns the session's row afterwards. See `server.protocol.Engine`."""
         session = self._registry.find(owner, id)
         if session is None or not (session.running or session.stored or session.cache):
+            why = None if self._disk is None else self._disk.refusal(owner, id)
+            if why is not None and change == "restore":
+                raise Conflict(f"The session's file is refused: {why}.", code="session_file_refused")
             raise SessionNotFound(id)
         if session.running:
             raise Conflict("The session is answering. Please try again when it has.", code="session_running", retry=1)
@@ -69,14 +78,34 @@ class SessionChanges:
                     self._metrics.evictions.labels(reason="ttl").inc()
                 self._turns.refresh()
                 return
-        if self._disk is None:
+        self._save_rested(resting)
+
+    def save_between_steps(self) -> None:
+        """While others run: write one session that has rested for a while to disk, at most a twentieth of the time."""
+        now = self._clock()
+        if self._wrote_at is not None:  # by the clock of all ranks, which stands still within a step
+            self._next_write, self._wrote_at = now + _REST * (now - self._wrote_at), None
+        if self._disk is None or now < self._next_write:
             return
-        for session in resting:
+        if self._save_rested(sorted(self._registry.idle(), key=lambda session: session.last_used)):
+            self._wrote_at = now
+        else:
+            self._next_write = now + _LOOK_SECONDS
+
+    def close(self) -> None:
+        """Nothing is written any more."""
+        if self._disk is not None:
+            self._disk.close()
+
+    def _save_rested(self, resting: list[Session]) -> bool:
+        """Whether one has been written, or tried. One that another server is at is passed over."""
+        before = self._clock() - self._settings.session_save_after
+        for session in resting if self._disk is not None else ():
             unsaved = not session.stored and len(session.tokens) >= LEAST_SHARED and not session.unsavable
-            if unsaved and session.last_used < now - self._settings.session_save_after:
-                session.unsavable = not self._registry.save(session)
+            if unsaved and session.last_used < before and (self._registry.save(session) or session.unsavable):
                 self._turns.refresh()
-                return
+                return True
+        return False
 
     def _fork(self, session: Session, new_id: str | None) -> Session:
         id = new_id or f"fork-{self._clock.name()}"
@@ -97,7 +126,7 @@ class SessionChanges:
             )
         if not self._registry.save(session):
             raise SessionNotSaved("The session could not be written to disk. The server's log has the reason.")
-        return session
+        return self._registry.find(*session.key) or session  # another server's, if that is further
 
     def _restore(self, session: Session) -> Session:
         if not session.spilled:

@@ -21,9 +21,11 @@ from server.engine.checkpoints import (
     start_at,
 )
 from server.engine.disk import SessionDisk
+from server.engine.handover import Handover
 from server.engine.prefill_reasons import Loss, Losses, Reason, reasons
 from server.engine.session import Session
 from server.engine.step_clock import StepClock
+from server.errors import Conflict
 from server.protocol import Prompt
 from turbocache.store import CacheStore, fork
 
@@ -60,6 +62,9 @@ class SessionRegistry:
         self._sessions: dict[tuple[str, str], Session] = {}
         for found in disk.stored() if disk is not None else ():
             self._sessions[found.key] = found
+        for other in disk.others() if disk is not None else ():
+            self._losses.add(other.key, other.tokens, "refused_file")
+        self._handover = Handover(disk, self._sessions) if disk is not None else None
 
     def __iter__(self) -> Iterator[Session]:
         return iter(self._sessions.values())
@@ -93,6 +98,8 @@ class SessionRegistry:
         `make_room` is called before a session comes back from disk.
         """
         tokens = np.asarray(prompt.tokens, dtype=np.int32)
+        if self._handover is not None and not passing:
+            self._handover.take_up(owner, name, tokens)
         if passing:
             session: Session | None = Session(f"unnamed-{self._clock.name()}", None, owner, passing=True)
         else:
@@ -154,9 +161,11 @@ class SessionRegistry:
             self._sessions[found.key] = found
 
     def delete(self, session: Session) -> None:
-        """Drop a session, and what the disk has of it."""
-        if self._disk is not None:
-            self._disk.remove(session)
+        """Drop a session, and what the disk has of it. Raises Conflict, and drops nothing, while another server is at
+        its file.
+        """
+        if self._disk is not None and not self._disk.remove(session):
+            raise Conflict("Another server is writing the session. Please try again.", code="session_leased", retry=1)
         others = {id(kept) for other in self if other is not session for kept in other.checkpoints}
         for kept in session.checkpoints:
             if id(kept) not in others:
@@ -173,13 +182,19 @@ class SessionRegistry:
         return False
 
     def save(self, session: Session) -> bool:
-        """Write a session at rest to disk, with its checkpoints. Whether the disk has it."""
+        """Write a session at rest to disk, with its checkpoints. Whether the disk has it, or another server's later
+        turn of it, which then takes its place.
+        """
         if self._disk is None or session.cache is None:
             return session.stored
         if not session.stored:
-            session.stored = self._disk.save(session)
-            for other in list(self):  # the disk's budget may have cost others their files
-                if other.stored and not self._disk.has(other):
+            saved = self._disk.save(session)
+            session.stored, session.unsavable = saved == "written", saved == "failed"
+            if saved == "superseded":
+                self.forget(session)
+                return True
+            for other in self._disk.missing([other for other in self if other.stored]):
+                if other.stored:
                     gone, other.stored = other.spilled, False
                     if gone:
                         self.forget(other, "evicted")
@@ -258,8 +273,6 @@ class SessionRegistry:
 
     def _named(self, owner: str, name: str, prompt: Prompt, tokens: np.ndarray) -> Session | None:
         family = [s for s in self if s.owner == owner and name in (s.name, s.id)]
-        if (owner, name) not in self._sessions and (found := self.find(owner, name)) is not None:
-            family.append(found)
         shared = {session.id: common_prefix(session.tokens, tokens) for session in family}
         if any(session.running and shared[session.id] >= session.asked for session in family):
             return None

@@ -17,6 +17,7 @@ import httpx
 from tests.serving.launch import ROOT, Server
 
 START_SECONDS = 90.0
+SERVE = (sys.executable, "-m", "turbocache.cli", "serve")
 LOOPBACK = "127.0.0.1"
 
 
@@ -105,7 +106,7 @@ def start(
         with logs[-1].open("ab") as sink:
             ranks.append(
                 subprocess.Popen(
-                    [*within[rank], sys.executable, "-m", "turbocache.cli", "serve", "--host", addresses[0], "--port", str(http)],
+                    [*within[rank], *SERVE, "--host", addresses[0], "--port", str(http)],
                     cwd=ROOT,
                     env=environment(settings) | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
                     stdout=sink,

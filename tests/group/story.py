@@ -14,13 +14,16 @@ _GO_ON = {"0": -100, "2": -100}
 """Without the tokens that end an answer, so that each has all its tokens to differ in."""
 
 
+Answer = tuple[str, int, int, int]
+
+
 @dataclass
 class Told:
-    """What a server answered, in the order of asking: each answer's text and how many tokens were read, found and drawn.
+    """What a server answered, in the order of asking: each answer's text and its tokens that were read, found, drawn.
     `counts` are metrics that must be the same, `peak` the most bytes that its cache held, by rank.
     """
 
-    answers: list[tuple[str, int, int, int]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     counts: dict[str, float] = field(default_factory=dict)
     peak: dict[str, float] = field(default_factory=dict)
 
@@ -47,7 +50,7 @@ class Teller:
         for answer in answers:
             self._note(answer)
 
-    def _ask(self, name: str, messages: list[dict[str, str]], max_tokens: int, **fields: Any) -> tuple[str, int, int, int]:
+    def _ask(self, name: str, messages: list[dict[str, str]], max_tokens: int, **fields: Any) -> Answer:
         answer = self._client.chat.completions.create(
             model="default", messages=messages, temperature=0, max_tokens=max_tokens, logit_bias=_GO_ON,
             extra_body={"prompt_cache_key": name, **fields},
@@ -56,18 +59,18 @@ class Teller:
         cached = usage.prompt_tokens_details.cached_tokens
         return answer.choices[0].message.content or "", usage.prompt_tokens, cached, usage.completion_tokens
 
-    def _note(self, answer: tuple[str, int, int, int]) -> None:
+    def _note(self, answer: Answer) -> None:
         self.told.answers.append(answer)
         self._server.wait_until_idle()
         for rank in range(self._n):
             held = self._server.metric("cache_bytes", rank=str(rank))
             self.told.peak[str(rank)] = max(held, self.told.peak.get(str(rank), 0.0))
 
-    def change(self, change: str, id: str, **body: str) -> None:
+    def change(self, change: str, session: str, **body: str) -> None:
         """Save, restore, fork or delete a session."""
-        url = f"{self._server.url}/v1/sessions/{id}"
-        answer = httpx.delete(url) if change == "delete" else httpx.post(f"{url}/{change}", json=body or None, timeout=60)
-        answer.raise_for_status()
+        url = f"{self._server.url}/v1/sessions/{session}"
+        sent = httpx.delete(url) if change == "delete" else httpx.post(f"{url}/{change}", json=body or None, timeout=60)
+        sent.raise_for_status()
 
     def count(self, *names: str) -> None:
         for name in names:
@@ -109,18 +112,18 @@ def rollback(teller: Teller) -> None:
     teller.count("checkpoint_hits_total")
 
 
-def disk(teller: Teller, n_sessions: int = 8) -> None:
+def disk(teller: Teller, n_sessions: int = 12) -> None:
     """More sessions than memory holds: some go to disk and come back, one by the client's wish, one as a copy."""
     talks = {f"kept-{i}": [said("user", f"{i}: {filler(28, i + 80)}")] for i in range(n_sessions)}
     for name, talk in talks.items():
-        talk.append(said("assistant", teller.ask(name, talk)))
+        talk.append(said("assistant", teller.ask(name, talk, 6)))
         talk.append(said("user", "And then?"))
     teller.change("save", "kept-1")
     teller.change("restore", "kept-0")
     teller.change("fork", "kept-0", id="copy")
     teller.change("delete", "kept-2")
     for name in ("kept-0", "copy", "kept-3", "kept-5", "kept-1"):
-        teller.ask(name, talks["kept-0" if name == "copy" else name])
+        teller.ask(name, talks["kept-0" if name == "copy" else name], 12)
     teller.count("spills_total", "restores_total")
 
 

@@ -220,6 +220,23 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert open_checked(path)[0] == {"n": 1}
 
 
+def test_of_a_file_that_is_replaced_while_it_is_read_the_new_one_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another server may do that; the check of one file says nothing of another's arrays."""
+    path, load = tmp_path / f"a{SUFFIX}", mx.load
+    write(path, {"x": piece(mx.full((10,), 1))}, {"n": 1})
+
+    def late(name: str) -> Any:
+        monkeypatch.undo()
+        write(path, {"x": piece(mx.full((10,), 2))}, {"n": 2})
+        return load(name)
+
+    monkeypatch.setattr(mx, "load", late)
+    manifest, arrays = open_checked(path)
+    assert (manifest["n"], arrays["x"].tolist()) == (2, [2] * 10)
+
+
 WRITER = """
     import sys
     from pathlib import Path

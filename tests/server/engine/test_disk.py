@@ -29,7 +29,7 @@ def metric(engine: MlxEngine, name: str, **labels: str) -> float:
 
 
 def files(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "kept").iterdir())
+    return sorted((tmp_path / "kept").glob(f"*{SUFFIX}*"))
 
 
 def states(engine: MlxEngine) -> dict[str, str]:

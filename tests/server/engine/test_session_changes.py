@@ -1,5 +1,6 @@
 """Deleting, forking, saving and restoring sessions of a running engine, whose they are, and what time does to them."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from server.engine.engine import MlxEngine
 from server.errors import Conflict, InvalidRequest, NotFound, OutOfMemory, SessionNotSaved
-from server.protocol import Failed, SessionChange
+from server.protocol import Failed, SamplingParams, SessionChange
 from server.settings import MemoryBudget
 from tests.server.engine.answers import Answer, owned_by_nobody
 from tests.server.engine.test_disk import TEXT, files, metric, of, states
@@ -215,6 +216,30 @@ def test_a_session_at_rest_is_written_before_anybody_asks(start: Callable[..., M
         ("short", "resident", False),
     ]
     assert len(files(tmp_path)) == metric(engine, "spills_total") == 1
+
+
+def test_a_server_that_is_never_idle_writes_sessions_too_at_a_bounded_cost(
+    start: Callable[..., MlxEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(session_save_after=0.1)
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.02), sync(descriptor))[1])
+    ends = tuple((token, -100.0) for token in engine._host.model.tokenizer.eos_token_ids)
+    endless = SamplingParams(temperature=0, logit_bias=ends)
+    answers = [Answer(engine, [of("user", f"{name}: {TEXT * 12}")], name, max_tokens=5) for name in "ab"]
+    busy = Answer(engine, "Please continue.", "busy", max_tokens=3000, sampling=endless)
+    for answer in answers:
+        answer.text()
+    written: list[tuple[float, float]] = []
+    while len(written) < 2:
+        if metric(engine, "spills_total") > len(written):
+            written.append((time.monotonic(), metric(engine, "spill_seconds_total")))
+        busy.events.get(timeout=60)
+    assert engine._turns.runs
+    assert engine.sessions()[-1]["state"] == "running"
+    (first, took), (second, _) = written
+    assert 15 * took < second - first < 60 * took
+    engine.cancel(busy.request.request_id)
 
 
 @pytest.mark.parametrize("disk", [True, False])
