@@ -63,8 +63,8 @@ def _serve(options: argparse.Namespace) -> int:
 
     from turbocache.launched import launched_rank
 
+    importlib.import_module("server.watchdog").keep_alive()  # by name, like the application below
     if launched_rank() > 0:
-        # By name, like the application below.
         return int(importlib.import_module("server.follower").follow())
     # uvicorn raises the signal that stopped it once more when it is through. A server that stopped in order has not
     # failed, and says so.

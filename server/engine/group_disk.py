@@ -93,7 +93,8 @@ def _version(found: Session) -> bytes:
 
 def _turn(session: Session) -> str:
     """What tells what was loaded of a session from what was loaded elsewhere."""
-    return " ".join(f"{zlib.crc32(tokens):x}" for tokens in (session.tokens, *(c.tokens for c in session.checkpoints)))
+    held = [session.tokens, *(kept.tokens for kept in session.checkpoints)]
+    return " ".join(f"{zlib.crc32(tokens.tobytes()):x}" for tokens in held)
 
 
 def _crc(session: Session) -> int:

@@ -88,7 +88,9 @@ class Ranks:
         log.critical("the group of ranks ends: %s", reason, exc_info=None if isinstance(error, GroupError) else error)
         if self._watch is not None:
             self._watch.end(reason)
-        threading.Timer(_LAST_WORDS_SECONDS, os._exit, (_FAILED,)).start()
+        end = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (_FAILED,))
+        end.daemon = False  # the process ends with it, not before
+        end.start()
         self._on_end(reason)
 
     def part(self) -> None:

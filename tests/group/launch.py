@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -82,38 +83,52 @@ def environment(settings: dict[str, str]) -> dict[str, str]:
     return kept | {f"TURBOCACHE_{name}": value for name, value in settings.items()} | {"HF_HUB_OFFLINE": "1"}
 
 
-def start(
+@dataclass(frozen=True)
+class Start:
+    """How one rank is started."""
+
+    command: list[str]
+    environment: dict[str, str]
+    log: Path
+
+
+def starts(
     folder: Path,
     n: int,
     addresses: Sequence[str] | None = None,
     within: Sequence[Sequence[str]] | None = None,
-    port: int | None = None,
     **settings: str,
-) -> RunningGroup:
-    """Start `n` ranks with these TURBOCACHE_ settings, rank i at `addresses[i]` and by the command `within[i]` (such as
-    `ip netns exec`). Rank 0 listens at its own address.
+) -> tuple[str, list[Start]]:
+    """The address of `n` ranks with these TURBOCACHE_ settings, rank i at `addresses[i]` and by the command `within[i]`
+    (such as `ip netns exec`), and how to start each. Rank 0 listens at its own address.
     """
     folder.mkdir(parents=True, exist_ok=True)
     addresses = addresses or [LOOPBACK] * n
     within = within or [()] * n
     http, *ports = free_ports(n + 1)
-    http = port or http
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"{address}:{at}"] for address, at in zip(addresses, ports, strict=True)]))
-    ranks, logs = [], []
-    for rank in range(n):
-        logs.append(folder / f"rank-{rank}.log")
-        with logs[-1].open("ab") as sink:
+    found = [
+        Start(
+            [*within[rank], *SERVE, "--host", addresses[0], "--port", str(http)],
+            environment(settings) | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+            folder / f"rank-{rank}.log",
+        )
+        for rank in range(n)
+    ]
+    return f"http://{addresses[0]}:{http}", found
+
+
+def start(folder: Path, n: int, **options: Any) -> RunningGroup:
+    """Start ranks as `starts` says."""
+    url, found = starts(folder, n, **options)
+    ranks = []
+    for one in found:
+        with one.log.open("ab") as sink:
             ranks.append(
-                subprocess.Popen(
-                    [*within[rank], *SERVE, "--host", addresses[0], "--port", str(http)],
-                    cwd=ROOT,
-                    env=environment(settings) | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
-                    stdout=sink,
-                    stderr=subprocess.STDOUT,
-                )
-            )  # fmt: skip
-    return RunningGroup(f"http://{addresses[0]}:{http}", ranks, logs)
+                subprocess.Popen(one.command, cwd=ROOT, env=one.environment, stdout=sink, stderr=subprocess.STDOUT)
+            )
+    return RunningGroup(url, ranks, [one.log for one in found])
 
 
 @contextmanager
