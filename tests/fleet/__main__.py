@@ -21,11 +21,12 @@ def main() -> int:
     """Exit status 0 when nothing was wrong, else 1."""
     parser = argparse.ArgumentParser(prog="python -m tests.fleet", description=__doc__)
     parser.add_argument("--save-after", type=float, default=Size.save_after, help="default: %(default)g s")
+    parser.add_argument("--pause", type=float, default=Size.pause, help="between turns, default: %(default)g s")
     options = parser.parse_args()
     if NGINX is None:
         parser.error("nginx is not installed")
     with tempfile.TemporaryDirectory() as folder:
-        found = lose_servers(Path(folder), Size(save_after=options.save_after), say)
+        found = lose_servers(Path(folder), Size(save_after=options.save_after, pause=options.pause), say)
     print("\n".join(found.lines()))
     return 1 if found.wrong else 0
 

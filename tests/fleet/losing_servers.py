@@ -19,7 +19,7 @@ from tests.serving.launch import SERVE, Server, running
 @dataclass(frozen=True)
 class Size:
     """Of a run. `sentences` has some 12 tokens each; a server is killed when every conversation has had `before` turns,
-    and while they have `during` more.
+    and while they have `during` more. Clients pause for `pause` seconds between turns.
     """
 
     sessions: int = 24
@@ -30,6 +30,7 @@ class Size:
     max_tokens: int = 24
     memory: str = "320MiB"
     save_after: float = 1.0
+    pause: float = 2.0
 
 
 @dataclass
@@ -105,6 +106,8 @@ def lose_servers(folder: Path, size: Size, say: Callable[[str], None] = lambda t
         killer.start()
         _phase(found, "while one is killed", talks, proxy, size.during, of_killed)
         killer.join()
+        elsewhere = [next(turn for turn in talk.turns if turn.server != homes[talk.name]) for talk in of_killed]
+        found.phases["of these the first on another server"] = elsewhere
         for talk in talks:
             later = set(talk.servers()[size.before :])
             if talk in of_killed:
@@ -144,7 +147,9 @@ def _phase(
     """All conversations take turns, each by a client of its own. Those `apart` are counted as `name: moved`."""
 
     def lead(talk: Talk) -> None:
-        for _ in range(turns):
+        for n in range(turns):
+            if n:
+                time.sleep(found.size.pause)
             talk.turn(proxy.url, found.size.sentences)
 
     before = {talk.name: len(talk.broken) for talk in talks}
