@@ -77,7 +77,7 @@ def fleet(folder: Path, n: int, size: Size) -> Iterator[tuple[Proxy, list[Server
     }
     with ExitStack() as stack:
         with ThreadPoolExecutor(n) as pool:  # they take a while to start
-            starts = [pool.submit(stack.enter_context, running(folder, SERVE, **settings)) for _ in range(n)]
+            starts = [pool.submit(stack.enter_context, running(folder, SERVE, None, **settings)) for _ in range(n)]
         servers = [start.result() for start in starts]
         proxy = stack.enter_context(proxied(folder / "nginx", [address(server.url) for server in servers]))
         yield proxy, servers
@@ -87,58 +87,78 @@ def lose_servers(folder: Path, size: Size, say: Callable[[str], None] = lambda t
     """The whole run."""
     found = Found(size)
     talks = [Talk(i, size.max_tokens) for i in range(size.sessions)]
-    with fleet(folder, 3, size) as (proxy, servers), ExitStack() as beside:
-        others = beside.enter_context(Bystanders(proxy.url, [talk.name for talk in talks], size.bystanders))
-        say("every session on its server")
-        _phase(found, "all servers up", talks, proxy, size.before)
-        homes = {talk.name: talk.servers()[0] for talk in talks}
-        found.sessions_of.update(homes.values())
-        for talk in talks:
-            if set(talk.servers()) != {homes[talk.name]}:
-                found.wrong.append(f"{talk.name} did not stay on its server: {talk.servers()}")
-        _check_placement(found, talks, servers)
-
-        say("one is killed in mid-load")
-        killed = max(servers, key=lambda server: found.sessions_of[address(server.url)])
-        of_killed = [talk for talk in talks if homes[talk.name] == address(killed.url)]
-        found.moved = len(of_killed)
-        killer = threading.Thread(target=_kill_while_answering, args=(killed, of_killed))
-        killer.start()
-        _phase(found, "while one is killed", talks, proxy, size.during, of_killed)
-        killer.join()
-        elsewhere = [next(turn for turn in talk.turns if turn.server != homes[talk.name]) for talk in of_killed]
-        found.phases["of these the first on another server"] = elsewhere
-        for talk in talks:
-            later = set(talk.servers()[size.before :])
-            if talk in of_killed:
-                if talk.servers()[-1] == homes[talk.name] or len(later - {homes[talk.name]}) != 1:
-                    found.wrong.append(f"{talk.name} did not go on on one other server: {talk.servers()}")
-            elif later != {homes[talk.name]}:
-                found.wrong.append(f"{talk.name} was moved though its server runs: {talk.servers()}")
-
-        beside.close()
+    with fleet(folder, 3, size) as (proxy, servers):
+        with Bystanders(proxy.url, [talk.name for talk in talks], size.bystanders) as others:
+            say("every session on its server")
+            homes = _stay(found, talks, proxy, servers)
+            say("one is killed in mid-load")
+            killed = _kill_one(found, talks, proxy, servers, homes)
         say("another one is drained and stopped")
         proxy.wait_until_down(address(killed.url))
-        left = [server for server in servers if server is not killed]
-        stopped = max(left, key=lambda server: sum(talk.servers()[-1] == address(server.url) for talk in talks))
-        of_stopped = [talk for talk in talks if talk.servers()[-1] == address(stopped.url)]
-        found.stopped = len(of_stopped)
-        proxy.script("drain", address(stopped.url))
-        stopped.process.send_signal(signal.SIGTERM)
-        if stopped.process.wait(60) != 0:
-            found.wrong.append(f"the stopped server ended with {stopped.process.returncode}")
-        _phase(found, "after one was stopped", of_stopped, proxy, 1)
-        for talk in of_stopped:
-            if not talk.turns[-1].cached:
-                found.wrong.append(f"{talk.name} did not come back from its file")
-        found.files_refused = sum(s.metric("session_files_refused_total") for s in left if s is not stopped)
-        found.bystanders = others.asked
-        found.longest = max(others.longest, *(turn.seconds for talk in talks for turn in talk.turns))
+        last = _stop_one(found, talks, proxy, [server for server in servers if server is not killed])
+        found.files_refused = last.metric("session_files_refused_total")
+    found.bystanders = others.asked
+    found.longest = max(others.longest, *(turn.seconds for talk in talks for turn in talk.turns))
     if found.files_refused:
         found.wrong.append(f"{found.files_refused:.0f} session files were refused")
     if found.longest > LONGEST_SECONDS:
         found.wrong.append(f"a request took {found.longest:.0f} s")
     return found
+
+
+def _stay(found: Found, talks: Sequence[Talk], proxy: Proxy, servers: Sequence[Server]) -> dict[str, str]:
+    """All servers are up; returns where each session is."""
+    _phase(found, "all servers up", talks, proxy, found.size.before)
+    homes = {talk.name: talk.servers()[0] for talk in talks}
+    found.sessions_of.update(homes.values())
+    for talk in talks:
+        if set(talk.servers()) != {homes[talk.name]}:
+            found.wrong.append(f"{talk.name} did not stay on its server: {talk.servers()}")
+    for server in servers:  # their own lists agree
+        resident = {id for id, row in server.sessions().items() if row["state"] != "spilled"}
+        own = {name for name, home in homes.items() if home == address(server.url)}
+        if strangers := {talk.name for talk in talks if talk.name in resident} - own:
+            found.wrong.append(f"{address(server.url)} has {strangers}, which others answer")
+    return homes
+
+
+def _kill_one(
+    found: Found, talks: Sequence[Talk], proxy: Proxy, servers: Sequence[Server], homes: dict[str, str]
+) -> Server:
+    """The server with most sessions dies while all conversations go on; returns it."""
+    killed = max(servers, key=lambda server: found.sessions_of[address(server.url)])
+    moving = [talk for talk in talks if homes[talk.name] == address(killed.url)]
+    killer = threading.Thread(target=_kill_while_answering, args=(killed, moving))
+    killer.start()
+    _phase(found, "while one is killed", talks, proxy, found.size.during, moving)
+    killer.join()
+    for talk in talks:
+        home, later = homes[talk.name], talk.turns[found.size.before :]
+        elsewhere = [turn for turn in later if turn.server != home]
+        if talk in moving:
+            found.phases.setdefault("of these the first on another server", []).extend(elsewhere[:1])
+            if talk.servers()[-1] == home or len({turn.server for turn in elsewhere}) != 1:
+                found.wrong.append(f"{talk.name} did not go on on one other server: {talk.servers()}")
+        elif elsewhere:
+            found.wrong.append(f"{talk.name} was moved though its server runs: {talk.servers()}")
+    found.moved = len(moving)
+    return killed
+
+
+def _stop_one(found: Found, talks: Sequence[Talk], proxy: Proxy, left: Sequence[Server]) -> Server:
+    """One of two servers is drained and stopped; returns the other one, which has its sessions then."""
+    last, stopped = sorted(left, key=lambda server: sum(talk.servers()[-1] == address(server.url) for talk in talks))
+    moving = [talk for talk in talks if talk.servers()[-1] == address(stopped.url)]
+    proxy.script("drain", address(stopped.url))
+    stopped.process.send_signal(signal.SIGTERM)
+    if stopped.process.wait(60) != 0:
+        found.wrong.append(f"the stopped server ended with {stopped.process.returncode}")
+    _phase(found, "after one was stopped", moving, proxy, 1)
+    for talk in moving:
+        if not talk.turns[-1].cached:
+            found.wrong.append(f"{talk.name} did not come back from its file")
+    found.stopped = len(moving)
+    return last
 
 
 def _phase(
@@ -167,12 +187,3 @@ def _kill_while_answering(server: Server, talks: Sequence[Talk]) -> None:
         time.sleep(0.001)
     server.process.kill()
     server.process.wait()
-
-
-def _check_placement(found: Found, talks: Sequence[Talk], servers: Sequence[Server]) -> None:
-    """The servers' own lists agree: no session is on two."""
-    for server in servers:
-        own = {talk.name for talk in talks if talk.servers()[-1] == address(server.url)}
-        resident = {id for id, row in server.sessions().items() if row["state"] != "spilled"}
-        if strangers := {talk.name for talk in talks if talk.name in resident} - own:
-            found.wrong.append(f"{address(server.url)} has {strangers}, which others answer")
