@@ -33,6 +33,7 @@ _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15
 _LENGTH_BUCKETS = tuple(float(2**power) for power in range(4, 18))
 _ROW_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
+_RANK: Labels = {"rank": ("0",)}
 _DISK_ERRORS = ("OSError", "PermissionError", "FileNotFoundError")
 
 M = TypeVar("M", Gauge, Counter)
@@ -99,6 +100,15 @@ class Metrics:
             {"path": ("fused", "packed", "expanded", "native")},
         )
 
+        self.group_ranks = self._gauge("group_ranks", "Processes that serve the model together; 1: one by itself.")
+        self.rank_silent = self._gauge(
+            "rank_silent_seconds",
+            "Since a rank's engine came to a new step, as of a moment ago; 0 for the rank that tells.",
+            "seconds",
+            _RANK,
+            open=("rank",),
+        )
+
         self.pages_used = self._gauge("pages_used", "Pages of the pool that sessions own.", "pages")
         self.pages_free = self._gauge("pages_free", "Pages of the pool that nobody owns.", "pages")
         self.pages_capacity = self._gauge("pages_capacity", "Pages the pool holds: used plus free.", "pages")
@@ -106,10 +116,15 @@ class Metrics:
             "cache_bytes",
             "What the cache holds, by kind: compressed pages, the raw window and sink, recurrent states.",
             "bytes",
-            {"kind": ("pages", "window", "sink", "recurrent")},
+            {"kind": ("pages", "window", "sink", "recurrent"), **_RANK},
+            open=("rank",),
         )
         self.cache_fp16_bytes = self._gauge(
-            "cache_fp16_bytes", "What a float16 cache would need for the tokens in pages, windows and sinks.", "bytes"
+            "cache_fp16_bytes",
+            "What a float16 cache would need for the tokens in pages, windows and sinks.",
+            "bytes",
+            _RANK,
+            open=("rank",),
         )
         self.compression_ratio = self._gauge(
             "compression_ratio",
@@ -125,7 +140,8 @@ class Metrics:
             "budget_bytes",
             "Memory for the cache: total, promised (to requests), resting (sessions and checkpoints at rest).",
             "bytes",
-            {"kind": ("total", "promised", "resting")},
+            {"kind": ("total", "promised", "resting"), **_RANK},
+            open=("rank",),
         )
         self.pressure = self._gauge(
             "pressure_ratio", "What runs was promised and what rests by the budget; above 1 sessions must go.", "ratio"
@@ -135,7 +151,8 @@ class Metrics:
             "MLX's memory: active (arrays), cached (freed and kept for the next arrays), peak (most that was active "
             "at once), and the device's total.",
             "bytes",
-            {"kind": ("active", "cached", "peak", "total")},
+            {"kind": ("active", "cached", "peak", "total"), **_RANK},
+            open=("rank",),
         )
         self.sessions = self._gauge(
             "sessions",
@@ -197,11 +214,12 @@ class Metrics:
         )
         self.session_files_refused = self._counter(
             "session_files_refused",
-            "Session files that can't be used and were moved aside.",
+            "Session files that can't be used and were moved aside; those of other groups (other_group) stay.",
             labels={
                 "reason": (
                     "corrupt",
                     "missing",
+                    "other_group",
                     "other_layout",
                     "other_model",
                     "other_version",

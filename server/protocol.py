@@ -97,8 +97,11 @@ class AnswerRules:
         return bool(self.tools) and self.choice != "none"
 
 
-class Grammar(Protocol):
-    """Rules of an answer, compiled. Only the engine that made it looks inside."""
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """Rules of an answer, made by the engine. `source` is its text, for llguidance."""
+
+    source: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,6 +181,18 @@ class Settings(BaseSettings):
         default=False, description="true or false: whether histograms name requests for scrapers of OpenMetrics"
     )
     blas: str | None = Field(default=None, description="a BLAS library (read before MLX is loaded)")
+    rank_timeout: float = Field(
+        default=5.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="a number of seconds above 0 for which a rank of a group may not answer the others",
+    )
+    rank_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="an IP address of this machine under which the other ranks of a group reach it (unset: the "
+        "launcher's)",
+    )
     prefill_chunk: int = Field(default=512, ge=1, description="a number of tokens per prefill step, 1 or more")
     keepalive_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False, description="a number of seconds above 0")
     stall_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False, description="a number of seconds above 0")

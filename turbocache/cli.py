@@ -1,6 +1,7 @@
 """The `turbocache` command: start the server, show what this machine can run, measure quality, memory, speed."""
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -17,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="turbocache", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    serve = commands.add_parser("serve", help="start the server (settings: TURBOCACHE_* variables or .env)")
+    serve = commands.add_parser(
+        "serve", help="start the server, or under mlx.launch a rank of it (settings: TURBOCACHE_* variables or .env)"
+    )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
     serve.set_defaults(run=_serve)
@@ -58,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(options: argparse.Namespace) -> int:
     import uvicorn
 
+    from turbocache.launched import launched_rank
+
+    if launched_rank() > 0:
+        # By name, like the application below.
+        return int(importlib.import_module("server.follower").follow())
     # uvicorn raises the signal that stopped it once more when it is through. A server that stopped in order has not
     # failed, and says so.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -12,7 +12,9 @@ from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, get_total_parameters
 
+from turbocache.group import Group
 from turbocache.memory import available_memory, on_cpu
+from turbocache.sharding import Unshardable, shard
 
 BUNDLED = Path(__file__).parent / "bundled" / "tiny-recall-4bit"
 """The model that comes with the package, so that a first run needs no network."""
@@ -38,18 +40,26 @@ class LoadedModel:
     notes: tuple[str, ...]
 
 
-def load_model(source: str | None = None) -> LoadedModel:
-    """Load a local directory or a Hugging Face id (downloaded with a progress bar); None is the bundled model.
+def load_model(source: str | None = None, group: Group | None = None) -> LoadedModel:
+    """Load a local directory or a Hugging Face id (downloaded with a progress bar); None is the bundled model. Of a
+    `group` each rank loads its share.
 
     On a CPU-only machine the model computes in float32, because half precision is emulated there, and quantised
     weights are expanded at load if they take at most half of the free memory. Raises ModelError.
     """
-    path = str(BUNDLED) if source is None else source
+    path, group = str(BUNDLED) if source is None else source, Group() if group is None else group
     try:
-        model, tokenizer, config = cast(tuple[Module, TokenizerWrapper, dict[str, Any]], load(path, return_config=True))
+        loaded = load(path, lazy=not group.alone, return_config=True)
     except Exception as error:  # hub, file, config and weight errors have no common base
         raise ModelError(_load_advice(path, error)) from error
-    notes = _suit_cpu(model) if on_cpu() else []
+    model, tokenizer, config = cast(tuple[Module, TokenizerWrapper, dict[str, Any]], loaded)
+    notes = _suit_cpu(model, group) if on_cpu() else []
+    if not group.alone:
+        try:
+            shard(model, group)
+        except Unshardable as error:
+            raise ModelError(f"can't serve the model {path!r} with {group.size} ranks: {error}.") from error
+        notes.append(f"rank {group.rank} of {group.size}: a share of its weights and KV heads")
     mx.eval(model.parameters())
     return LoadedModel(
         model=model,
@@ -62,11 +72,11 @@ def load_model(source: str | None = None) -> LoadedModel:
     )
 
 
-def _suit_cpu(model: Module) -> list[str]:
+def _suit_cpu(model: Module, group: Group) -> list[str]:
     notes = []
     if any(name.endswith(".scales") for name, _ in _parameters(model)):
-        needed = get_total_parameters(model) * mx.float32.size
-        if needed <= available_memory() * _SHARE_OF_MEMORY:
+        needed = get_total_parameters(model) * mx.float32.size // group.size
+        if group.agree(needed <= available_memory() * _SHARE_OF_MEMORY):
             dequantize_model(model)
             notes.append("quantised weights expanded for the CPU")
         else:

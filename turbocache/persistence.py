@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from turbocache.batch import CacheBatch
 from turbocache.conditioning import KeyCentre
+from turbocache.group import Group
 from turbocache.leaves import leaves
 from turbocache.model import LoadedModel
 from turbocache.pool import PoolExhausted
@@ -41,10 +42,15 @@ class State:
 class SessionFiles:
     """Writes and reads sessions' caches for one model, store and backend. Used by the thread that owns MLX."""
 
-    def __init__(self, model: LoadedModel, store: CacheStore) -> None:
+    def __init__(self, model: LoadedModel, store: CacheStore, group: Group | None = None) -> None:
+        """Of a `group` each rank has files of its own, for its share; the model is what all shares are together."""
+        group = Group() if group is None else group
         self._store = store
         self.model = fingerprint(model)
         self._layout = _layout(store)
+        if not group.alone:
+            self.model = hashlib.sha256(b"".join(group.gather(self.model.encode()))).hexdigest()
+            self._layout["rank"] = [group.rank, group.size]
 
     def save(self, path: Path, states: Sequence[State], about: Mapping[str, Any] | None = None) -> int:
         """Write states of one session at rest, itself first, in place of what is at `path`; returns the file's bytes.
@@ -76,6 +82,8 @@ class SessionFiles:
             raise SessionFileError("other_version", f"{path.name}: version {manifest.get('version')}, not {VERSION}")
         if manifest["model"] != self.model:
             raise SessionFileError("other_model", f"{path.name}: made by another model or tokenizer")
+        if manifest["layout"].get("rank") != self._layout.get("rank"):
+            raise SessionFileError("other_group", f"{path.name}: written by another rank, or another number of them")
         if manifest["layout"] != self._layout:
             raise SessionFileError(
                 "other_layout", f"{path.name}: made with another preset, backend, or sizes of sink, window or session"
@@ -95,12 +103,7 @@ class SessionFiles:
         """What was said `about` a session, and its tokens, int32; both are as they were written. Raises
         SessionFileError.
         """
-        manifest, data = read_manifest(path, "state.0.tokens")
-        if manifest.get("model") != self.model:
-            raise SessionFileError("other_model", f"{path.name}: made by another model or tokenizer")
-        if manifest.get("tokens") != hashlib.sha256(data).hexdigest():
-            raise SessionFileError("corrupt", f"{path.name}: the tokens are not what was written")
-        return dict(manifest["about"]), np.frombuffer(data, dtype=np.int32)
+        return tokens_of(path, self.model)
 
     def _page_pieces(self, pages: list[int]) -> dict[str, Piece]:
         pool, pieces, index = self._store.spec.pool, {}, mx.array(pages, dtype=mx.int32)
@@ -181,6 +184,18 @@ class SessionFiles:
                 leaf.state = _put_together(state, arrays)
                 mx.eval(leaf.state)
         return State(said["kind"], np.array(arrays[f"{name}.tokens"]).astype(np.int32).reshape(-1), cache)
+
+
+def tokens_of(path: Path, model: str | None = None) -> tuple[dict[str, Any], np.ndarray]:
+    """What a file says about its session, and its tokens, int32; of a `model`'s files if one is given. Raises
+    SessionFileError.
+    """
+    manifest, data = read_manifest(path, "state.0.tokens")
+    if model is not None and manifest.get("model") != model:
+        raise SessionFileError("other_model", f"{path.name}: made by another model or tokenizer")
+    if manifest.get("tokens") != hashlib.sha256(data).hexdigest():
+        raise SessionFileError("corrupt", f"{path.name}: the tokens are not what was written")
+    return dict(manifest["about"]), np.frombuffer(data, dtype=np.int32)
 
 
 def fingerprint(model: LoadedModel) -> str:

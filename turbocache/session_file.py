@@ -43,7 +43,9 @@ _DTYPES = {
     mx.float32: "F32",
 }
 
-Refusal = Literal["missing", "unreadable", "truncated", "corrupt", "other_version", "other_model", "other_layout"]
+Refusal = Literal[
+    "missing", "unreadable", "truncated", "corrupt", "other_version", "other_model", "other_layout", "other_group"
+]
 """Why a session file is not read, from a fixed set."""
 
 

@@ -168,6 +168,15 @@ ROWS: dict[str, list[Plot]] = {
                       (_sum("session_disk_limit_bytes"), "limit"),
                       (_sum("session_disk_free_bytes"), "free")], "bytes"),
     ],
+    "Ranks": [
+        Plot("Processes of a group", [(_of("group_ranks"), "{{instance}}")], span=4, kind="number",
+             text="That serve the model together. 1: one by itself."),
+        Plot("Cache by rank", [(_sum("cache_bytes", by="instance, rank"), "{{instance}} {{rank}}")], "bytes", span=6),
+        Plot("Device memory by rank", [
+            (_sum("device_memory_bytes", 'kind="active"', by="instance, rank"), "{{instance}} {{rank}}"),
+        ], "bytes", span=7, text="MLX's arrays: weights and cache."),
+        Plot("Since a rank's last step", [(_of("rank_silent_seconds"), "{{instance}} {{rank}}")], "s", span=7),
+    ],
 }  # fmt: skip
 
 

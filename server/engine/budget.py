@@ -81,6 +81,17 @@ class Budget:
         with self._lock:
             self._promised[request_id].scratch = 0
 
+    def record(self, request_id: str, n_tokens: int, n_prompt: int = 0) -> None:
+        """Note a promise that rank 0 has made."""
+        with self._lock:
+            self._promised[request_id] = _Promise(self._cost(n_tokens), self._scratch(n_prompt))
+
+    def raise_to(self, request_id: str, n_tokens: int) -> None:
+        """Note that rank 0 has raised a promise."""
+        with self._lock:
+            promise = self._promised[request_id]
+            promise.session = max(self._cost(n_tokens), promise.session)
+
     def extend(self, request_id: str, n_tokens: int) -> bool:
         """Raise a promise so that the session may reach `n_tokens`; False when the budget does not allow it."""
         needed = self._cost(n_tokens)

@@ -6,9 +6,8 @@ back by going back. A checkpoint is a cache of its own that shares its pages; a 
 if nothing had ever followed.
 """
 
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -39,7 +38,7 @@ class Checkpoint:
     kind: Kind
     tokens: np.ndarray
     cache: list[Any]
-    last_used: float = field(default_factory=time.time)
+    last_used: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,14 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, cast
 
 from server.engine.checkpoints import Checkpoint, Kind
 from server.engine.folder_watch import FileState, FolderWatch, file_state
+from server.engine.other_groups import ABOUT, OtherGroups
 from server.engine.session import Session
 from server.leases import Leases
 from server.metrics import Metrics
@@ -30,9 +31,6 @@ from turbocache.session_file import SUFFIX, SessionFileError, remove_partial
 log = logging.getLogger(__name__)
 
 _REFUSED = ".refused"
-_ABOUT = ("id", "name", "owner", "keep", "asked", "turns", "last_used")
-"""What a file says of its session."""
-
 Saved = Literal["written", "failed", "leased", "superseded"]
 """How a write ended. `leased`: another server was at the file; `superseded`: it holds a later turn."""
 
@@ -47,7 +45,9 @@ class SessionDisk:
     used at all, StartupError when it has no locks.
     """
 
-    def __init__(self, folder: Path, budget: int, files: SessionFiles, metrics: Metrics) -> None:
+    def __init__(
+        self, folder: Path, budget: int, files: SessionFiles, metrics: Metrics, others: OtherGroups | None = None
+    ) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         self._folder = folder
@@ -58,7 +58,9 @@ class SessionDisk:
         self._leases = Leases(folder)
         self._watch = FolderWatch(folder)
         self._put_off: set[Path] = set()
+        self._others = others or OtherGroups([], "")
         metrics.session_disk_limit.set(budget)
+        metrics.session_files_refused.labels(reason="other_group").inc(len(self._others.sessions))
         if left := remove_partial(folder, self._leases.taken):
             log.warning("removed %d session files in %s that were not written to their end", left, folder)
         self._measure()
@@ -96,11 +98,17 @@ class SessionDisk:
 
     def save(self, session: Session) -> Saved:
         """Write a session at rest with its checkpoints. What kept it from being written is logged and counted."""
+        if (outcome := self._write(session)) != "written":
+            return outcome
+        self._make_room(self._path(session))
+        return "written" if self._path(session).exists() else "failed"
+
+    def _write(self, session: Session) -> Saved:
         assert session.cache is not None
         start, path = time.perf_counter(), self._path(session)
         states = [State("session", session.tokens, session.cache)]
         states += [State(kept.kind, kept.tokens, kept.cache) for kept in session.checkpoints]
-        about = {name: getattr(session, name) for name in _ABOUT}
+        about = {name: getattr(session, name) for name in ABOUT}
         try:
             with self._leases.taken(path.name) as mine:
                 if not mine:
@@ -119,8 +127,7 @@ class SessionDisk:
         self._metrics.spills.inc()
         self._metrics.spilled_bytes.inc(n_bytes)
         self._metrics.spill_seconds.inc(time.perf_counter() - start)
-        self._make_room(path)
-        return "written" if path.exists() else "failed"
+        return "written"
 
     def _note_put_off(self, path: Path) -> None:
         """Once for each time that a session waits for another server, however often it is tried."""
@@ -151,7 +158,9 @@ class SessionDisk:
             self._metrics.restore_failures.labels(reason=type(error).__name__).inc()
             return None
         session.cache, session.tokens = list(own.cache), own.tokens
-        session.checkpoints = [Checkpoint(cast(Kind, o.kind), o.tokens, list(o.cache)) for o in others]
+        session.checkpoints = [
+            Checkpoint(cast(Kind, o.kind), o.tokens, list(o.cache), session.last_used) for o in others
+        ]
         self._metrics.restores.inc()
         self._metrics.restored_bytes.inc(n_bytes)
         self._metrics.restore_seconds.inc(time.perf_counter() - start)
@@ -168,6 +177,18 @@ class SessionDisk:
 
     def has(self, session: Session) -> bool:
         return self._path(session).exists()
+
+    def missing(self, sessions: Sequence[Session]) -> list[Session]:
+        """Those whose files are gone: the disk's budget may have cost them, or a person has deleted them."""
+        return [session for session in sessions if not self.has(session)]
+
+    def refusal(self, owner: str, id: str) -> str | None:
+        """Why what the disk has of a session is of no use here, None if it has nothing of it."""
+        return self._others.reason(owner, id)
+
+    def others(self) -> Iterator[Session]:
+        """Sessions that a group of another size has written, which are of no use here."""
+        return iter(self._others.sessions.values())
 
     def remove(self, session: Session) -> bool:
         """Delete a session's file, if there is one. False, and it stays, while another server is at it."""
@@ -194,7 +215,7 @@ class SessionDisk:
         state = self._watch.note(path)
         try:
             about, tokens = self._files.peek(path)
-            return Session(tokens=tokens, stored=True, file=state, **{name: about[name] for name in _ABOUT})
+            return Session(tokens=tokens, stored=True, file=state, **{name: about[name] for name in ABOUT})
         except SessionFileError as error:
             if error.code != "other_model":  # another server's, perhaps
                 self._refuse(path, error, state)
@@ -216,19 +237,27 @@ class SessionDisk:
 
     def _make_room(self, kept: Path) -> None:
         """Remove what was refused, then the longest unused files, until the rest fits; `kept` last."""
+        self._delete(self._too_many(kept))
+        self._measure()
+
+    def _too_many(self, kept: Path) -> list[str]:
+        """Names of files, in the order in which they should go, as many as are too many."""
         refused = sorted(self._folder.glob(f"*{SUFFIX}{_REFUSED}"), key=_used)
         going = [*refused, *(path for path in self._paths() if path not in (kept, self._held)), kept]
-        total = self._measure()
+        total, names = self._measure(), list[str]()
         for path in going:
             if total <= self._budget:
                 break
-            with suppress(OSError), self._leases.taken(path.name) as mine:
+            total -= _size(path)
+            names.append(path.name)
+        return names
+
+    def _delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            with suppress(OSError), self._leases.taken(name) as mine:
                 if mine:
-                    n_bytes = path.stat().st_size
-                    path.unlink()
-                    total -= n_bytes
+                    (self._folder / name).unlink()
                     self._metrics.session_files_dropped.inc()
-        self._measure()
 
     def _measure(self) -> int:
         total = sum(_size(path) for path in self._folder.glob(f"*{SUFFIX}*"))

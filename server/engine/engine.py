@@ -1,4 +1,6 @@
-"""The engine: one thread that owns the model, the caches and the sessions, and the doors to it."""
+"""The engine: one thread that owns the model, the caches and the sessions, and the doors to it. One rank of a group, or
+all by itself.
+"""
 
 import gc
 import logging
@@ -11,16 +13,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from server.engine.budget import Budget
 from server.engine.checkpoints import LEAST_SHARED
+from server.engine.decisions import Cancel, Change, Command, Decisions
 from server.engine.disk import SessionDisk
 from server.engine.grammar import GrammarMaker
+from server.engine.group_disk import GroupDisk
 from server.engine.host import Host, announce, load_host
+from server.engine.other_groups import other_groups, rank_folder
 from server.engine.prompt import PromptMaker
+from server.engine.ranks import TICK_SECONDS, Ranks
 from server.engine.run import ANSWER_STEP
 from server.engine.sampling import bearable
 from server.engine.session_changes import SessionChanges
 from server.engine.sessions import SessionRegistry
+from server.engine.step_clock import StepClock
 from server.engine.text import Lexicon, opening_state
 from server.engine.tool_formats import tool_format
 from server.engine.turns import Turns
@@ -39,6 +48,7 @@ from server.protocol import (
     AnswerRules,
     Conversation,
     Deliver,
+    Failed,
     GenerationRequest,
     Grammar,
     Health,
@@ -96,7 +106,7 @@ class MlxEngine:
         self._metrics = metrics
         metrics.requests_running_limit.set(settings.max_batch)
         metrics.requests_waiting_limit.set(settings.queue_limit)
-        self._commands: queue.SimpleQueue[Entry | _Call | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | _Call | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._ready = threading.Event()
         self._startup_error: BaseException | None = None
@@ -104,7 +114,10 @@ class MlxEngine:
         self._stopping = False
         self._death: str | None = None
         self._beat = time.monotonic()
+        self._serving = False
         # Owned by the engine's thread from here on.
+        self._clock = StepClock()
+        self._ranks = Ranks(self._report, self._end_group)
         self._host: Host
         self._prompts: PromptMaker
         self._grammars: GrammarMaker
@@ -133,6 +146,12 @@ class MlxEngine:
         while self._thread.is_alive() and time.monotonic() - self._beat < _STOP_SECONDS:
             self._thread.join(_IDLE_SECONDS)
         _wait_for_last_words(self._thread)
+
+    def join(self) -> bool:
+        """Wait for the thread's end, which rank 0 decides on; whether it was in order."""
+        self._thread.join()
+        _wait_for_last_words(self._thread)
+        return self._death is None
 
     @property
     def model(self) -> ModelInfo:
@@ -186,17 +205,20 @@ class MlxEngine:
         return Entry(request, _of_choice(request.choice, deliver), limit, allowed)
 
     def cancel(self, request_id: str) -> None:
-        self._commands.put(_Call(lambda: self._turns.cancel(request_id)))
+        self._commands.put(Cancel(request_id))
 
     def call(self, work: Callable[[], Any]) -> Future[Any]:
-        """Do something on the engine's thread, between two steps. Raises EngineDead."""
+        """Do something on the engine's thread, between two steps. Raises EngineDead. Not in a group, whose other ranks
+        would not do it.
+        """
         self._check_alive()
+        assert self._ranks.group.alone
         call = _Call(work)
         self._commands.put(call)
         return call.done
 
     def health(self) -> Health:
-        if not self._thread.is_alive() or self._stopping:
+        if not self._thread.is_alive() or self._stopping or self._death is not None:
             return Health(False, self._death or "the engine thread has ended; restart the server")
         silent = time.monotonic() - self._beat
         if silent > self._settings.stall_seconds:
@@ -218,7 +240,10 @@ class MlxEngine:
         self, change: SessionChange, owner: str, id: str, new_id: str | None = None
     ) -> Future[dict[str, Any]]:
         """See `server.protocol.Engine`."""
-        return self.call(lambda: self._changes.make(change, owner, id, new_id))
+        self._check_alive()
+        asked = Change(change, owner, id, new_id)
+        self._commands.put(asked)
+        return asked.done
 
     def _check_alive(self) -> None:
         health = self.health()
@@ -263,28 +288,51 @@ class MlxEngine:
         finally:
             self._ready.set()
         try:
-            while not self._stopping:
-                self._beat = time.monotonic()
-                self._listen()
-                if self._turns.faults.verdict is not None:
-                    self._turns.refuse(self._turns.faults.verdict)
-                self._turns.admit()
-                if self._turns.runs:
-                    self._turns.step()
-                    self._changes.save_between_steps()
-                elif self._waiting.empty:
-                    self._changes.tidy()
+            while not self._step():
                 self._turns.refresh_now_and_then()
             if self._turns.faults.verdict is None:
                 self._rest_all()
+            self._ranks.part()
             self._close(ShuttingDown())
         except BaseException as error:
+            if not self._ranks.group.alone:
+                self._ranks.end(self._ranks.cause(error), error)
+                return
             self._death = f"the engine thread died of {type(error).__name__}; see the log and restart the server"
             log.critical("the engine thread died", exc_info=error)
             self._close(EngineDead("The engine has died; the server must be restarted."))
 
+    def _step(self) -> bool:
+        """Decide with the other ranks and do it; whether it was the last step."""
+        self._beat = time.monotonic()
+        idle = not self._turns.runs and self._waiting.empty
+        if idle:
+            self._ranks.rest()
+        decisions = self._ranks.lockstep.next(lambda: self._decide(idle))
+        self._clock.set(decisions.now)
+        for command in decisions.commands:
+            self._obey(command)
+        if decisions.stop:
+            self._stopping = True
+            return True
+        self._turns.grow(decisions.growth)
+        if self._turns.faults.verdict is not None:
+            self._turns.refuse(self._turns.faults.verdict)
+        self._turns.admit()
+        if self._turns.runs:
+            self._turns.step()
+            self._changes.save_between_steps()
+        elif self._waiting.empty:
+            self._changes.tidy()
+        if not self._ranks.group.alone:
+            self._ranks.lockstep.note(self._turns.done())
+        return False
+
     def _load(self) -> None:
-        host = self._host = load_host(self._settings)
+        self._settings, seed = self._ranks.join(self._settings)
+        self._clock.seed(seed)
+        mx.random.seed(seed)
+        host = self._host = load_host(self._settings, self._ranks.group)
         self._prompts = PromptMaker(host.model)
         lexicon, format = Lexicon(host.model.tokenizer), tool_format(host.model.tokenizer)
         self._lexicon = lexicon
@@ -294,22 +342,38 @@ class MlxEngine:
             host.budget, lambda n: store.session_nbytes(n, chunk), lambda n: store.prefill_nbytes(n, chunk)
         )
         disk = self._disk()
-        self._registry = SessionRegistry(store, disk)
+        self._registry = SessionRegistry(store, disk, self._clock)
         self._turns = Turns(
-            self._settings, self._metrics, host, self._waiting, self._budget, self._registry, lexicon, format
+            self._settings,
+            self._metrics,
+            host,
+            self._ranks,
+            self._waiting,
+            self._budget,
+            self._registry,
+            lexicon,
+            self._grammars,
+            format,
         )
-        self._changes = SessionChanges(self._settings, self._metrics, disk, self._budget, self._registry, self._turns)
+        self._changes = SessionChanges(
+            self._settings, self._metrics, disk, self._budget, self._registry, self._turns, self._clock
+        )
         # What the start has loaded lives as long as the process: collections need not look at it between tokens.
         gc.collect()
         gc.freeze()
         announce(host)
+        self._serving = True
 
     def _disk(self) -> SessionDisk | None:
         if (folder := self._settings.session_dir) is None:
             return None
         try:
-            files = SessionFiles(self._host.model, self._host.store)
-            return SessionDisk(folder, self._settings.session_disk, files, self._metrics)
+            group = self._host.group
+            files, others = SessionFiles(self._host.model, self._host.store, group), other_groups(folder, group)
+            folder, budget = rank_folder(folder, group), self._settings.session_disk
+            if group.alone:
+                return SessionDisk(folder, budget, files, self._metrics, others)
+            return GroupDisk(folder, budget, files, self._metrics, others, group)
         except OSError as error:
             raise StartupError(f"TURBOCACHE_SESSION_DIR: {folder} can't be used: {error.strerror}.") from error
 
@@ -328,24 +392,69 @@ class MlxEngine:
         """Nothing is computed any more."""
         while not self._commands.empty():
             command = self._commands.get()
-            if isinstance(command, _Call):
+            if isinstance(command, _Call | Change):
                 if command.done.set_running_or_notify_cancel():
                     command.done.set_exception(error)
-            elif command is not None:
+            elif isinstance(command, Entry):
                 self._waiting.add(command)
         self._turns.end_all(error)
         self._changes.close()
 
-    def _listen(self) -> None:
-        """Take all commands; wait for one when there is nothing else to do."""
-        block = not self._turns.runs and self._waiting.empty
+    def _decide(self, wait: bool) -> Decisions:
+        """What this step does, on the rank that decides. With `wait` it waits a little for a command."""
+        commands: list[Command] = []
+        timeout = _IDLE_SECONDS if self._ranks.group.alone else TICK_SECONDS
         while True:
             try:
-                command = self._commands.get(block=block, timeout=_IDLE_SECONDS if block else None)
+                command = self._commands.get(block=wait, timeout=timeout if wait else None)
             except queue.Empty:
-                return
-            block = False
+                break
+            wait = False
             if isinstance(command, _Call):
                 command.run()
             elif command is not None:
-                self._waiting.add(command)
+                commands.append(command)
+        return Decisions(time.time(), tuple(commands), self._turns.growth(), self._stopping)
+
+    def _obey(self, command: Command) -> None:
+        if isinstance(command, Cancel):
+            self._turns.cancel(command.request_id)
+        elif isinstance(command, Change):
+            self._change(command)
+        elif self._ranks.group.leads:
+            self._waiting.add(command)
+        else:
+            n_prompt = len(command.request.prompt.tokens)
+            self._budget.record(command.request.request_id, n_prompt + command.allowed, n_prompt)
+            self._waiting.follow(command)
+
+    def _change(self, asked: Change) -> None:
+        if not asked.done.set_running_or_notify_cancel():
+            # The other ranks know nothing of that, so the change is made all the same.
+            asked = replace(asked, done=Future())
+        try:
+            asked.done.set_result(self._changes.make(asked.change, asked.owner, asked.id, asked.new_id))
+        except Exception as error:
+            asked.done.set_exception(error)
+            if not isinstance(error, ServerError) and not self._ranks.group.alone:
+                raise  # the other ranks may have done it
+
+    # Among the ranks of a group.
+
+    def _report(self) -> dict[str, Any]:
+        """What the other ranks are told of this one."""
+        memory = self._turns.gauges.memory if self._serving else {}
+        return {"step": self._ranks.lockstep.step, "silent_seconds": time.monotonic() - self._beat, "memory": memory}
+
+    def _end_group(self, reason: str) -> None:
+        """The thread may wait in MLX for ever, so that requests hear of it from here. Called from any thread."""
+        self._death = f"the group of ranks has ended: {reason}"
+        if not self._serving:
+            self._startup_error = StartupError(f"The group of ranks has ended: {reason}.")
+            self._ready.set()
+            return
+        failure = EngineDead(f"The group of ranks that computes the answers has ended: {reason}. Please try again.")
+        for run in list(self._turns.runs.values()):
+            run.deliver(Failed(failure))
+        for entry in self._waiting:
+            entry.deliver(Failed(failure))

@@ -1,12 +1,13 @@
 """The state of cache and sessions as gauges and JSON rows, taken by the engine's thread."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from server.engine.budget import Budget
 from server.engine.host import Host
+from server.engine.ranks import Ranks
 from server.engine.run import Run
 from server.engine.session import Session
 from server.engine.sessions import SessionRegistry
@@ -29,15 +30,18 @@ class Gauges:
     `session_rows` and `status` are replaced whole, so other threads may read them at any time.
     """
 
-    def __init__(self, metrics: Metrics, host: Host, registry: SessionRegistry, budget: Budget) -> None:
+    def __init__(self, metrics: Metrics, host: Host, ranks: Ranks, registry: SessionRegistry, budget: Budget) -> None:
         self.session_rows: dict[tuple[str, str], dict[str, Any]] = {}
         self.status: dict[str, Any] = {}
+        self.memory: dict[str, Any] = {}
         self._budget = budget
         self._counted: dict[tuple[str, str], tuple[Any, dict[str, int]]] = {}
         self._metrics = metrics
         self._host = host
+        self._ranks = ranks
         self._registry = registry
         self._rotated_pages = 0
+        self._device_memory = device_memory()
         self._page = host.store.spec.rotations.tokens_per_page
         self._paths = self._attention_paths()
         self._taken = 0.0
@@ -55,7 +59,7 @@ class Gauges:
         metrics.layers.labels(storage="compressed").set(n_compressed)
         metrics.layers.labels(storage="native").set(len(host.store.plans) - n_compressed)
         metrics.compression_ratio.labels(of="page").set(_ratio(spec.fp16_page_nbytes, spec.pool.page_nbytes))
-        metrics.device_memory.labels(kind="total").set(device_memory())
+        metrics.group_ranks.set(host.group.size)
         for label, passed in backend.passed().items():
             metrics.probe_check.labels(check=label).set(passed)
         for fallback in backend.fallbacks:
@@ -79,10 +83,6 @@ class Gauges:
         m.pages_free.set(spec.pool.n_free)
         m.pages_capacity.set(spec.pool.capacity)
         sessions = list(self._registry)
-        self._refresh_cache_bytes()
-        m.cache_bytes.labels(kind="recurrent").set(sum(native_nbytes(session.cache or ()) for session in sessions))
-        for kind, nbytes in memory_in_use().items():
-            m.device_memory.labels(kind=kind).set(nbytes)
         m.raw_shadow_bytes.set(sum(batch.shadow_nbytes for batch in spec.live))
         spilled = sum(session.spilled for session in sessions)
         m.sessions.labels(state="resident").set(len(sessions) - len(running) - spilled)
@@ -96,9 +96,8 @@ class Gauges:
         for path, count in paths.items():
             m.attention_path.labels(path=path).inc(count - self._paths.get(path, 0))
         self._paths = paths
-        m.budget_bytes.labels(kind="total").set(self._budget.total)
-        m.budget_bytes.labels(kind="promised").set(self._budget.promised)
-        m.budget_bytes.labels(kind="resting").set(resting := self._host.store.resting_nbytes(self._registry.caches()))
+        resting = self._host.store.resting_nbytes(self._registry.caches())
+        self._refresh_memory(sessions, resting)
         m.pressure.set((self._budget.started + resting) / self._budget.total)
         self._counted = {
             session.key: self._counted[session.key] for session in sessions if session.key in self._counted
@@ -108,17 +107,33 @@ class Gauges:
         }
         self.status = self._status(len(running), n_waiting, resting)
 
-    def _refresh_cache_bytes(self) -> None:
-        """Of compressed layers, and what their tokens would need in float16. Shared pages count once."""
+    def _refresh_memory(self, sessions: Sequence[Session], resting: int) -> None:
+        """This rank's bytes, and those of the others as they told them last. Shared pages count once."""
         m, spec = self._metrics, self._host.store.spec
         rings = [ring for batch in spec.live for ring in batch.rings]
-        pages = spec.pool.n_used * spec.pool.page_nbytes
+        pages, fp16 = spec.pool.n_used * spec.pool.page_nbytes, spec.fp16_nbytes(rings)
         sink, window = (len(rings) * n * spec.raw_token_nbytes for n in (spec.ring.keep, spec.ring.window_slots))
-        m.cache_bytes.labels(kind="pages").set(pages)
-        m.cache_bytes.labels(kind="sink").set(sink)
-        m.cache_bytes.labels(kind="window").set(window)
-        m.cache_fp16_bytes.set(fp16 := spec.fp16_nbytes(rings))
+        recurrent = sum(native_nbytes(session.cache or ()) for session in sessions)
+        promised = self._budget.promised
+        self.memory = {
+            "cache": {"pages": pages, "sink": sink, "window": window, "recurrent": recurrent},
+            "budget": {"total": self._budget.total, "promised": promised, "resting": resting},
+            "device": {"total": self._device_memory, **memory_in_use()},
+            "fp16": fp16,
+        }
         m.compression_ratio.labels(of="held").set(_ratio(fp16, pages + sink + window))
+        self._tell_rank(self._host.group.rank, 0.0, self.memory)
+        for rank, said in self._ranks.seen.items():
+            if said["memory"]:  # it has started
+                self._tell_rank(rank, said["silent_seconds"], said["memory"])
+
+    def _tell_rank(self, rank: int, silent: float, memory: Mapping[str, Any]) -> None:
+        m = self._metrics
+        m.rank_silent.labels(rank=rank).set(silent)
+        m.cache_fp16_bytes.labels(rank=rank).set(memory["fp16"])
+        for family, part in ((m.cache_bytes, "cache"), (m.budget_bytes, "budget"), (m.device_memory, "device")):
+            for kind, nbytes in memory[part].items():
+                family.labels(kind=kind, rank=rank).set(nbytes)
 
     def _attention_paths(self) -> dict[str, int]:
         counted: dict[str, int] = dict(self._host.store.spec.paths.totals.items())
@@ -131,6 +146,7 @@ class Gauges:
         return {
             "object": "status",
             "model": self._host.model.id,
+            "ranks": self._host.group.size,
             "requests": {"running": n_running, "waiting": n_waiting},
             "memory": {
                 "budget_bytes": budget.total,

@@ -22,7 +22,7 @@ _KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
-class CompiledGrammar:
+class CompiledGrammar(Grammar):
     """A grammar that is known to compile. Copies of its matcher start anew."""
 
     matcher: LLMatcher
@@ -30,12 +30,6 @@ class CompiledGrammar:
 
     def guide(self, latest: Callable[[], int | None]) -> "Guide":
         return Guide(self.matcher.deep_copy(), self.lexicon, latest)
-
-
-def compiled(grammar: Grammar | None) -> CompiledGrammar | None:
-    """What `GrammarMaker.make` has made, as it comes back with a request."""
-    assert grammar is None or isinstance(grammar, CompiledGrammar)
-    return grammar
 
 
 class Guide:
@@ -108,6 +102,17 @@ class GrammarMaker:
         text.answer(rules, self._format, in_thought)
         return self._compile(text)
 
+    def compiled(self, grammar: Grammar | None) -> CompiledGrammar | None:
+        """What `make` has made, as it comes back with a request: the same object, or, on another rank than the one that
+        made it, its text.
+        """
+        if grammar is None or isinstance(grammar, CompiledGrammar):
+            return grammar
+        with self._lock:
+            known = self._compiled.get(grammar.source)
+        matcher = None if known is not None else LLMatcher(self._lexicon(), grammar.source, log_level=0)
+        return known if matcher is None else self._keep(CompiledGrammar(grammar.source, matcher, self._lexicon()))
+
     def _compile(self, text: GrammarText) -> CompiledGrammar:
         source = text.source()
         with self._lock:
@@ -120,9 +125,11 @@ class GrammarMaker:
         if matcher.is_error():
             error = matcher.get_error().strip().splitlines()[0]
             raise InvalidRequest(f"The tools and schemas of this request make no grammar: {error}", param="tools")
-        compiled = CompiledGrammar(matcher, self._lexicon())
+        return self._keep(CompiledGrammar(source, matcher, self._lexicon()))
+
+    def _keep(self, compiled: CompiledGrammar) -> CompiledGrammar:
         with self._lock:
-            self._compiled[source] = compiled
+            self._compiled[compiled.source] = compiled
             while len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
         return compiled

@@ -1,5 +1,6 @@
 """What the engine runs on: the model, the chosen backend and the cache store, loaded by the engine's thread."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,8 @@ import turbocache
 from server.engine.rehearsal import rehearse
 from server.errors import StartupError
 from server.settings import Settings
-from turbocache.backend import FUSED, Backend, BackendUnavailable, answered, choose_backend
+from turbocache.backend import BACKENDS, FUSED, Backend, BackendUnavailable, answered, choose_backend
+from turbocache.group import Group
 from turbocache.memory import available_memory, device_memory
 from turbocache.model import LoadedModel, ModelError, load_model
 from turbocache.plan import LayerPlan
@@ -40,6 +42,7 @@ class Host:
     store: CacheStore
     budget: int
     chunk: int
+    group: Group
 
     def report(self) -> dict[str, Any]:
         """The JSON of GET /v1/backend."""
@@ -61,15 +64,17 @@ class Host:
         }
 
 
-def load_host(settings: Settings) -> Host:
-    """Load, probe and lay out. Raises StartupError with a sentence that says what to change."""
+def load_host(settings: Settings, group: Group) -> Host:
+    """Load, probe and lay out; in a group as all its ranks can. Raises StartupError with a sentence that says what to
+    change.
+    """
     try:
         condition, protect = settings.kv_condition == "auto", settings.kv_protect
         chosen = replace(preset(settings.kv_preset), condition=condition, protect=protect)
     except ValueError as error:
         raise StartupError(f"TURBOCACHE_KV_PRESET: {error}.") from error
     try:
-        model = load_model(settings.model)
+        model = load_model(settings.model, group)
     except ModelError as error:
         raise StartupError(str(error)) from error
     max_size = settings.max_size
@@ -80,16 +85,18 @@ def load_host(settings: Settings) -> Host:
     except ValueError as error:
         raise StartupError(f"TURBOCACHE_MAX_SIZE, TURBOCACHE_KEEP, TURBOCACHE_WINDOW: {error}.") from error
     plans = checked_plans(model.model)
-    backend = _proven_backend(model, plans, chosen, ring, settings)
-    budget = _budget(settings)
+    backend = _proven_backend(model, plans, chosen, ring, settings, group)
+    budget = min(int(other) for other in group.gather(b"%d" % _budget(settings)))
     layout = CacheStore(model.model, plans, chosen, backend, ring, n_pages=1)
-    n_pages = max(1, budget // max(1, layout.spec.pool.page_nbytes))
+    page_nbytes = max(int(other) for other in group.gather(b"%d" % layout.spec.pool.page_nbytes))
+    n_pages = max(1, budget // max(1, page_nbytes))
     host = Host(
         model=model,
         backend=backend,
         store=CacheStore(model.model, plans, chosen, backend, ring, n_pages),
         budget=budget,
         chunk=settings.prefill_chunk,
+        group=group,
     )
     smallest = host.store.session_nbytes(ring.raw_slots, host.chunk)
     if smallest > budget:
@@ -101,17 +108,21 @@ def load_host(settings: Settings) -> Host:
 
 
 def _proven_backend(
-    model: LoadedModel, plans: Sequence[LayerPlan], chosen: Preset, ring: RingConfig, settings: Settings
+    model: LoadedModel,
+    plans: Sequence[LayerPlan],
+    chosen: Preset,
+    ring: RingConfig,
+    settings: Settings,
+    group: Group,
 ) -> Backend:
-    """The backend that the probe chooses, once it has answered. One that can't is passed over as after a failed check.
-    Raises StartupError.
+    """The backend that the probe chooses, once it has answered. One that can't is passed over as after a failed check,
+    in a group by all ranks. Raises StartupError.
     """
     failed: dict[str, Exception] = {}
     while True:
-        try:
-            backend = choose_backend(settings.backend, plans, chosen, failed)
-        except BackendUnavailable as error:
-            raise StartupError(str(error)) from error
+        backend = _agreed_backend(settings.backend, plans, chosen, failed, group)
+        if backend is None:
+            continue
         longest = min(ring.raw_slots + _PAGED, model.max_positions // 2)
         lengths = (*_SHORT, longest) if backend.name in FUSED else _SHORT[:1]
         if backend.name in FUSED:
@@ -119,13 +130,48 @@ def _proven_backend(
         n_pages = ring.pages_needed(longest, settings.prefill_chunk) + 1
         try:
             store = CacheStore(model.model, plans, chosen, backend, ring, n_pages)
-            seconds = rehearse(model, store, settings.prefill_chunk, lengths)
+            seconds, failure = rehearse(model, store, settings.prefill_chunk, lengths), None
         except Exception as error:  # whatever a model or a device throws
-            if backend.code == "nothing_to_compress":
-                raise StartupError(f"The model can't answer: {type(error).__name__}: {error}.") from error
-            failed[backend.name] = error
-            continue
-        return answered(backend, seconds) if backend.checks else backend
+            seconds, failure = 0.0, error
+        if (failure := _first_failure(failure, group)) is None:
+            return answered(backend, seconds) if backend.checks else backend
+        if backend.code == "nothing_to_compress":
+            raise StartupError(f"The model can't answer: {type(failure).__name__}: {failure}.") from failure
+        failed[backend.name] = failure
+
+
+def _agreed_backend(
+    requested: str, plans: Sequence[LayerPlan], chosen: Preset, failed: dict[str, Exception], group: Group
+) -> Backend | None:
+    """The probe's choice if it is that of all ranks. Else None, and what some rank can't use has `failed`. Raises
+    StartupError.
+    """
+    try:
+        backend, refusal = choose_backend(requested, plans, chosen, failed), ""
+    except BackendUnavailable as error:
+        backend, refusal = None, str(error)
+    told = json.dumps([backend.name if backend is not None else "", refusal]).encode()
+    choices = [json.loads(other) for other in group.gather(told)]
+    for rank, (name, why) in enumerate(choices):
+        if not name:
+            raise StartupError(why if group.alone else f"Rank {rank}: {why}")
+    assert backend is not None
+    last = max((name for name, _ in choices), key=BACKENDS.index)
+    if all(name == last for name, _ in choices):
+        return backend
+    if backend.name != last:
+        rank = [name for name, _ in choices].index(last)
+        failed[backend.name] = RuntimeError(f"rank {rank} of the group can only use {last}")
+    return None
+
+
+def _first_failure(own: Exception | None, group: Group) -> Exception | None:
+    """What failed here, or else on the first rank where something did."""
+    if group.alone or own is not None:
+        group.gather(b"" if own is None else f"{type(own).__name__}: {own}".encode())
+        return own
+    others = group.gather(b"")
+    return next((RuntimeError(f"rank {rank}: {why.decode()}") for rank, why in enumerate(others) if why), None)
 
 
 def announce(host: Host) -> None:

@@ -1,6 +1,5 @@
 """A conversation and its cache."""
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +38,7 @@ class Session:
     running: bool = False
     passing: bool = False
     turns: int = 0
-    last_used: float = field(default_factory=time.time)
+    last_used: float = 0.0
     checkpoints: list[Checkpoint] = field(default_factory=list)
     stored: bool = False
     unsavable: bool = False

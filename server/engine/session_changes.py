@@ -3,8 +3,6 @@
 Everything here runs on the engine's thread.
 """
 
-import time
-import uuid
 from typing import Any
 
 from server.engine.budget import Budget
@@ -12,6 +10,7 @@ from server.engine.checkpoints import LEAST_SHARED
 from server.engine.disk import SessionDisk
 from server.engine.session import Session
 from server.engine.sessions import SessionRegistry
+from server.engine.step_clock import StepClock
 from server.engine.turns import Turns
 from server.errors import Conflict, InvalidRequest, SessionNotFound, SessionNotSaved
 from server.metrics import Metrics
@@ -35,6 +34,7 @@ class SessionChanges:
         budget: Budget,
         registry: SessionRegistry,
         turns: Turns,
+        clock: StepClock,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
@@ -42,12 +42,17 @@ class SessionChanges:
         self._budget = budget
         self._registry = registry
         self._turns = turns
+        self._clock = clock
         self._next_write = 0.0
+        self._wrote_at: float | None = None
 
     def make(self, change: SessionChange, owner: str, id: str, new_id: str | None = None) -> dict[str, Any]:
         """One change that a client asks for; returns the session's row afterwards. See `server.protocol.Engine`."""
         session = self._registry.find(owner, id)
         if session is None or not (session.running or session.stored or session.cache):
+            why = None if self._disk is None else self._disk.refusal(owner, id)
+            if why is not None and change == "restore":
+                raise Conflict(f"The session's file is refused: {why}.", code="session_file_refused")
             raise SessionNotFound(id)
         if session.running:
             raise Conflict("The session is answering. Please try again when it has.", code="session_running", retry=1)
@@ -65,7 +70,7 @@ class SessionChanges:
         """While nothing is asked for: write one session that has rested for a while to disk, and let one go that has
         not been used for too long.
         """
-        now, limit = time.time(), self._settings.session_ttl
+        now, limit = self._clock(), self._settings.session_ttl
         resting = sorted(self._registry.idle(), key=lambda session: session.last_used)
         for session in resting:
             if limit is not None and session.last_used < now - limit:
@@ -77,12 +82,15 @@ class SessionChanges:
 
     def save_between_steps(self) -> None:
         """While others run: write one session that has rested for a while to disk, at most a twentieth of the time."""
-        if self._disk is None or (start := time.monotonic()) < self._next_write:
+        now = self._clock()
+        if self._wrote_at is not None:  # by the clock of all ranks, which stands still within a step
+            self._next_write, self._wrote_at = now + _REST * (now - self._wrote_at), None
+        if self._disk is None or now < self._next_write:
             return
-        pause = _LOOK_SECONDS
         if self._save_rested(sorted(self._registry.idle(), key=lambda session: session.last_used)):
-            pause = _REST * (time.monotonic() - start)
-        self._next_write = time.monotonic() + pause
+            self._wrote_at = now
+        else:
+            self._next_write = now + _LOOK_SECONDS
 
     def close(self) -> None:
         """Nothing is written any more."""
@@ -91,7 +99,7 @@ class SessionChanges:
 
     def _save_rested(self, resting: list[Session]) -> bool:
         """Whether one has been written, or tried. One that another server is at is passed over."""
-        before = time.time() - self._settings.session_save_after
+        before = self._clock() - self._settings.session_save_after
         for session in resting if self._disk is not None else ():
             unsaved = not session.stored and len(session.tokens) >= LEAST_SHARED and not session.unsavable
             if unsaved and session.last_used < before and (self._registry.save(session) or session.unsavable):
@@ -100,7 +108,7 @@ class SessionChanges:
         return False
 
     def _fork(self, session: Session, new_id: str | None) -> Session:
-        id = new_id or f"fork-{uuid.uuid4().hex[:12]}"
+        id = new_id or f"fork-{self._clock.name()}"
         if self._registry.find(session.owner, id) is not None:
             raise Conflict(f"There is a session '{id}' already.", param="id", code="session_exists")
         self._restore(session)
@@ -123,7 +131,7 @@ class SessionChanges:
     def _restore(self, session: Session) -> Session:
         if not session.spilled:
             return session
-        promise = f"restore-{uuid.uuid4().hex}"
+        promise = f"restore-{self._clock.name()}"
         self._budget.promise(promise, len(session.tokens))
         try:
             self._budget.start(promise)
@@ -134,7 +142,7 @@ class SessionChanges:
             if refused is None:
                 raise SessionNotSaved("The session could not be read from disk. The server's log has the reason.")
             raise Conflict(f"The session's file is refused: {refused}.", code="session_file_refused")
-        session.last_used = time.time()
+        session.last_used = self._clock()
         session.running = True  # what has to go for it now is others, or checkpoints
         try:
             self._turns.make_room()

@@ -3,8 +3,6 @@
 Everything here runs on the engine's thread.
 """
 
-import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +24,7 @@ from server.engine.disk import SessionDisk
 from server.engine.handover import Handover
 from server.engine.prefill_reasons import Loss, Losses, Reason, reasons
 from server.engine.session import Session
+from server.engine.step_clock import StepClock
 from server.errors import Conflict
 from server.protocol import Prompt
 from turbocache.store import CacheStore, fork
@@ -54,14 +53,17 @@ class Claim:
 class SessionRegistry:
     """All sessions of the process. A turn claims one, and gives it back with what its cache then holds."""
 
-    def __init__(self, store: CacheStore, disk: SessionDisk | None = None) -> None:
+    def __init__(self, store: CacheStore, disk: SessionDisk | None = None, clock: StepClock | None = None) -> None:
         self._store = store
         self._disk = disk
+        self._clock = StepClock() if clock is None else clock
         self._losses = Losses()
         self._beginnings: list[tuple[str, Checkpoint]] = []
         self._sessions: dict[tuple[str, str], Session] = {}
         for found in disk.stored() if disk is not None else ():
             self._sessions[found.key] = found
+        for other in disk.others() if disk is not None else ():
+            self._losses.add(other.key, other.tokens, "refused_file")
         self._handover = Handover(disk, self._sessions) if disk is not None else None
 
     def __iter__(self) -> Iterator[Session]:
@@ -99,7 +101,7 @@ class SessionRegistry:
         if self._handover is not None and not passing:
             self._handover.take_up(owner, name, tokens)
         if passing:
-            session: Session | None = Session(f"unnamed-{uuid.uuid4().hex[:12]}", None, owner, passing=True)
+            session: Session | None = Session(f"unnamed-{self._clock.name()}", None, owner, passing=True)
         else:
             session = self._unnamed(owner, tokens) if name is None else self._named(owner, name, prompt, tokens)
         if session is None:
@@ -118,7 +120,7 @@ class SessionRegistry:
         """Keep a cache of its own, which holds `tokens`, for later turns to go back to. One at the end of a system
         message serves all sessions of the owner that begin with it, also when this one has gone.
         """
-        kept = Checkpoint(kind, np.asarray(tokens, dtype=np.int32), cache)
+        kept = Checkpoint(kind, np.asarray(tokens, dtype=np.int32), cache, self._clock())
         session.checkpoints = added(session.checkpoints, self._beginning(session.owner, kept))
 
     def _beginning(self, owner: str, checkpoint: Checkpoint) -> Checkpoint:
@@ -134,7 +136,7 @@ class SessionRegistry:
     def put_back(self, session: Session, cache: list[Any] | None, tokens: Sequence[int]) -> None:
         """A turn has ended and its cache holds `tokens`; a None cache (the turn failed) forgets the session."""
         session.running = False
-        session.last_used = time.time()
+        session.last_used = self._clock()
         if cache is None or not tokens or session.passing:
             self.forget(session, "failed" if cache is None and not session.passing else None)
             return
@@ -191,8 +193,8 @@ class SessionRegistry:
             if saved == "superseded":
                 self.forget(session)
                 return True
-            for other in list(self):  # the disk's budget may have cost others their files
-                if other.stored and not self._disk.has(other):
+            for other in self._disk.missing([other for other in self if other.stored]):
+                if other.stored:
                     gone, other.stored = other.spilled, False
                     if gone:
                         self.forget(other, "evicted")
@@ -219,6 +221,7 @@ class SessionRegistry:
         assert session.cache is not None
         other = Session(id, id, session.owner, True, session.tokens, session.asked, fork(session.cache))
         other.turns, other.checkpoints = session.turns, list(session.checkpoints)
+        other.last_used = self._clock()
         self._sessions[other.key] = other
         return other
 
@@ -282,7 +285,7 @@ class SessionRegistry:
                 best.keep = best.keep or goes_on
                 return best
         if (owner, name) in self._sessions:
-            return Session(f"{name}~{uuid.uuid4().hex[:8]}", name, owner)
+            return Session(f"{name}~{self._clock.name()[:8]}", name, owner)
         return Session(name, name, owner, keep=True)
 
     def _unnamed(self, owner: str, tokens: np.ndarray) -> Session:
@@ -294,7 +297,7 @@ class SessionRegistry:
             if s.spilled or ((end := start_at("session", s.tokens, s.cache, tokens)) and end.cached == len(s.tokens))
             if common_prefix(s.tokens, tokens) == len(s.tokens) < len(tokens)
         ]
-        fresh = Session(f"unnamed-{uuid.uuid4().hex[:12]}", None, owner)
+        fresh = Session(f"unnamed-{self._clock.name()}", None, owner)
         return max(extended, key=lambda session: len(session.tokens), default=fresh)
 
     def _deepest(self, session: Session, tokens: np.ndarray) -> Start | None:
@@ -324,7 +327,7 @@ class SessionRegistry:
         return best if worth else None
 
     def _started(self, session: Session, start: Start | None, prompt: Prompt, tokens: np.ndarray) -> Claim:
-        now = time.time()
+        now = self._clock()
         why = self._reasons(session, start, tokens)
         cache, cached, source = self._store.new_cache(), 0, "none"
         own = start is not None and start.cache is session.cache

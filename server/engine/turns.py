@@ -6,7 +6,7 @@ Everything here runs on the engine's thread.
 import functools
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -17,8 +17,9 @@ from server.engine.checkpoints import Kind, prompt_kind, prompt_stops
 from server.engine.faults import FaultLog
 from server.engine.gauges import Gauges
 from server.engine.generator import Generator
-from server.engine.grammar import compiled
+from server.engine.grammar import GrammarMaker
 from server.engine.host import Host
+from server.engine.ranks import Ranks
 from server.engine.run import ANSWER_STEP, Run
 from server.engine.sampling import top_tokens
 from server.engine.sessions import Claim, SessionRegistry
@@ -62,15 +63,17 @@ class Turns:
         settings: Settings,
         metrics: Metrics,
         host: Host,
+        ranks: Ranks,
         waiting: WaitingRoom,
         budget: Budget,
         registry: SessionRegistry,
         lexicon: Lexicon,
+        grammars: GrammarMaker,
         format: ToolFormat | None,
     ) -> None:
         self.runs: dict[int, Run] = {}
         self.faults = FaultLog(metrics, host.backend.name)
-        self.gauges = Gauges(metrics, host, registry, budget)
+        self.gauges = Gauges(metrics, host, ranks, registry, budget)
         self._settings = settings
         self._metrics = metrics
         self._host = host
@@ -78,11 +81,17 @@ class Turns:
         self._budget = budget
         self._registry = registry
         self._lexicon = lexicon
+        self._grammars = grammars
         self._format = format
+        self._handed: list[tuple[int, int]] = []
         self.generator = self._new_generator()
 
     def _new_generator(self) -> Generator:
         return Generator(self._host.model, self._settings.max_batch, self._settings.prefill_chunk)
+
+    def done(self) -> bytes:
+        """What the last step handed out and what is held since, for ranks to compare."""
+        return repr((self._handed, self._host.store.spec.pool.n_used, len(list(self._waiting)))).encode()
 
     def refresh(self) -> None:
         """Bring gauges and session rows up to date."""
@@ -135,9 +144,8 @@ class Turns:
     def _insert(self, entry: Entry, claim: Claim) -> None:
         request, tokens = entry.request, entry.request.prompt.tokens
         stops = prompt_stops(request.prompt, claim.cached, self._host.store) if request.beside is None else {}
-        uid = self.generator.insert(
-            tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops, compiled(request.grammar)
-        )
+        grammar = self._grammars.compiled(request.grammar)
+        uid = self.generator.insert(tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops, grammar)
         text = TextAssembler(
             self._host.model.tokenizer,
             tokens,
@@ -175,9 +183,12 @@ class Turns:
         except Exception as error:
             log.error("a step failed; the requests in it are answered with an error", exc_info=error)
             if not isinstance(error, PoolExhausted):
+                if not self._host.group.alone:  # the other ranks may wait for this one, or have lost it
+                    raise
                 self.faults.note(type(error).__name__)
             self._drop_batch(InternalError if isinstance(error, PoolExhausted) else KernelFault, error)
             return
+        self._handed = [(response.uid, response.token) for response in tokens]
         if tokens:
             self._metrics.batch_rows.observe(len(tokens))
         bad = []
@@ -255,7 +266,7 @@ class Turns:
         if run.text.stopped or response.finish_reason is not None:
             reason: FinishReason = "length" if response.finish_reason == "length" and not run.text.stopped else "stop"
             self._finish(response.uid, run, reason, response.prompt_cache, response.all_tokens)
-        elif run.generated == run.allowed and not self._allow_more(run):
+        elif run.generated == run.allowed:
             self._finish(response.uid, run, "length", None, None)
 
     def _note(self, run: Run, token: int, logprobs: mx.array) -> None:
@@ -265,12 +276,25 @@ class Turns:
             top = tuple(TokenLogprob(self._lexicon.token_bytes(other), value) for other, value in best)
             run.drawn.append(DrawnToken(self._lexicon.token_bytes(token), own, top))
 
-    def _allow_more(self, run: Run) -> bool:
-        allowed = min(run.limit, run.allowed + ANSWER_STEP)
-        if not self._budget.extend(run.request.request_id, len(run.request.prompt.tokens) + allowed):
-            return False
-        run.allowed = allowed
-        return self.make_room(run.request)
+    # Answers that outgrow what was promised.
+
+    def growth(self) -> dict[str, bool]:
+        """Of the runs whose next token is the last one that memory is promised for: whether they may go on. Their
+        promises are raised with it.
+        """
+        due = [run for run in self.runs.values() if run.generated + 1 == run.allowed < run.limit]
+        return {run.request.request_id: self._promise_more(run) for run in due}
+
+    def grow(self, growth: Mapping[str, bool]) -> None:
+        """Do what `growth` has said, here or on rank 0."""
+        for run in self.runs.values():
+            if growth.get(run.request.request_id):
+                self._budget.raise_to(run.request.request_id, _grown(run))
+                if self.make_room(run.request):
+                    run.allowed = min(run.limit, run.allowed + ANSWER_STEP)
+
+    def _promise_more(self, run: Run) -> bool:
+        return self._budget.extend(run.request.request_id, _grown(run))
 
     # Out of the batch.
 
@@ -359,3 +383,8 @@ class Turns:
             self._waiting.remove(entry)
             self._budget.release(entry.request.request_id)
             entry.deliver(Failed(error))
+
+
+def _grown(run: Run) -> int:
+    """Tokens of the session when its answer has grown by one step."""
+    return len(run.request.prompt.tokens) + min(run.limit, run.allowed + ANSWER_STEP)

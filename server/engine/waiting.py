@@ -60,6 +60,12 @@ class WaitingRoom:
         """Keep a request that has entered."""
         self._entries.append(entry)
 
+    def follow(self, entry: Entry) -> None:
+        """Keep a request that has entered at rank 0."""
+        with self._lock:
+            self._n += 1
+        self._entries.append(entry)
+
     def remove(self, entry: Entry) -> None:
         """It runs, or has ended."""
         self._entries.remove(entry)

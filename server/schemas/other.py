@@ -140,10 +140,11 @@ class PageCounts(BaseModel):
 
 
 class StatusBody(BaseModel):
-    """The engine now, or a moment ago."""
+    """The engine now, or a moment ago. Bytes are those of one of its `ranks`; the others have as many."""
 
     object: Literal["status"]
     model: str
+    ranks: int
     requests: RequestCounts
     memory: MemoryState
     pages: PageCounts

@@ -38,7 +38,7 @@ def started(settings: Settings, metrics: Metrics | None = None) -> Iterator[MlxE
 def loaded_once() -> Iterator[None]:
     """Engines that start in this block share one copy of the bundled model."""
     model = load_model()
-    with patch.object(host, "load_model", lambda source: model):
+    with patch.object(host, "load_model", lambda source, group: model):
         yield
 
 
@@ -51,7 +51,7 @@ def tiny_model(architecture: str, max_positions: int) -> Iterator[None]:
     with patch.dict(OVERRIDES, {architecture: sizes}):
         model = build(architecture)
     tiny = replace(bundled, model=model, id=f"tiny-{architecture}", max_positions=max_positions)
-    with patch.object(host, "load_model", lambda source: tiny):
+    with patch.object(host, "load_model", lambda source, group: tiny):
         yield
 
 

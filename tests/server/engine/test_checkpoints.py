@@ -32,7 +32,7 @@ def hybrid(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     vocabulary = {**OVERRIDES.get("qwen3_next", {}), "vocab_size": len(bundled.tokenizer.get_vocab()) + 64}
     monkeypatch.setitem(OVERRIDES, "qwen3_next", vocabulary)
     loaded = replace(bundled, model=build("qwen3_next"), id="tiny-hybrid")
-    monkeypatch.setattr(host, "load_model", lambda source: loaded)
+    monkeypatch.setattr(host, "load_model", lambda source, group: loaded)
     engines: list[MlxEngine] = []
 
     def start(**settings: Any) -> MlxEngine:

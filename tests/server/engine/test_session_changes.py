@@ -59,9 +59,12 @@ def test_bytes_are_told_by_kind(start: Callable[..., MlxEngine]) -> None:
     assert sum(row["bytes"].values()) == store.resting_nbytes(engine._registry.caches())
     change(engine, "fork", "a", "b")
     assert sum(engine.sessions()[0]["bytes"].values()) == sum(row["bytes"].values())
-    assert metric(engine, "budget_bytes", kind="total") == engine._budget.total
-    assert metric(engine, "budget_bytes", kind="resting") == store.resting_nbytes(engine._registry.caches())
-    assert metric(engine, "pressure_ratio") == metric(engine, "budget_bytes", kind="resting") / engine._budget.total
+    assert metric(engine, "budget_bytes", kind="total", rank="0") == engine._budget.total
+    assert metric(engine, "budget_bytes", kind="resting", rank="0") == store.resting_nbytes(engine._registry.caches())
+    assert (
+        metric(engine, "pressure_ratio")
+        == metric(engine, "budget_bytes", kind="resting", rank="0") / engine._budget.total
+    )
 
 
 def test_a_deleted_session_is_gone_from_memory_and_disk(start: Callable[..., MlxEngine], tmp_path: Path) -> None:

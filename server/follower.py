@@ -1,0 +1,43 @@
+"""A rank of a group that serves nobody: it computes what rank 0 decides, until that one ends or stops."""
+
+try:
+    import turbocache  # isort: skip  # first, for the same reason as in server/app.py
+except ValueError as error:
+    raise SystemExit(str(error)) from None
+
+import logging
+import signal
+import sys
+
+from server.engine import build_engine
+from server.errors import StartupError
+from server.logs import configure_logging
+from server.metrics import Metrics
+from server.settings import load_settings
+
+__all__ = ["follow", "turbocache"]
+
+log = logging.getLogger(__name__)
+
+_FAILED = 3
+"""As uvicorn ends when the application does not start."""
+
+
+def follow() -> int:
+    """Run this rank to its end; returns the exit status. Signals that stop a server are for rank 0, which takes the
+    others along: launchers and supervisors send them to all ranks at once.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        settings = load_settings()
+        configure_logging(settings.log_level, settings.log_format)
+        engine = build_engine(settings, Metrics())
+        engine.start()
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        return _FAILED
+    if not engine.join():
+        return _FAILED
+    log.info("stopped with rank 0")
+    return 0

@@ -1,0 +1,160 @@
+"""How the ranks of a group notice that one of them is gone.
+
+A rank that waits in a collective of MLX can't tell a slow rank from one that is dead, stopped or cut off. So each
+answers `GET /rank` over HTTP, from a thread that computes nothing, and asks every other one once a second.
+"""
+
+import http.client
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_EVERY_SECONDS = 1.0
+_AGAIN_SECONDS = 0.3
+_REFUSED_TWICE = 2
+_BLAME_SECONDS = 1.5
+_HOSTFILE = "MLX_HOSTFILE"
+
+Report = Callable[[], Mapping[str, Any]]
+"""What this rank says of itself, as JSON takes it. Called from any thread."""
+
+
+def own_address(rank: int, given: str | None = None) -> str:
+    """The address under which the other ranks reach this one: as `given`, else as the launcher's host file has it, else
+    the one from which this machine reaches rank 0 (NCCL_HOST_IP), else this machine alone.
+    """
+    if given is not None:
+        return given
+    if path := os.environ.get(_HOSTFILE):
+        entry = json.loads(Path(path).read_text())[rank]
+        addresses = entry["ips"] if isinstance(entry, dict) else entry
+        return str(addresses[0]).rsplit(":", 1)[0]
+    if leader := os.environ.get("NCCL_HOST_IP"):
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as route:
+            route.connect((leader, 9))  # sends nothing
+            return str(route.getsockname()[0])
+    return "127.0.0.1"
+
+
+class RankWatch:
+    """Answers for this rank, and watches the others.
+
+    `on_lost` is called once, from a thread of the watch's, with a sentence that says which rank is lost and how. `seen`
+    has what each other rank said last. `silence` is the most seconds for which a rank may not answer.
+    """
+
+    def __init__(self, rank: int, address: str, silence: float, report: Report, on_lost: Callable[[str], None]) -> None:
+        self.seen: dict[int, dict[str, Any]] = {}
+        self._rank = rank
+        self._silence = silence
+        self._report = report
+        self._on_lost = on_lost
+        self._ending: str | None = None
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._lost: str | None = None
+        self._peers: dict[int, str] = {}
+        self._server = ThreadingHTTPServer((address, 0), _handler(self._answer))
+        self._server.daemon_threads = True
+        self.address = f"{address}:{self._server.server_port}"
+        self._start(self._server.serve_forever)
+
+    def watch(self, addresses: Sequence[str]) -> None:
+        """Begin to ask the ranks at these addresses, in their order; this one's is passed over."""
+        self._peers = {rank: address for rank, address in enumerate(addresses) if rank != self._rank}
+        for rank, address in self._peers.items():
+            self._start(self._follow, rank, address)
+
+    def stop(self) -> None:
+        """An orderly end: nobody is missed from here on."""
+        self._stopped.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def end(self, reason: str) -> None:
+        """Tell the others why this rank ends the group."""
+        self._ending = self._ending or reason
+
+    def blame(self) -> str | None:
+        """Who is lost, when a collective has failed and the watch may not have noticed yet. Takes a second or so."""
+        until = time.monotonic() + _BLAME_SECONDS
+        while self._lost is None and time.monotonic() < until:
+            time.sleep(_AGAIN_SECONDS / 3)
+        return self._lost
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+        threading.Thread(target=work, args=arguments, name="rank watch", daemon=True).start()
+
+    def _answer(self) -> dict[str, Any]:
+        return {"rank": self._rank, "pid": os.getpid(), "ending": self._ending, **self._report()}
+
+    def _follow(self, rank: int, address: str) -> None:
+        """Ask one rank until it is lost."""
+        heard, refused = time.monotonic(), 0
+        while not self._stopped.is_set():
+            asked = time.monotonic()
+            try:
+                said = _ask(address, self._silence / 2)
+            except ConnectionError:  # nobody listens there, or the connection was reset
+                refused += 1
+                if refused >= _REFUSED_TWICE:
+                    return self._lose(f"rank {rank} ({address}) has ended; its own log says why")
+            except (OSError, http.client.HTTPException, ValueError):
+                refused = 0
+            else:
+                heard, refused = asked, 0
+                self.seen[rank] = said
+                if said.get("ending"):
+                    return self._lose(str(said["ending"]))
+            silent = time.monotonic() - heard
+            if silent > self._silence:
+                return self._lose(
+                    f"rank {rank} ({address}) has not answered for {silent:.0f} s: its process hangs or is stopped, "
+                    "its machine is down, or the link to it is cut"
+                )
+            self._stopped.wait(_EVERY_SECONDS if heard == asked else _AGAIN_SECONDS)
+        return None
+
+    def _lose(self, reason: str) -> None:
+        with self._lock:
+            first = self._lost is None
+            self._lost = self._lost or reason
+        if first and not self._stopped.is_set():
+            self._on_lost(reason)
+
+
+def _ask(address: str, timeout: float) -> dict[str, Any]:
+    host, port = address.rsplit(":", 1)
+    with closing(http.client.HTTPConnection(host, int(port), timeout=timeout)) as connection:
+        connection.request("GET", "/rank")
+        said = json.loads(connection.getresponse().read())
+    return dict(said)
+
+
+def _handler(answer: Callable[[], dict[str, Any]]) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path != "/rank":
+                self.send_error(404)
+                return
+            body = json.dumps(answer()).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing: it is asked once a second."""
+
+    return Handler

@@ -1,0 +1,130 @@
+"""Real groups of ranks on this machine, as a launcher starts them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from tests.serving.launch import ROOT, Server
+
+START_SECONDS = 90.0
+SERVE = (sys.executable, "-m", "turbocache.cli", "serve")
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass
+class RunningGroup:
+    """The ranks' processes and what they wrote; `server` is rank 0's."""
+
+    url: str
+    ranks: list[subprocess.Popen[bytes]]
+    logs: list[Path]
+    server: Server = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.server = Server(self.url, self.ranks[0], self.logs[0])
+
+    def log(self, rank: int) -> str:
+        return self.logs[rank].read_text()
+
+    def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
+        """Until rank 0 answers. Raises AssertionError when a rank ends first."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if any(rank.poll() is not None for rank in self.ranks):
+                break
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
+        said = "\n".join(f"--- rank {i}\n{self.log(i)}" for i in range(len(self.ranks)))
+        raise AssertionError(f"the group did not start:\n{said}")
+
+    def wait(self, seconds: float) -> list[int]:
+        """Exit statuses, once all ranks have ended. Raises TimeoutExpired."""
+        deadline = time.monotonic() + seconds
+        return [rank.wait(max(0.01, deadline - time.monotonic())) for rank in self.ranks]
+
+    def kill(self) -> None:
+        """What a supervisor does with what is left."""
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGKILL)
+            rank.wait()
+
+    def close_clients(self) -> None:
+        for client in self.server.clients:
+            client.close()
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
+    with ExitStack() as held:
+        probes = [held.enter_context(closing(socket.socket())) for _ in range(n)]
+        for probe in probes:
+            probe.bind((LOOPBACK, 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def environment(settings: dict[str, str]) -> dict[str, str]:
+    """This process's, with these TURBOCACHE_ settings only."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TURBOCACHE_", "MLX_"))}
+    return kept | {f"TURBOCACHE_{name}": value for name, value in settings.items()} | {"HF_HUB_OFFLINE": "1"}
+
+
+def start(
+    folder: Path,
+    n: int,
+    addresses: Sequence[str] | None = None,
+    within: Sequence[Sequence[str]] | None = None,
+    port: int | None = None,
+    **settings: str,
+) -> RunningGroup:
+    """Start `n` ranks with these TURBOCACHE_ settings, rank i at `addresses[i]` and by the command `within[i]` (such as
+    `ip netns exec`). Rank 0 listens at its own address.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    addresses = addresses or [LOOPBACK] * n
+    within = within or [()] * n
+    http, *ports = free_ports(n + 1)
+    http = port or http
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"{address}:{at}"] for address, at in zip(addresses, ports, strict=True)]))
+    ranks, logs = [], []
+    for rank in range(n):
+        logs.append(folder / f"rank-{rank}.log")
+        with logs[-1].open("ab") as sink:
+            ranks.append(
+                subprocess.Popen(
+                    [*within[rank], *SERVE, "--host", addresses[0], "--port", str(http)],
+                    cwd=ROOT,
+                    env=environment(settings) | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+                    stdout=sink,
+                    stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+    return RunningGroup(f"http://{addresses[0]}:{http}", ranks, logs)
+
+
+@contextmanager
+def running_group(folder: Path, n: int, **settings: str) -> Iterator[RunningGroup]:
+    """A group on loopback, ready to answer; stopped in order afterwards."""
+    group = start(folder, n, **settings)
+    try:
+        group.wait_until_ready()
+        yield group
+        group.ranks[0].send_signal(signal.SIGTERM)
+        assert group.wait(30) == [0] * n, [group.log(i)[-2000:] for i in range(n)]
+    finally:
+        group.close_clients()
+        group.kill()

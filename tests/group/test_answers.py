@@ -1,0 +1,91 @@
+"""A group of ranks answers as one process does, and each rank holds its share of the cache."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.group.launch import RunningGroup, running_group
+from tests.group.models import write
+from tests.group.story import CHAPTERS, MAX_SIZE, Teller, Told
+from tests.serving.launch import SERVE, Server, running
+
+MEMORY = 48 << 20
+MOST_OF_A_SHARE = 1.1
+
+
+def told_by(server: Server, chapters: Sequence[str], n: int = 1) -> Told:
+    teller = Teller(server, n)
+    for chapter in chapters:
+        CHAPTERS[chapter](teller)
+    return teller.told
+
+
+def one_and_many(folder: Path, n: int, chapters: Sequence[str], **settings: str) -> tuple[Told, Told, RunningGroup]:
+    """What one process tells and what `n` ranks tell with the same memory together."""
+    settings |= {"MAX_SIZE": str(MAX_SIZE)}
+    with running(folder, SERVE, KV_MEMORY=str(MEMORY), SESSION_DIR=str(folder / "one"), **settings) as server:
+        one = told_by(server, chapters)
+    memory = str(MEMORY // n)
+    with running_group(folder / "ranks", n, KV_MEMORY=memory, SESSION_DIR=str(folder / "many"), **settings) as group:
+        many = told_by(group.server, chapters, n)
+    return one, many, group
+
+
+def check_shares(one: Told, many: Told, n: int) -> None:
+    assert len(many.peak) == n
+    for rank, peak in many.peak.items():
+        assert 0 < peak <= MOST_OF_A_SHARE / n * one.peak["0"], rank
+
+
+def test_two_ranks_answer_as_one_process_does(tmp_path: Path) -> None:
+    """Single and batched, through rotation, a checkpoint's rollback, and sessions that go to disk and come back."""
+    one, many, group = one_and_many(tmp_path, 2, list(CHAPTERS))
+    assert many.answers == one.answers
+    assert many.counts == one.counts
+    assert one.counts["rotated_tokens_total"] > MAX_SIZE
+    assert one.counts["spills_total"] > 3
+    assert one.counts["restores_total"] > 2
+    check_shares(one, many, 2)
+    names = [{path.name for path in (tmp_path / "many" / f"rank-{rank}-of-2").glob("*.safetensors")} for rank in (0, 1)]
+    assert names[0] == names[1] != set()
+    assert "stopped with rank 0" in group.log(1)
+
+
+@pytest.mark.slow
+def test_four_ranks_answer_as_one_process_does(tmp_path: Path) -> None:
+    model = str(write(tmp_path / "model"))
+    one, many, _ = one_and_many(tmp_path, 4, ["single and batched", "rollback", "disk"], MODEL=model)
+    assert many.answers == one.answers
+    assert many.counts == one.counts
+    check_shares(one, many, 4)
+
+
+def test_sessions_come_back_to_as_many_ranks_and_to_no_other_number(tmp_path: Path) -> None:
+    """A group is stopped and started again; then one process is, on the same folder."""
+    folder, talk = (
+        str(tmp_path / "kept"),
+        [{"role": "user", "content": "My locker code is 5917. Remember it well. " * 8}],
+    )
+    with running_group(tmp_path / "first", 2, SESSION_DIR=folder) as group:
+        teller = Teller(group.server, 2)
+        talk += [{"role": "assistant", "content": teller.ask("back", talk)}, {"role": "user", "content": "What is it?"}]
+        n_read = teller.told.answers[0][1]
+    with running_group(tmp_path / "second", 2, SESSION_DIR=folder) as group:
+        assert group.server.sessions()["back"]["state"] == "spilled"
+        teller = Teller(group.server, 2)
+        again = teller.ask("back", talk)
+        assert teller.told.answers[0][2] >= n_read
+    with running(tmp_path, SERVE, SESSION_DIR=folder) as server:
+        refused = httpx.post(f"{server.url}/v1/sessions/back/restore")
+        assert refused.status_code == 409
+        assert refused.json()["error"]["code"] == "session_file_refused"
+        assert "written by 2 ranks (other_group), and this server is one process" in refused.json()["error"]["message"]
+        assert server.metric("session_files_refused_total", reason="other_group") == 1
+        teller = Teller(server)
+        assert teller.ask("back", talk) == again
+        assert teller.told.answers[0][2] == 0
+        assert server.metric("prefilled_tokens_total", reason="refused_file") > n_read
+    with running_group(tmp_path / "third", 2, SESSION_DIR=folder) as group:  # nothing of theirs was lost
+        assert group.server.sessions()["back"]["turns"] == 2
