@@ -134,7 +134,7 @@ def _usage(found: dict[str, dict[str, dict[str, int]]]) -> tuple[int, int]:
 
 def _server(answer: httpx.Response) -> str:
     """Of those that nginx has asked the last, which answered."""
-    return str(answer.headers[SERVED_BY]).split(", ")[-1]
+    return str(answer.headers.get(SERVED_BY, "")).split(", ")[-1]
 
 
 def at_once(work: Sequence[Callable[[], object]]) -> None:

@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def test_a_killed_server_and_a_stopped_one_cost_their_sessions_little_and_nobody_an_answer(tmp_path: Path) -> None:
-    size = Size(before=2, during=2, sentences=10, max_tokens=8, save_after=0.2, pause=0)
+    size = Size(before=2, during=2, sentences=6, max_tokens=6, save_after=0.2, pause=0)
     found = lose_servers(tmp_path, size)
     assert found.wrong == []
     assert len(found.sessions_of) == 3
