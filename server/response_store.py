@@ -2,7 +2,8 @@
 
 They are kept in memory, at most MOST of them and MOST_BYTES of their JSON, which takes a few times as much as Python's
 objects; those whose conversation was not used for longest go first, and a conversation that is more than that by itself
-can't be gone on with. With a folder each is in a file as well, and a start reads them back.
+can't be gone on with. With a folder each is in a file as well, and a start reads them back. What another server has put
+there since is read when it is asked for.
 """
 
 from collections import OrderedDict
@@ -78,21 +79,23 @@ class ResponseStore:
 
     def get(self, owner: str, id: str) -> StoredResponse:
         """Raises NotFound for one that is not there, or another key's."""
-        if (stored := self._kept.get(id)) is None or stored.owner != owner:
+        if (stored := self._find(id)) is None or stored.owner != owner:
             raise NotFound(f"Response with id '{id[:100]}' not found.", param="response_id", code="response_not_found")
         self._use(id)
+        self._hold()
         return stored
 
     def chain(self, owner: str, id: str | None) -> list[StoredResponse]:
         """A response and all that it goes on with, the first one first. Raises PreviousResponseNotFound."""
         chain: list[StoredResponse] = []
         while id is not None:
-            if (stored := self._kept.get(id)) is None or stored.owner != owner:
+            if (stored := self._find(id)) is None or stored.owner != owner:
                 raise PreviousResponseNotFound(id)
             chain.append(stored)
             id = stored.previous
         if chain:
             self._use(chain[0].id)
+            self._hold()
         return chain[::-1]
 
     def item(self, owner: str, id: str) -> Item:
@@ -127,12 +130,23 @@ class ResponseStore:
 
     def _read(self, files: ResponseFiles) -> None:
         for id, text in files.read():
-            try:
-                stored = StoredResponse.model_validate_json(text)
-            except ValidationError:
-                files.refuse(id, "another version has written it")
-            else:
-                self._keep(stored, len(text))
+            self._take(files, id, text)
+
+    def _find(self, id: str) -> StoredResponse | None:
+        """What is kept, or what another server has written."""
+        if (stored := self._kept.get(id)) is None and self._files is not None and (text := self._files.find(id)):
+            return self._take(self._files, id, text)
+        return stored
+
+    def _take(self, files: ResponseFiles, id: str, text: bytes) -> StoredResponse | None:
+        """Keep what a file says, if this version understands it."""
+        try:
+            stored = StoredResponse.model_validate_json(text)
+        except ValidationError:
+            files.refuse(id, "another version has written it")
+            return None
+        self._keep(stored, len(text))
+        return stored
 
     def _keep(self, stored: StoredResponse, n_bytes: int) -> None:
         self._kept[stored.id], self._sizes[stored.id] = stored, n_bytes

@@ -82,9 +82,9 @@ class SessionDisk:
         path = self._path(session)
         if (state := file_state(path)) is None or state == session.file:
             return None
-        if (found := self._peek(path)) is not None and found.last_used > session.last_used:
+        if (found := self._peek(path, refuse=False)) is not None and found.last_used > session.last_used:
             return found
-        session.file = state  # somebody has read it
+        session.file = state  # somebody has read it, or it is damaged, which is for whoever reads all of it to say
         return None
 
     def news(self) -> list[Session] | None:
@@ -93,7 +93,7 @@ class SessionDisk:
         """
         if (changed := self._watch.changed()) is None:
             return None
-        found = [(path, self._peek(path)) for path in changed]
+        found = [(path, self._peek(path, refuse=False)) for path in changed]
         return [session for path, session in found if session is not None and path == self._path(session)]
 
     def save(self, session: Session) -> Saved:
@@ -211,18 +211,19 @@ class SessionDisk:
         """Oldest use first."""
         return sorted(self._folder.glob(f"*{SUFFIX}"), key=_used)
 
-    def _peek(self, path: Path) -> Session | None:
+    def _peek(self, path: Path, refuse: bool = True) -> Session | None:
         state = self._watch.note(path)
         try:
             about, tokens = self._files.peek(path)
             return Session(tokens=tokens, stored=True, file=state, **{name: about[name] for name in ABOUT})
         except SessionFileError as error:
-            if error.code != "other_model":  # another server's, perhaps
+            if refuse and error.code != "other_model":  # another server's, perhaps
                 self._refuse(path, error, state)
         except OSError as error:  # gone while it was read, from a folder of another machine
             log.warning("a session file could not be looked at: %s: %s", path.name, error)
         except (KeyError, TypeError) as error:
-            self._refuse(path, SessionFileError("corrupt", f"{path.name}: the manifest has no {error}"), state)
+            if refuse:
+                self._refuse(path, SessionFileError("corrupt", f"{path.name}: the manifest has no {error}"), state)
         return None
 
     def _refuse(self, path: Path, error: SessionFileError, judged: FileState | None) -> None:

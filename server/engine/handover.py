@@ -7,6 +7,7 @@ import numpy as np
 
 from server.engine.checkpoints import LEAST_SHARED, common_prefix
 from server.engine.disk import SessionDisk
+from server.engine.prefill_reasons import Losses
 from server.engine.session import Session
 
 Sessions = dict[tuple[str, str], Session]
@@ -14,11 +15,13 @@ Sessions = dict[tuple[str, str], Session]
 
 
 class Handover:
-    """Brings a registry's sessions up to what is in the folder."""
+    """Brings a registry's sessions up to what is in the folder. Sessions whose files others have
+    removed go to `losses`."""
 
-    def __init__(self, disk: SessionDisk, sessions: Sessions) -> None:
+    def __init__(self, disk: SessionDisk, sessions: Sessions, losses: Losses) -> None:
         self._disk = disk
         self._sessions = sessions
+        self._losses = losses
 
     def take_up(self, owner: str, name: str | None, prompt: np.ndarray) -> None:
         """Before a turn is claimed, find what others have written that may serve it: all of it now and then, and at
@@ -40,6 +43,7 @@ class Handover:
         for session in list(self._sessions.values()):
             if session.stored and not session.running and not self._disk.has(session):
                 if session.spilled:
+                    self._losses.add(session.key, session.tokens, "evicted")
                     del self._sessions[session.key]
                 session.stored = False
         for found in news:

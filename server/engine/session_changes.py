@@ -71,6 +71,7 @@ class SessionChanges:
         not been used for too long.
         """
         now, limit = self._clock(), self._settings.session_ttl
+        self._note_write(now)
         resting = sorted(self._registry.idle(), key=lambda session: session.last_used)
         for session in resting:
             if limit is not None and session.last_used < now - limit:
@@ -83,14 +84,20 @@ class SessionChanges:
     def save_between_steps(self) -> None:
         """While others run: write one session that has rested for a while to disk, at most a twentieth of the time."""
         now = self._clock()
-        if self._wrote_at is not None:  # by the clock of all ranks, which stands still within a step
-            self._next_write, self._wrote_at = now + _REST * (now - self._wrote_at), None
+        self._note_write(now)
         if self._disk is None or now < self._next_write:
             return
         if self._save_rested(sorted(self._registry.idle(), key=lambda session: session.last_used)):
             self._wrote_at = now
         else:
             self._next_write = now + _LOOK_SECONDS
+
+    def _note_write(self, now: float) -> None:
+        """The step after a write, busy or not: by the clock of all ranks, which stands still within a step, it took
+        until now.
+        """
+        if self._wrote_at is not None:
+            self._next_write, self._wrote_at = now + _REST * (now - self._wrote_at), None
 
     def close(self) -> None:
         """Nothing is written any more."""

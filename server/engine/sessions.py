@@ -64,7 +64,7 @@ class SessionRegistry:
             self._sessions[found.key] = found
         for other in disk.others() if disk is not None else ():
             self._losses.add(other.key, other.tokens, "refused_file")
-        self._handover = Handover(disk, self._sessions) if disk is not None else None
+        self._handover = None if disk is None else Handover(disk, self._sessions, self._losses)
 
     def __iter__(self) -> Iterator[Session]:
         return iter(self._sessions.values())

@@ -1,12 +1,14 @@
 """server.response_store: what is kept, what goes, and the files."""
 
 import logging
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
 from server.errors import NotFound, StartupError
+from server.leases import NAME, Leases
 from server.response_files import ResponseFiles
 from server.response_store import PreviousResponseNotFound, ResponseStore, StoredResponse, open_store
 from server.schemas.response_answer import ResponseBody
@@ -83,7 +85,7 @@ def test_a_conversation_without_its_beginning_can_not_be_gone_on_with() -> None:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {NAME}
 
 
 def test_files_follow_what_is_kept(tmp_path: Path) -> None:
@@ -137,10 +139,43 @@ def test_damaged_files_are_left_out_and_said_so(tmp_path: Path, caplog: pytest.L
     assert names(tmp_path) == {"whole.json"}
 
 
+def test_what_another_server_has_written_is_found_and_what_was_removed_is_not(tmp_path: Path) -> None:
+    folder = tmp_path / "responses"
+    one, two = (ResponseStore(ResponseFiles(folder), most=3) for _ in range(2))
+    one.add(stored("a1"))
+    one.add(stored("a2", "a1"))
+    one.close()
+    shutil.copy(folder / "a1.json", tmp_path / "a1.json")
+    assert [found.id for found in two.chain("anna", "a2")] == ["a1", "a2"]
+    assert two.item("anna", "msg_a2").id == "msg_a2"
+    for owner, id in (("boris", "a2"), ("anna", "../a1"), ("anna", "a3"), ("anna", "x" * 5000)):
+        with pytest.raises(NotFound):
+            two.get(owner, id)
+    two.add(stored("b1"))
+    two.add(stored("c1"))
+    assert len(two) == 3
+    two.remove("anna", "a1")
+    with pytest.raises(NotFound):
+        two.get("anna", "a1")
+    two.close()
+
+
+def test_a_start_leaves_what_another_server_is_writing(tmp_path: Path) -> None:
+    half = tmp_path / "a.json.partial"
+    half.write_bytes(b"half")
+    theirs = Leases(tmp_path)
+    theirs.take("a.json")
+    ResponseStore(ResponseFiles(tmp_path)).close()
+    assert half.exists()
+    theirs.close()
+    ResponseStore(ResponseFiles(tmp_path)).close()
+    assert not half.exists()
+
+
 def test_a_disk_that_fails_costs_the_file_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "responses"
     store = ResponseStore(ResponseFiles(folder))
-    folder.rmdir()
+    shutil.rmtree(folder)
     store.add(stored("a"))
     store.close()
     assert store.get("anna", "a").id == "a"

@@ -165,6 +165,7 @@ def test_neither_a_start_nor_the_disk_s_budget_removes_what_another_server_is_at
     assert half.exists()
     leases.release(f"x{SUFFIX}")
     Talk("a").turn(engine)
+    assert engine._changes._disk is not None
     engine._changes._disk._budget = 64 << 20
     change(engine, "save", "a")
     (path,) = (path for path in files(tmp_path) if path != half)
@@ -176,3 +177,22 @@ def test_neither_a_start_nor_the_disk_s_budget_removes_what_another_server_is_at
     assert path.exists()
     start()
     assert not half.exists()
+
+
+def test_nobody_counts_on_a_file_that_another_server_has_removed(start: Callable[..., MlxEngine]) -> None:
+    one = start()
+    for name in "ab":
+        Talk(name, f"I am {name}. " + TEXT * 12).turn(one)
+        change(one, "save", name)
+    two, memory = start(), Talk("c")
+    memory.turn(two)
+    change(two, "save", "c")
+    for name in "ac":
+        change(one, "delete", name)
+    assert two._changes._disk is not None
+    two._changes._disk._watch._next_look = 0.0  # it looks once a second
+    Talk("d", "I am d. " + TEXT * 12).turn(two)
+    saved = {row["id"]: (row["state"], row["saved"]) for row in two.sessions()}
+    assert saved == {"b": ("spilled", True), "c": ("resident", False), "d": ("resident", False)}
+    change(two, "save", "c")
+    assert Talk("c").turn(one) == 1
