@@ -283,7 +283,7 @@ class MlxEngine:
         try:
             self._load()
         except BaseException as error:
-            self._startup_error = error
+            self._startup_error = self._ranks.start_failed(error)
             return
         finally:
             self._ready.set()

@@ -21,6 +21,8 @@ TICK_SECONDS = 0.05
 """Ranks that have nothing to do meet this often: waiting for each other in a collective takes a whole core."""
 _LAST_WORDS_SECONDS = 2.0
 """A group that has ended leaves its clients and its other ranks this long to hear why."""
+_HEARD_SECONDS = 1.2
+"""In which each of the others has asked once."""
 _FAILED = 1
 
 _LEADERS = (
@@ -68,6 +70,18 @@ class Ranks:
         except (GroupError, OSError) as error:
             raise StartupError(f"The ranks of the group did not come together: {error}.") from error
 
+    def start_failed(self, error: BaseException) -> BaseException:
+        """This rank does not start: tell the others. Returns what a person should read, which may be why another rank
+        did not.
+        """
+        if self.group.alone or self._watch is None:
+            return error
+        lost = isinstance(error, RankLost | RuntimeError)
+        reason = (self.cause(error) if lost else f"rank {self.group.rank} did not start: {error}").rstrip(".")
+        self._watch.end(reason)
+        time.sleep(_HEARD_SECONDS)
+        return StartupError(f"The group of ranks did not start: {reason}.") if lost else error
+
     def cause(self, error: BaseException) -> str:
         """Why the group ends, when this rank's thread has failed. What MLX raises may be another rank's end."""
         watch = self._watch if isinstance(error, RankLost | RuntimeError) else None
@@ -84,7 +98,7 @@ class Ranks:
         with self._lock:
             if self.ended is not None:
                 return
-            self.ended = reason
+            self.ended = reason = reason.rstrip(".")
         log.critical("the group of ranks ends: %s", reason, exc_info=None if isinstance(error, GroupError) else error)
         if self._watch is not None:
             self._watch.end(reason)
