@@ -320,6 +320,7 @@ class MlxEngine:
             self._turns.refuse(self._turns.faults.verdict)
         self._turns.admit()
         if self._turns.runs:
+            self._ranks.lockstep.send(lambda: self._decide(False))
             self._turns.step()
             self._changes.save_between_steps()
         elif self._waiting.empty:
