@@ -147,6 +147,14 @@ class MlxEngine:
             self._thread.join(_IDLE_SECONDS)
         _wait_for_last_words(self._thread)
 
+    def when_asked_to_stop(self, ask: Callable[[], None]) -> None:
+        """See `server.app.RunnableEngine`: a rank that is told to stop asks rank 0 to stop them all."""
+        self._ranks.on_stop_asked = ask
+
+    def ask_to_stop(self) -> None:
+        """On another rank than 0: have rank 0 stop the group."""
+        self._ranks.ask_to_stop()
+
     def join(self) -> bool:
         """Wait for the thread's end, which rank 0 decides on; whether it was in order."""
         self._thread.join()

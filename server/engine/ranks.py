@@ -43,6 +43,7 @@ class Ranks:
         self.group = Group()
         self.lockstep = Lockstep(self.group)
         self.ended: str | None = None
+        self.on_stop_asked: Callable[[], None] = lambda: None
         self._report = report
         self._on_end = on_end
         self._lock = threading.Lock()
@@ -62,7 +63,9 @@ class Ranks:
             self.lockstep = Lockstep(self.group)
             if not self.group.alone:
                 address = own_address(self.group.rank, settings.rank_address)
-                self._watch = RankWatch(self.group.rank, address, settings.rank_timeout, self._report, self.end)
+                self._watch = RankWatch(
+                    self.group.rank, address, settings.rank_timeout, self._report, self.end, self._stop_asked
+                )
                 self._watch.watch([other.decode() for other in self.group.gather(self._watch.address.encode())])
                 settings = _with_leaders(settings, self.group)
                 log.info("rank %d of %d, watched at %s", self.group.rank, self.group.size, self._watch.address)
@@ -106,6 +109,15 @@ class Ranks:
         end.daemon = False  # the process ends with it, not before
         end.start()
         self._on_end(reason)
+
+    def ask_to_stop(self) -> None:
+        """Have rank 0 stop all ranks in order. It may have been told to by itself, so it has a moment before."""
+        if self._watch is not None:
+            threading.Timer(_LAST_WORDS_SECONDS, self._watch.ask_to_stop).start()
+
+    def _stop_asked(self) -> None:
+        if self.group.leads:
+            self.on_stop_asked()
 
     def part(self) -> None:
         """An orderly end: once all ranks have come here, none is missed any more."""

@@ -147,13 +147,13 @@ def start(folder: Path, n: int, **options: Any) -> RunningGroup:
 
 
 @contextmanager
-def running_group(folder: Path, n: int, **options: Any) -> Iterator[RunningGroup]:
-    """A group on loopback, ready to answer; stopped in order afterwards."""
+def running_group(folder: Path, n: int, stop: int = 0, **options: Any) -> Iterator[RunningGroup]:
+    """A group on loopback, ready to answer; stopped in order afterwards, by a signal to rank `stop`."""
     group = start(folder, n, **options)
     try:
         group.wait_until_ready()
         yield group
-        group.ranks[0].send_signal(signal.SIGTERM)
+        group.ranks[stop].send_signal(signal.SIGTERM)
         assert group.wait(30) == [0] * n, [group.log(i)[-2000:] for i in range(n)]
     finally:
         group.close_clients()
