@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from server.engine.acceptance import entry_of
 from server.engine.budget import Budget
 from server.engine.checkpoints import LEAST_SHARED
 from server.engine.decisions import Cancel, Change, Command, Decisions
@@ -25,8 +26,6 @@ from server.engine.host import Host, announce, load_host
 from server.engine.other_groups import other_groups, rank_folder
 from server.engine.prompt import PromptMaker
 from server.engine.ranks import TICK_SECONDS, Ranks
-from server.engine.run import ANSWER_STEP
-from server.engine.sampling import bearable
 from server.engine.session_changes import SessionChanges
 from server.engine.sessions import SessionRegistry
 from server.engine.step_clock import StepClock
@@ -35,9 +34,7 @@ from server.engine.tool_formats import tool_format
 from server.engine.turns import Turns
 from server.engine.waiting import Entry, WaitingRoom
 from server.errors import (
-    ContextLengthExceeded,
     EngineDead,
-    InvalidRequest,
     OutOfMemory,
     ServerError,
     ShuttingDown,
@@ -82,11 +79,6 @@ class _Call:
             self.done.set_result(self.work())
         except Exception as error:
             self.done.set_exception(error)
-
-
-def _of_choice(choice: int, deliver: Deliver) -> Deliver:
-    """Stamps an answer's events with its place among several."""
-    return deliver if choice == 0 else lambda event: deliver(replace(event, choice=choice))
 
 
 def _wait_for_last_words(thread: threading.Thread) -> None:
@@ -188,7 +180,8 @@ class MlxEngine:
     def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         """Accept all requests, or raise and accept none; see `server.protocol.Engine`."""
         self._check_alive()
-        entries = [self._entry(request, deliver) for request in requests]
+        model = self.model
+        entries = [entry_of(request, deliver, model) for request in requests]
         self._waiting.enter(len(entries))
         promised: list[str] = []
         try:
@@ -203,14 +196,6 @@ class MlxEngine:
             raise
         for entry in entries:
             self._commands.put(entry)
-
-    def _entry(self, request: GenerationRequest, deliver: Deliver) -> Entry:
-        self._check_tokens(request)
-        request = replace(request, sampling=bearable(request.sampling, self._prompts.n_tokens))
-        limit = self._answer_limit(request)
-        # Without max_tokens the promise starts small and grows as the answer does.
-        allowed = limit if request.max_tokens is not None else min(limit, ANSWER_STEP)
-        return Entry(request, _of_choice(request.choice, deliver), limit, allowed)
 
     def cancel(self, request_id: str) -> None:
         self._commands.put(Cancel(request_id))
@@ -257,33 +242,6 @@ class MlxEngine:
         health = self.health()
         if not health.alive:
             raise EngineDead(health.detail)
-
-    def _check_tokens(self, request: GenerationRequest) -> None:
-        """A token beyond the vocabulary would be read beyond the embeddings, a bias written beyond the logits."""
-        n_tokens = self._prompts.n_tokens
-        for token in request.prompt.tokens:
-            if not 0 <= token < n_tokens:
-                param = request.prompt.param
-                raise InvalidRequest(
-                    f"Invalid '{param}': {token} is not a token of the model, whose tokens end at {n_tokens - 1}.",
-                    param=param,
-                    code="invalid_value",
-                )
-        for token, _ in request.sampling.logit_bias:
-            if token >= n_tokens:
-                raise InvalidRequest(
-                    f"Invalid 'logit_bias': {token} is not a token of the model, whose tokens end at {n_tokens - 1}.",
-                    param="logit_bias",
-                    code="invalid_value",
-                )
-
-    def _answer_limit(self, request: GenerationRequest) -> int:
-        limit, n_prompt = self.model.max_tokens, len(request.prompt.tokens)
-        if n_prompt >= limit or n_prompt + (request.max_tokens or 0) > limit:
-            raise ContextLengthExceeded(
-                limit=limit, prompt_tokens=n_prompt, max_tokens=request.max_tokens, param=request.prompt.param
-            )
-        return request.max_tokens or limit - n_prompt
 
     # The engine's thread.
 

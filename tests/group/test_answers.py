@@ -15,22 +15,24 @@ SMALL_MEMORY = 20 << 20
 MOST_OF_A_SHARE = 1.1
 
 
-def told_by(server: Server, n: int = 1) -> Told:
-    teller = Teller(server, n)
+def told_by(server: Server, n: int, tokens: int) -> Told:
+    teller = Teller(server, n, tokens)
     for chapter in CHAPTERS.values():
         chapter(teller)
     return teller.told
 
 
-def one_and_many(folder: Path, n: int, memory: int = MEMORY, **settings: str) -> tuple[Told, Told, RunningGroup]:
+def one_and_many(
+    folder: Path, n: int, memory: int = MEMORY, tokens: int = 8, **settings: str
+) -> tuple[Told, Told, RunningGroup]:
     """What one process tells and what `n` ranks tell with the same memory together."""
     settings |= {"MAX_SIZE": str(MAX_SIZE), "SESSION_SAVE_AFTER": "600"}  # what time passes must not matter here
     with running(folder, SERVE, KV_MEMORY=str(memory), SESSION_DIR=str(folder / "one"), **settings) as server:
-        one = told_by(server)
+        one = told_by(server, 1, tokens)
     with running_group(
         folder / "ranks", n, KV_MEMORY=str(memory // n), SESSION_DIR=str(folder / "many"), **settings
     ) as group:
-        many = told_by(group.server, n)
+        many = told_by(group.server, n, tokens)
     return one, many, group
 
 
@@ -56,7 +58,7 @@ def test_two_ranks_answer_as_one_process_does(tmp_path: Path) -> None:
 
 def test_four_ranks_answer_as_one_process_does(tmp_path: Path) -> None:
     model = str(write(tmp_path / "model"))
-    one, many, _ = one_and_many(tmp_path, 4, SMALL_MEMORY, MODEL=model)
+    one, many, _ = one_and_many(tmp_path, 4, SMALL_MEMORY, tokens=4, MODEL=model)
     check_story(one, many, 4)
 
 

@@ -29,7 +29,7 @@ SCHEMA = {
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGroup]:
     """Two ranks, of which the second was given other settings: rank 0's hold."""
     folder = tmp_path_factory.mktemp("group")
-    small = "import server.engine.turns as t, server.engine.engine as e; t.ANSWER_STEP = e.ANSWER_STEP = 16"
+    small = "import server.engine.turns as t, server.engine.acceptance as a; t.ANSWER_STEP = a.ANSWER_STEP = 16"
     with running_group(
         folder, 2, patches=[small, small], own={1: {"KEEP": "128", "MAX_BATCH": "1"}}, MAX_BATCH="4"
     ) as two:
