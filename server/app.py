@@ -41,6 +41,10 @@ class RunnableEngine(Engine, Protocol):
         """Starts the thread; returns when requests may be submitted. Raises StartupError."""
         ...
 
+    def when_asked_to_stop(self, ask: Callable[[], None]) -> None:
+        """What to call, from any thread, when somebody asks for a stop by another way than this process's signals."""
+        ...
+
     def stop(self) -> None:
         """Ends the thread and waits for it; requests that still run get a terminal event."""
         ...
@@ -69,7 +73,9 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
             requests.deadline = chosen.deadline
             try:
                 async with _beside(watch_loop(metrics), warn_when_exposed(chosen)):
-                    with Stopping(requests, chosen.stop_grace, engine.stop).listening():
+                    stopping = Stopping(requests, chosen.stop_grace, engine.stop)
+                    engine.when_asked_to_stop(stopping.ask)
+                    with stopping.listening():
                         yield
             finally:
                 # In a thread: sessions may take a while to disk, and last words are still on their way to clients.

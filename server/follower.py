@@ -25,15 +25,16 @@ _FAILED = 3
 
 def follow() -> int:
     """Run this rank to its end; returns the exit status. Signals that stop a server are for rank 0, which takes the
-    others along: launchers and supervisors send them to all ranks at once.
+    others along: launchers and supervisors send them to all ranks at once. If only this one is told, rank 0 is asked.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     try:
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format)
         engine = build_engine(settings, Metrics())
         engine.start()
+        signal.signal(signal.SIGTERM, lambda *_: engine.ask_to_stop())
     except StartupError as error:
         print(error, file=sys.stderr)
         return _FAILED

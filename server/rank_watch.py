@@ -49,16 +49,27 @@ def own_address(rank: int, given: str | None = None) -> str:
 class RankWatch:
     """Answers for this rank, and watches the others.
 
-    `on_lost` is called once, from a thread of the watch's, with a sentence that says which rank is lost and how. `seen`
-    has what each other rank said last. `silence` is the most seconds for which a rank may not answer.
+    `on_lost` is called once, from a thread of the watch's, with a sentence that says which rank is lost and how;
+    `on_stop` when another rank asks for an orderly stop. `seen` has what each other rank said last. `silence` is the
+    most seconds for which a rank may not answer.
     """
 
-    def __init__(self, rank: int, address: str, silence: float, report: Report, on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        address: str,
+        silence: float,
+        report: Report,
+        on_lost: Callable[[str], None],
+        on_stop: Callable[[], None],
+    ) -> None:
         self.seen: dict[int, dict[str, Any]] = {}
         self._rank = rank
         self._silence = silence
         self._report = report
         self._on_lost = on_lost
+        self._on_stop = on_stop
+        self._stopping = False
         self._ending: str | None = None
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -85,6 +96,10 @@ class RankWatch:
         """Tell the others why this rank ends the group."""
         self._ending = self._ending or reason
 
+    def ask_to_stop(self) -> None:
+        """Tell the others that this rank was told to stop."""
+        self._stopping = True
+
     def blame(self) -> str | None:
         """Who is lost, when a collective has failed and the watch may not have noticed yet. Takes a second or so."""
         until = time.monotonic() + _BLAME_SECONDS
@@ -96,11 +111,17 @@ class RankWatch:
         threading.Thread(target=work, args=arguments, name="rank watch", daemon=True).start()
 
     def _answer(self) -> dict[str, Any]:
-        return {"rank": self._rank, "pid": os.getpid(), "ending": self._ending, **self._report()}
+        return {
+            "rank": self._rank,
+            "pid": os.getpid(),
+            "ending": self._ending,
+            "stopping": self._stopping,
+            **self._report(),
+        }
 
     def _follow(self, rank: int, address: str) -> None:
         """Ask one rank until it is lost."""
-        heard, refused = time.monotonic(), 0
+        heard, refused, asked_to_stop = time.monotonic(), 0, False
         while not self._stopped.is_set():
             asked = time.monotonic()
             try:
@@ -116,6 +137,9 @@ class RankWatch:
                 self.seen[rank] = said
                 if said.get("ending"):
                     return self._lose(str(said["ending"]))
+                if said.get("stopping") and not asked_to_stop:
+                    asked_to_stop = True
+                    self._on_stop()
             silent = time.monotonic() - heard
             if silent > self._silence:
                 return self._lose(

@@ -9,6 +9,7 @@ everything.
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -62,6 +63,11 @@ class Stopping:
             for timer in (self._grace_timer, self._ending):
                 if timer is not None:
                     timer.cancel()
+
+    def ask(self) -> None:
+        """Stop as at a first signal, unless one has come. From any thread."""
+        if not self._heard:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._heard += 1

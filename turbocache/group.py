@@ -53,9 +53,17 @@ class Group:
 
     def gather_row(self, row: bytes) -> list[bytes]:
         """What each rank has given, all of the same length: one message instead of two."""
-        if self.alone:
-            return [row]
-        return [other.tobytes() for other in self._all(np.frombuffer(row, dtype=np.uint8))]
+        return self.rows(self.send_row(row))
+
+    def send_row(self, row: bytes) -> mx.array:
+        """Begin `gather_row`, behind what MLX has been asked for already; `rows` ends it."""
+        rows = self._gathered(np.frombuffer(row, dtype=np.uint8))
+        mx.async_eval(rows)
+        return rows
+
+    def rows(self, sent: mx.array) -> list[bytes]:
+        """What all ranks have given to a `send_row`."""
+        return [row.tobytes() for row in self._read(sent)]
 
     def share(self, data: bytes) -> bytes:
         """What rank 0 has given; the others' is not looked at."""
@@ -66,13 +74,19 @@ class Group:
         return all(row == b"\1" for row in self.gather_row(b"\1" if yes else b"\0"))
 
     def _all(self, row: np.ndarray) -> np.ndarray:
+        return self._read(self._gathered(row))
+
+    def _gathered(self, row: np.ndarray) -> mx.array:
         """`[ranks, *row]`. On the stream of mlx-lm's generator: collectives of two streams would meet in any order."""
+        with mx.stream(generation_stream):
+            mine = mx.array(row)[None]
+            return mine if self.alone else mx.distributed.all_gather(mine, group=self.ranks)
+
+    def _read(self, rows: mx.array) -> np.ndarray:
         try:
-            with mx.stream(generation_stream):
-                rows = np.array(mx.distributed.all_gather(mx.array(row)[None], group=self.ranks))
+            return np.array(rows)
         except RuntimeError as error:
             raise RankLost(f"the connection to another rank is lost ({error})") from error
-        return rows
 
 
 def join_group() -> Group:

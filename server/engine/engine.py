@@ -147,6 +147,14 @@ class MlxEngine:
             self._thread.join(_IDLE_SECONDS)
         _wait_for_last_words(self._thread)
 
+    def when_asked_to_stop(self, ask: Callable[[], None]) -> None:
+        """See `server.app.RunnableEngine`: a rank that is told to stop asks rank 0 to stop them all."""
+        self._ranks.on_stop_asked = ask
+
+    def ask_to_stop(self) -> None:
+        """On another rank than 0: have rank 0 stop the group."""
+        self._ranks.ask_to_stop()
+
     def join(self) -> bool:
         """Wait for the thread's end, which rank 0 decides on; whether it was in order."""
         self._thread.join()
@@ -283,7 +291,7 @@ class MlxEngine:
         try:
             self._load()
         except BaseException as error:
-            self._startup_error = error
+            self._startup_error = self._ranks.start_failed(error)
             return
         finally:
             self._ready.set()
@@ -320,6 +328,7 @@ class MlxEngine:
             self._turns.refuse(self._turns.faults.verdict)
         self._turns.admit()
         if self._turns.runs:
+            self._ranks.lockstep.send(lambda: self._decide(False))
             self._turns.step()
             self._changes.save_between_steps()
         elif self._waiting.empty:

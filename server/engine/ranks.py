@@ -21,6 +21,8 @@ TICK_SECONDS = 0.05
 """Ranks that have nothing to do meet this often: waiting for each other in a collective takes a whole core."""
 _LAST_WORDS_SECONDS = 2.0
 """A group that has ended leaves its clients and its other ranks this long to hear why."""
+_HEARD_SECONDS = 1.2
+"""In which each of the others has asked once."""
 _FAILED = 1
 
 _LEADERS = (
@@ -41,6 +43,7 @@ class Ranks:
         self.group = Group()
         self.lockstep = Lockstep(self.group)
         self.ended: str | None = None
+        self.on_stop_asked: Callable[[], None] = lambda: None
         self._report = report
         self._on_end = on_end
         self._lock = threading.Lock()
@@ -60,13 +63,27 @@ class Ranks:
             self.lockstep = Lockstep(self.group)
             if not self.group.alone:
                 address = own_address(self.group.rank, settings.rank_address)
-                self._watch = RankWatch(self.group.rank, address, settings.rank_timeout, self._report, self.end)
+                self._watch = RankWatch(
+                    self.group.rank, address, settings.rank_timeout, self._report, self.end, self._stop_asked
+                )
                 self._watch.watch([other.decode() for other in self.group.gather(self._watch.address.encode())])
                 settings = _with_leaders(settings, self.group)
                 log.info("rank %d of %d, watched at %s", self.group.rank, self.group.size, self._watch.address)
             return settings, int.from_bytes(self.group.share(os.urandom(8)))
         except (GroupError, OSError) as error:
             raise StartupError(f"The ranks of the group did not come together: {error}.") from error
+
+    def start_failed(self, error: BaseException) -> BaseException:
+        """This rank does not start: tell the others. Returns what a person should read, which may be why another rank
+        did not.
+        """
+        if self.group.alone or self._watch is None:
+            return error
+        lost = isinstance(error, RankLost | RuntimeError)
+        reason = (self.cause(error) if lost else f"rank {self.group.rank} did not start: {error}").rstrip(".")
+        self._watch.end(reason)
+        time.sleep(_HEARD_SECONDS)
+        return StartupError(f"The group of ranks did not start: {reason}.") if lost else error
 
     def cause(self, error: BaseException) -> str:
         """Why the group ends, when this rank's thread has failed. What MLX raises may be another rank's end."""
@@ -84,7 +101,7 @@ class Ranks:
         with self._lock:
             if self.ended is not None:
                 return
-            self.ended = reason
+            self.ended = reason = reason.rstrip(".")
         log.critical("the group of ranks ends: %s", reason, exc_info=None if isinstance(error, GroupError) else error)
         if self._watch is not None:
             self._watch.end(reason)
@@ -92,6 +109,15 @@ class Ranks:
         end.daemon = False  # the process ends with it, not before
         end.start()
         self._on_end(reason)
+
+    def ask_to_stop(self) -> None:
+        """Have rank 0 stop all ranks in order. It may have been told to by itself, so it has a moment before."""
+        if self._watch is not None:
+            threading.Timer(_LAST_WORDS_SECONDS, self._watch.ask_to_stop).start()
+
+    def _stop_asked(self) -> None:
+        if self.group.leads:
+            self.on_stop_asked()
 
     def part(self) -> None:
         """An orderly end: once all ranks have come here, none is missed any more."""

@@ -51,6 +51,7 @@ from turbocache.store import evaluate
 
 log = logging.getLogger(__name__)
 
+_AHEAD = 2
 _YIELD_SECONDS = 1e-3
 """After a first token the event loop gets the interpreter to itself, to send it before the next step is built."""
 
@@ -279,10 +280,10 @@ class Turns:
     # Answers that outgrow what was promised.
 
     def growth(self) -> dict[str, bool]:
-        """Of the runs whose next token is the last one that memory is promised for: whether they may go on. Their
-        promises are raised with it.
+        """Of the runs that have used up what memory was promised for, but for two tokens: whether they may go on. Their
+        promises are raised with it. Two, because a group does a step before it hears of it.
         """
-        due = [run for run in self.runs.values() if run.generated + 1 == run.allowed < run.limit]
+        due = [run for run in self.runs.values() if run.generated + _AHEAD >= run.allowed < run.limit]
         return {run.request.request_id: self._promise_more(run) for run in due}
 
     def grow(self, growth: Mapping[str, bool]) -> None:

@@ -180,3 +180,20 @@ def test_the_file_of_settings_names_settings_and_changes_nothing_by_itself() -> 
     names = [line[1:].partition("=")[0] for line in lines if re.match("#[A-Z_]+=", line)]
     assert names[:2] == ["HOST", "PORT"]
     assert {name for name in names if name.startswith("TURBOCACHE_")} <= KNOWN_NAMES
+
+
+@analyzed
+def test_systemd_takes_the_unit_as_a_rank_of_a_group(linux: Home, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    assert linux.make("install-system-service", "ACCEL=cpu", f"DESTDIR={root}").returncode == 0
+    system = root / "etc/systemd/system/turbocache.service"
+    drop_in = system.with_name("turbocache.service.d") / "30-rank.conf"
+    drop_in.parent.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "deploy/systemd/30-rank.conf", drop_in)
+    analyze(tmp_path, "verify", "--man=no", str(system))
+    values = dict(entries(drop_in))
+    # The ranks find out by themselves before the watchdog acts on the one that does nothing.
+    assert Settings.model_fields["rank_timeout"].default * 2 <= int(values["WatchdogSec"])
+    drop_in.write_text(drop_in.read_text().replace("WatchdogSec=15", "WatchdogSec=often"))
+    with pytest.raises(AssertionError, match="often"):
+        analyze(tmp_path, "verify", "--man=no", str(system))

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,10 +97,13 @@ def starts(
     n: int,
     addresses: Sequence[str] | None = None,
     within: Sequence[Sequence[str]] | None = None,
+    patches: Sequence[str] | None = None,
+    own: Mapping[int, dict[str, str]] | None = None,
     **settings: str,
 ) -> tuple[str, list[Start]]:
-    """The address of `n` ranks with these TURBOCACHE_ settings, rank i at `addresses[i]` and by the command `within[i]`
-    (such as `ip netns exec`), and how to start each. Rank 0 listens at its own address.
+    """The address of `n` ranks with these TURBOCACHE_ settings (and a rank's `own`), rank i at `addresses[i]` and by
+    the command `within[i]` (such as `ip netns exec`), and how to start each; Python of `patches[i]` runs in it first.
+    Rank 0 listens at its own address.
     """
     folder.mkdir(parents=True, exist_ok=True)
     addresses = addresses or [LOOPBACK] * n
@@ -110,13 +113,25 @@ def starts(
     hosts.write_text(json.dumps([[f"{address}:{at}"] for address, at in zip(addresses, ports, strict=True)]))
     found = [
         Start(
-            [*within[rank], *SERVE, "--host", addresses[0], "--port", str(http)],
-            environment(settings) | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+            [*within[rank], *_serve(patches[rank] if patches else ""), "--host", addresses[0], "--port", str(http)],
+            environment(settings | (own or {}).get(rank, {})) | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
             folder / f"rank-{rank}.log",
         )
         for rank in range(n)
     ]
     return f"http://{addresses[0]}:{http}", found
+
+
+def _serve(patch: str) -> Sequence[str]:
+    if not patch:
+        return SERVE
+    # The package comes first, as in the application.
+    return (
+        sys.executable,
+        "-c",
+        f"import turbocache; {patch}; from turbocache.cli import main; raise SystemExit(main())",
+        "serve",
+    )
 
 
 def start(folder: Path, n: int, **options: Any) -> RunningGroup:
@@ -132,13 +147,13 @@ def start(folder: Path, n: int, **options: Any) -> RunningGroup:
 
 
 @contextmanager
-def running_group(folder: Path, n: int, **settings: str) -> Iterator[RunningGroup]:
-    """A group on loopback, ready to answer; stopped in order afterwards."""
-    group = start(folder, n, **settings)
+def running_group(folder: Path, n: int, stop: int = 0, **options: Any) -> Iterator[RunningGroup]:
+    """A group on loopback, ready to answer; stopped in order afterwards, by a signal to rank `stop`."""
+    group = start(folder, n, **options)
     try:
         group.wait_until_ready()
         yield group
-        group.ranks[0].send_signal(signal.SIGTERM)
+        group.ranks[stop].send_signal(signal.SIGTERM)
         assert group.wait(30) == [0] * n, [group.log(i)[-2000:] for i in range(n)]
     finally:
         group.close_clients()

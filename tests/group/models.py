@@ -1,12 +1,12 @@
 """A model that four ranks can share: the bundled one has two KV heads."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models import qwen3
 
 from turbocache.model import BUNDLED
 
@@ -14,7 +14,6 @@ SEED = 11
 GAIN = 1.5
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
     "hidden_size": 128,
     "num_hidden_layers": 4,
     "intermediate_size": 256,
@@ -30,15 +29,16 @@ CONFIG = {
 }
 
 
-def write(folder: Path, **changes: object) -> Path:
-    """Random float32 weights with 8 heads over 4 KV heads and the bundled model's tokenizer, as a model's folder."""
+def write(folder: Path, kind: str = "qwen3") -> Path:
+    """A `kind` of model on disk: random float32 weights, 8 heads over 4 KV heads, the bundled model's tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**CONFIG, **changes}
+    config = {**CONFIG, "model_type": kind}
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUNDLED / name, folder / name)
     (folder / "config.json").write_text(json.dumps(config))
     mx.random.seed(SEED)
-    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    model = module.Model(module.ModelArgs.from_dict(config))
     weights = {
         name: mx.random.normal(weight.shape) * GAIN / weight.shape[-1] ** 0.5 if weight.ndim == 2 else weight
         for name, weight in tree_flatten(model.parameters())

@@ -9,7 +9,7 @@ import httpx
 from tests.serving.launch import Server, filler
 
 MAX_SIZE = 512
-_GO_ON = {"0": -100, "2": -100}
+GO_ON = {"0": -100, "2": -100}
 """Without the tokens that end an answer, so that each has all its tokens to differ in."""
 
 
@@ -52,7 +52,7 @@ class Teller:
 
     def _ask(self, name: str, messages: list[dict[str, str]], share: float) -> Answer:
         answer = self._client.chat.completions.create(
-            model="default", messages=messages, temperature=0, max_tokens=int(share * self._tokens), logit_bias=_GO_ON,
+            model="default", messages=messages, temperature=0, max_tokens=int(share * self._tokens), logit_bias=GO_ON,
             extra_body={"prompt_cache_key": name},
         )  # fmt: skip
         usage = answer.usage

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,6 +91,9 @@ class ScriptedEngine:
     def start(self) -> None:
         self.started += 1
         self._thread.start()
+
+    def when_asked_to_stop(self, ask: Callable[[], None]) -> None:
+        """Nobody asks it."""
 
     def stop(self) -> None:
         self.stopped += 1

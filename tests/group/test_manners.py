@@ -1,0 +1,182 @@
+"""What a group of ranks does besides answering greedily: sampling, schemas, cancelling, refusing, disagreeing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.group.launch import LOOPBACK, SERVE, RunningGroup, environment, free_ports, running_group, start
+from tests.group.models import write
+from tests.group.story import GO_ON
+from tests.serving.launch import ROOT, endless
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"place": {"type": "string", "maxLength": 12}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["place", "n"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGroup]:
+    """Two ranks, of which the second was given other settings: rank 0's hold."""
+    folder = tmp_path_factory.mktemp("group")
+    small = "import server.engine.turns as t, server.engine.engine as e; t.ANSWER_STEP = e.ANSWER_STEP = 16"
+    with running_group(
+        folder, 2, patches=[small, small], own={1: {"KEEP": "128", "MAX_BATCH": "1"}}, MAX_BATCH="4"
+    ) as two:
+        yield two
+
+
+def ask(group: RunningGroup, **fields: object) -> httpx.Response:
+    body = {"model": "default", "messages": [{"role": "user", "content": "Tell me of the mill."}], **fields}
+    return httpx.post(f"{group.url}/v1/chat/completions", json=body, timeout=60)
+
+
+def step_of(group: RunningGroup) -> float:
+    return group.server.metric("generated_tokens_total")
+
+
+def test_sampled_answers_are_the_same_on_all_ranks(group: RunningGroup) -> None:
+    """Without a seed, at a high temperature, several at once: ranks that drew differently would end the group."""
+    answers = ask(group, n=4, temperature=1.5, max_tokens=24, logprobs=True, top_logprobs=3, presence_penalty=1.0)
+    texts = [choice["message"]["content"] for choice in answers.json()["choices"]]
+    assert len(set(texts)) > 1
+    seeded = [ask(group, seed=7, temperature=1.0, max_tokens=12).json()["choices"][0]["message"] for _ in range(2)]
+    assert seeded[0] == seeded[1]
+    assert httpx.get(f"{group.url}/health").status_code == 200
+
+
+def test_a_schema_holds_on_all_ranks(group: RunningGroup) -> None:
+    answer = ask(
+        group, temperature=1.0, max_tokens=60,
+        response_format={"type": "json_schema", "json_schema": {"name": "p", "schema": SCHEMA, "strict": True}},
+    )  # fmt: skip
+    said = json.loads(answer.json()["choices"][0]["message"]["content"])
+    assert set(said) == {"place", "n"}
+
+
+def test_an_answer_outgrows_its_first_promise(group: RunningGroup) -> None:
+    """Without max_tokens the promise grows by steps, which rank 0 decides on; here they are of 16 tokens."""
+    with httpx.stream("POST", f"{group.url}/v1/chat/completions", json=endless("g", stream=True), timeout=60) as answer:
+        lines = [line for line, _ in zip((x for x in answer.iter_lines() if x), range(70), strict=False)]
+    assert len(lines) == 70  # and then the client leaves
+    group.server.wait_until_idle()
+    deadline = time.monotonic() + 5  # rank 1 tells it once a second
+    while group.server.metric("budget_bytes", kind="promised"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_memory_of_all_ranks_is_told(group: RunningGroup) -> None:
+    ask(group, prompt_cache_key="told", max_tokens=4)
+    deadline = time.monotonic() + 10
+    while (held := group.server.metric("cache_bytes", rank="1")) != group.server.metric("cache_bytes", rank="0"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert held > 0
+    assert group.server.metric("group_ranks") == 2
+    assert group.server.metric("rank_silent_seconds", rank="1") < 5
+    assert httpx.get(f"{group.url}/v1/status").json()["ranks"] == 2
+    assert group.server.metric("budget_bytes", kind="total", rank="0") == group.server.metric(
+        "budget_bytes", kind="total", rank="1"
+    )
+
+
+def test_a_rank_that_disagrees_ends_the_group(tmp_path: Path) -> None:
+    other = "import server.engine.turns as t; t.Turns.done = lambda self: b'other' if self._handed else b''"
+    group = start(tmp_path, 2, patches=["", other])
+    try:
+        group.wait_until_ready()
+        began = time.monotonic()
+        answer = ask(group, max_tokens=400)
+        assert time.monotonic() - began < 10
+        assert answer.status_code == 503
+        assert "rank 1 disagrees with rank 0 about what step" in answer.json()["error"]["message"]
+        assert group.wait(10) == [1, 1]
+        assert "rank 1 disagrees with rank 0" in group.log(1)
+    finally:
+        group.kill()
+
+
+def refused(folder: Path, n: int, **settings: str) -> RunningGroup:
+    """A group that does not start."""
+    group = start(folder, n, **settings)
+    try:
+        assert 0 not in group.wait(60)
+    finally:
+        group.kill()
+    return group
+
+
+def test_ranks_that_do_not_divide_the_kv_heads_are_refused(tmp_path: Path) -> None:
+    group = refused(tmp_path, 3)
+    assert "the model has 2 KV heads, which 3 ranks can't share equally" in group.log(0)
+    assert "Traceback" not in group.log(0)
+
+
+def test_a_model_that_mlx_lm_can_t_shard_is_refused(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", kind="starcoder2")
+    group = refused(tmp_path, 2, MODEL=str(model))
+    assert "mlx-lm can't shard models of the type 'starcoder2'" in group.log(0)
+
+
+def test_a_rank_that_does_not_start_ends_the_others_start(tmp_path: Path) -> None:
+    """Rank 1 finds nothing where rank 0 says that the model is."""
+    broken = "import turbocache.model as m; m.load = lambda *a, **k: 1 / 0"
+    group = start(tmp_path, 2, patches=["", broken])
+    try:
+        statuses = group.wait(60)
+    finally:
+        group.kill()
+    assert 0 not in statuses
+    assert "can't load the model" in group.log(1)
+    assert "rank 1 did not start: can't load the model" in group.log(0)
+
+
+def gone(launched: "subprocess.Popen[bytes]") -> bool:
+    """Whether a process and all that it started have ended."""
+    launched.poll()
+    try:
+        os.killpg(launched.pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_mlx_launch_starts_and_ends_a_group(tmp_path: Path) -> None:
+    """As a person does it: one command, one chat, Ctrl-C. The launcher goes at once, the ranks when they have saved."""
+    kept = tmp_path / "kept"
+    http, ring = free_ports(1)[0], free_ports(1)[0]
+    launcher = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
+    log = tmp_path / "log"
+    with log.open("wb") as sink:
+        launched = subprocess.Popen(
+            [*launcher, "--starting-port", str(ring), "--", *SERVE, "--port", str(http)],
+            cwd=ROOT, env=environment({"SESSION_DIR": str(kept)}), stdin=subprocess.PIPE, stdout=sink,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    group = RunningGroup(f"http://{LOOPBACK}:{http}", [launched], [log])
+    try:
+        group.wait_until_ready()
+        assert ask(group, max_tokens=80, logit_bias=GO_ON).status_code == 200
+        os.killpg(launched.pid, signal.SIGINT)
+        deadline = time.monotonic() + 30
+        while not gone(launched):
+            assert time.monotonic() < deadline, "a rank has not ended"
+            time.sleep(0.1)
+        for rank in (0, 1):
+            assert len(list((kept / f"rank-{rank}-of-2").glob("*.safetensors"))) == 1
+    finally:
+        if not gone(launched):
+            os.killpg(launched.pid, signal.SIGKILL)
+        if launched.stdin is not None:
+            launched.stdin.close()
