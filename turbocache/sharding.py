@@ -1,7 +1,11 @@
 """Tensor parallelism by mlx-lm: each rank of a group keeps its own heads and its part of every large matrix."""
 
+import gc
+from typing import cast
+
 import mlx.core as mx
 from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
 
 from turbocache.group import Group
 from turbocache.plan import LayerPlan, plan_layers
@@ -28,7 +32,9 @@ def shard(model: Module, group: Group) -> None:
         model.shard(group.ranks)
     except (ValueError, RuntimeError) as error:
         raise Unshardable(f"mlx-lm can't divide this model's weights by {n}: {error}") from error
-    mx.eval(model.parameters())
+    gc.collect()  # the whole layers, of which each hangs in a circle
+    for _, share in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())):
+        mx.eval(share)  # one after the other, so that no more than one whole weight is in memory
     _check_shares(before, plan_layers(model), n)
 
 
