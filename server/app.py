@@ -28,6 +28,7 @@ from server.routes.open_requests import OpenRequests
 from server.routes.scope import AppContext, RequestScope
 from server.settings import Settings, load_settings
 from server.stopping import Stopping
+from turbocache.launched import launched_rank
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,11 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
 
 
 def _build_engine(settings: Settings, metrics: Metrics) -> RunnableEngine:
+    if (rank := launched_rank()) > 0:
+        raise StartupError(
+            f"This process is rank {rank} of a group, in which rank 0 alone serves HTTP: start groups with "
+            "`turbocache serve`, which does on every rank what that rank has to do."
+        )
     # Here and not above: it loads MLX.
     from server.engine import build_engine
 

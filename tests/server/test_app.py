@@ -34,6 +34,18 @@ def test_a_bad_setting_ends_the_start_with_its_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_rank_that_serves_nobody_is_no_application(tmp_path: Path) -> None:
+    """Started with uvicorn on every rank, all would want the port, and only one would get it."""
+    command = [sys.executable, "-m", "uvicorn", "server.app:app", "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLX_RANK": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    assert "This process is rank 1 of a group" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_engine_that_cannot_start_says_why(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(settings: Settings, metrics: Metrics) -> ScriptedEngine:
         raise StartupError("The model is not there.")
