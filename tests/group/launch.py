@@ -19,6 +19,8 @@ from tests.serving.launch import ROOT, Server
 
 START_SECONDS = 90.0
 SERVE = (sys.executable, "-m", "turbocache.cli", "serve")
+_POLITE = ("nice", "-n", "10")
+"""More ranks than cores wait for each other busily, and other tests run beside them."""
 LOOPBACK = "127.0.0.1"
 
 
@@ -111,14 +113,17 @@ def starts(
     http, *ports = free_ports(n + 1)
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"{address}:{at}"] for address, at in zip(addresses, ports, strict=True)]))
-    found = [
-        Start(
-            [*within[rank], *_serve(patches[rank] if patches else ""), "--host", addresses[0], "--port", str(http)],
-            environment(settings | (own or {}).get(rank, {})) | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
-            folder / f"rank-{rank}.log",
+    before = _POLITE if n > 2 else ()
+    found = []
+    for rank in range(n):
+        serve = _serve(patches[rank] if patches else "")
+        found.append(
+            Start(
+                [*within[rank], *before, *serve, "--host", addresses[0], "--port", str(http)],
+                environment(settings | (own or {}).get(rank, {})) | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+                folder / f"rank-{rank}.log",
+            )
         )
-        for rank in range(n)
-    ]
     return f"http://{addresses[0]}:{http}", found
 
 
