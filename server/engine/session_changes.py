@@ -3,6 +3,7 @@
 Everything here runs on the engine's thread.
 """
 
+import time
 from typing import Any
 
 from server.engine.budget import Budget
@@ -44,7 +45,6 @@ class SessionChanges:
         self._turns = turns
         self._clock = clock
         self._next_write = 0.0
-        self._wrote_at: float | None = None
 
     def make(self, change: SessionChange, owner: str, id: str, new_id: str | None = None) -> dict[str, Any]:
         """One change that a client asks for; returns the session's row afterwards. See `server.protocol.Engine`."""
@@ -71,7 +71,6 @@ class SessionChanges:
         not been used for too long.
         """
         now, limit = self._clock(), self._settings.session_ttl
-        self._note_write(now)
         resting = sorted(self._registry.idle(), key=lambda session: session.last_used)
         for session in resting:
             if limit is not None and session.last_used < now - limit:
@@ -83,21 +82,13 @@ class SessionChanges:
 
     def save_between_steps(self) -> None:
         """While others run: write one session that has rested for a while to disk, at most a twentieth of the time."""
-        now = self._clock()
-        self._note_write(now)
+        now, began = self._clock(), time.monotonic()
         if self._disk is None or now < self._next_write:
             return
+        pause = _LOOK_SECONDS
         if self._save_rested(sorted(self._registry.idle(), key=lambda session: session.last_used)):
-            self._wrote_at = now
-        else:
-            self._next_write = now + _LOOK_SECONDS
-
-    def _note_write(self, now: float) -> None:
-        """The step after a write, busy or not: by the clock of all ranks, which stands still within a step, it took
-        until now.
-        """
-        if self._wrote_at is not None:
-            self._next_write, self._wrote_at = now + _REST * (now - self._wrote_at), None
+            pause = _REST * self._disk.slowest(time.monotonic() - began)
+        self._next_write = now + pause
 
     def close(self) -> None:
         """Nothing is written any more."""
