@@ -19,7 +19,7 @@ from tests.serving.launch import ROOT, Server
 
 START_SECONDS = 90.0
 SERVE = (sys.executable, "-m", "turbocache.cli", "serve")
-_POLITE = ("nice", "-n", "10")
+_POLITE = ("nice", "-n", "5")
 """More ranks than cores wait for each other busily, and other tests run beside them."""
 LOOPBACK = "127.0.0.1"
 

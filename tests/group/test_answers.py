@@ -58,7 +58,7 @@ def test_two_ranks_answer_as_one_process_does(tmp_path: Path) -> None:
 
 def test_four_ranks_answer_as_one_process_does(tmp_path: Path) -> None:
     model = str(write(tmp_path / "model"))
-    one, many, _ = one_and_many(tmp_path, 4, SMALL_MEMORY, tokens=4, MODEL=model)
+    one, many, _ = one_and_many(tmp_path, 4, SMALL_MEMORY, tokens=3, MODEL=model)
     check_story(one, many, 4)
 
 
