@@ -397,8 +397,9 @@ class MlxEngine:
 
     def _change(self, asked: Change) -> None:
         if not asked.done.set_running_or_notify_cancel():
-            # The other ranks know nothing of that, so the change is made all the same.
-            asked = replace(asked, done=Future())
+            if self._ranks.group.alone:
+                return
+            asked = replace(asked, done=Future())  # the other ranks make it: they don't know that nobody waits for it
         try:
             asked.done.set_result(self._changes.make(asked.change, asked.owner, asked.id, asked.new_id))
         except Exception as error:

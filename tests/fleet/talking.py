@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -127,9 +128,9 @@ def _said(error: httpx.HTTPError) -> str:
     return f"{error} {error.response.text}" if isinstance(error, httpx.HTTPStatusError) else repr(error)
 
 
-def _usage(found: dict[str, dict[str, dict[str, int]]]) -> tuple[int, int]:
+def _usage(found: dict[str, Any]) -> tuple[int, int]:
     usage = found["usage"]
-    return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]  # type: ignore[return-value]
+    return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
 
 
 def _server(answer: httpx.Response) -> str:
