@@ -14,21 +14,21 @@ from typing import Any, Protocol
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import error_handlers
+from server.api import ROUTERS, methods_at
+from server.api.responses.store import open_store
 from server.errors import StartupError
-from server.exposure import warn_when_exposed
-from server.http_cors import CrossOrigin
+from server.http import error_handlers
+from server.http.cors import CrossOrigin
+from server.http.open_requests import OpenRequests
+from server.http.scope import AppContext, RequestScope
 from server.logs import configure_logging
-from server.loop_lag import watch_loop
 from server.metrics import Metrics
+from server.process.exposure import warn_when_exposed
+from server.process.loop_lag import watch_loop
+from server.process.stopping import Stopping
 from server.protocol import Engine
-from server.response_store import open_store
-from server.routes import ROUTERS, methods_at
-from server.routes.open_requests import OpenRequests
-from server.routes.scope import AppContext, RequestScope
 from server.settings import Settings, load_settings
-from server.stopping import Stopping
-from turbocache.launched import launched_rank
+from turbocache.machine.launched import launched_rank
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
             app.state.startup_error = str(error)
             raise
 
-    # Bodies are parsed by the routes, which server.routes.openapi describes; documentation pages would load scripts
+    # Bodies are parsed by the routes, which server.http.openapi describes; documentation pages would load scripts
     # from elsewhere.
     app = FastAPI(title="turbocache", lifespan=explained, openapi_url=None)
     app.state.startup_error = None

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from mlx.nn.layers.base import Module
 from mlx_lm.models import gemma3_text, llama, qwen3
 
-from turbocache.model import LoadedModel, load_model
+from turbocache.mlxlm.model import LoadedModel, load_model
 
 # Official clients run in an environment of their own: make test-clients.
 collect_ignore = ["clients"]

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from kernels.index import RowIndex
-from kernels.lanes import (
+from kernels.attention.page_tables import RowIndex
+from kernels.fused.profiles import MissingDeviceKey
+from kernels.lanes.base import (
     AttentionPath,
     CodebookKind,
     Codebooks,
@@ -17,12 +18,11 @@ from kernels.lanes import (
     attend_expanded,
     attend_step_masked,
 )
-from kernels.probe import Candidate
-from kernels.profiles import MissingDeviceKey
-from kernels.reference import ReferenceLanes
-from kernels.trials import SPEED_TOKENS
+from kernels.lanes.reference import ReferenceLanes
+from kernels.probe.probe import Candidate
+from kernels.probe.trials import SPEED_TOKENS
 from turbocache.backend import make_lanes
-from turbocache.codebook import levels_for, zooms_for
+from turbocache.codebooks.scalar import levels_for, zooms_for
 
 COMPILER = "[metal::Device] Unable to build metal library from source\nprogram_source:12:3: error: use of " + "x" * 5000
 MANY = SPEED_TOKENS // 64

@@ -7,17 +7,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from kernels.layout import PAGE
-from kernels.rotation import Rotation
-from turbocache import seam
-from turbocache.conditioning import CENTRE_ABOVE
-from turbocache.plan import LayerGeometry
-from turbocache.pool import PagePool
+from kernels.codec.layout import PAGE
+from kernels.codec.rotation import Rotation
+from turbocache.cache.conditioning import CENTRE_ABOVE
+from turbocache.cache.pool import PagePool
+from turbocache.cache.ring import PageRing, RingConfig
+from turbocache.cache.spec import CacheSpec
+from turbocache.cache.view import PagedKVCache
+from turbocache.mlxlm import seam
+from turbocache.mlxlm.plan import LayerGeometry
 from turbocache.presets import preset
-from turbocache.ring import PageRing, RingConfig
-from turbocache.spec import CacheSpec
 from turbocache.store import compressed_layer
-from turbocache.view import PagedKVCache
 
 Array = np.ndarray
 BlockCodec = Callable[[Array], Array]

@@ -7,16 +7,16 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from kernels.fused import CudaLanes, MetalLanes
-from kernels.lanes import CodebookKind, Codebooks, Lanes, LaneShape
-from kernels.packed import PackedLanes
-from kernels.parts import PartedLanes
-from kernels.probe import BackendUnavailable, Candidate, probe, reason_of
-from kernels.qjl import QjlLanes
-from kernels.reference import ReferenceLanes
-from kernels.verdict import Backend, Check, LayerUse, ReasonCode
-from turbocache.codebook import levels_for, zooms_for
-from turbocache.plan import LayerGeometry, LayerPlan
+from kernels.fused.lanes import CudaLanes, MetalLanes
+from kernels.lanes.base import CodebookKind, Codebooks, Lanes, LaneShape
+from kernels.lanes.expanded import PartedLanes
+from kernels.lanes.packed import PackedLanes
+from kernels.lanes.qjl import QjlLanes
+from kernels.lanes.reference import ReferenceLanes
+from kernels.probe.probe import BackendUnavailable, Candidate, probe, reason_of
+from kernels.probe.verdict import Backend, Check, LayerUse, ReasonCode
+from turbocache.codebooks.scalar import levels_for, zooms_for
+from turbocache.mlxlm.plan import LayerGeometry, LayerPlan
 from turbocache.presets import PROTECTED_BITS, Preset
 
 __all__ = [

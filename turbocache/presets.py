@@ -1,6 +1,6 @@
 """Presets: how many bits keys and values get, and what else is done for quality. `off` stores them as they are.
 
-A half bit is a code for a pair of coordinates (turbocache/pair_codebook.py).
+A half bit is a code for a pair of coordinates (turbocache/codebooks/pair.py).
 """
 
 from dataclasses import dataclass, replace
@@ -12,9 +12,9 @@ PROTECTED_BITS = 8
 class Preset:
     """A named pair of code widths; both are None for `off`.
 
-    `qjl`: keys have the two-stage code of kernels/qjl.py, its sign counted among their bits. `condition`: keys are
-    centred where their mean dominates (turbocache/conditioning.py). `protect`: so many layers at either end of the
-    model are stored at 8 bits. Raises ValueError for fewer than 0.
+    `qjl`: keys have the two-stage code of kernels/lanes/qjl.py; its sign is one of their bits. `condition`: keys are
+    centred where their mean dominates (turbocache/cache/conditioning.py). `protect`: this number of layers at either
+    end of the model is stored at 8 bits. Raises ValueError for fewer than 0.
     """
 
     name: str

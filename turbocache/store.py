@@ -11,18 +11,18 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
-from kernels.identity import IdentityLanes
-from kernels.layout import PAGE
-from turbocache import seam
+from kernels.codec.layout import PAGE
+from kernels.lanes.identity import IdentityLanes
 from turbocache.backend import Backend, lane_shape, lanes_for
-from turbocache.conditioning import CENTRE_ABOVE
-from turbocache.leaves import leaves, with_leaves
-from turbocache.plan import LayerGeometry, LayerPlan, all_native, plan_layers
-from turbocache.pool import PagePool
+from turbocache.cache.conditioning import CENTRE_ABOVE
+from turbocache.cache.pool import PagePool
+from turbocache.cache.ring import PageRing, RingConfig
+from turbocache.cache.spec import CacheSpec, CompressedLayer
+from turbocache.cache.view import PagedKVCache
+from turbocache.mlxlm import seam
+from turbocache.mlxlm.plan import LayerGeometry, LayerPlan, all_native, plan_layers
+from turbocache.mlxlm.prompt_cache import leaves, with_leaves
 from turbocache.presets import PRESETS, Preset
-from turbocache.ring import PageRing, RingConfig
-from turbocache.spec import CacheSpec, CompressedLayer
-from turbocache.view import PagedKVCache
 
 _SAME_LOGITS = 0.02
 """Largest difference, relative to the largest logit, between two ways of computing the same in half precision."""

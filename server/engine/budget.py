@@ -4,9 +4,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from server.engine.checkpoints import Checkpoint
-from server.engine.sessions import SessionRegistry
 from server.errors import OutOfMemory
+from server.sessions.checkpoints import Checkpoint
+from server.sessions.registry import SessionRegistry
 from turbocache.store import CacheStore
 
 _MIB = 2**20

@@ -15,24 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from server.engine.acceptance import entry_of
+from server.engine.admission import entry_of
 from server.engine.budget import Budget
-from server.engine.checkpoints import LEAST_SHARED
-from server.engine.decisions import Cancel, Change, Command, Decisions
-from server.engine.disk import SessionDisk
-from server.engine.grammar import GrammarMaker
-from server.engine.group_disk import GroupDisk
-from server.engine.host import Host, announce, load_host
-from server.engine.other_groups import other_groups, rank_folder
-from server.engine.prompt import PromptMaker
-from server.engine.ranks import TICK_SECONDS, Ranks
+from server.engine.queue import Entry, WaitingRoom
+from server.engine.scheduler import Turns
 from server.engine.session_changes import SessionChanges
-from server.engine.sessions import SessionRegistry
-from server.engine.step_clock import StepClock
-from server.engine.text import Lexicon, opening_state
-from server.engine.tool_formats import tool_format
-from server.engine.turns import Turns
-from server.engine.waiting import Entry, WaitingRoom
+from server.engine.startup import Host, announce, load_host
 from server.errors import (
     EngineDead,
     OutOfMemory,
@@ -40,6 +28,9 @@ from server.errors import (
     ShuttingDown,
     StartupError,
 )
+from server.group.commands import Cancel, Change, Command, Decisions
+from server.group.disk import GroupDisk
+from server.group.ranks import TICK_SECONDS, Ranks
 from server.metrics import Metrics
 from server.protocol import (
     AnswerRules,
@@ -53,9 +44,18 @@ from server.protocol import (
     Prompt,
     SessionChange,
 )
+from server.sessions.checkpoints import LEAST_SHARED
+from server.sessions.clock import StepClock
+from server.sessions.disk import SessionDisk
+from server.sessions.other_groups import other_groups, rank_folder
+from server.sessions.registry import SessionRegistry
 from server.settings import Settings
-from turbocache.memory import keep_freed_memory
-from turbocache.persistence import SessionFiles
+from server.text.assembler import Lexicon, opening_state
+from server.text.chat_template import PromptMaker
+from server.text.grammar import GrammarMaker
+from server.text.tool_formats import tool_format
+from turbocache.machine.memory import keep_freed_memory
+from turbocache.storage.session_codec import SessionFiles
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 from mlx_lm.sample_utils import Sampler
 
-from server.engine.grammar import CompiledGrammar, Guide
 from server.engine.sampling import processors_for, sampler_for, seeded_sampler
-from server.engine.short_prompts import ShortPromptGenerator
 from server.protocol import SamplingParams
-from turbocache.model import LoadedModel
-from turbocache.ring import PageRing
+from server.text.grammar import CompiledGrammar, Guide
+from turbocache.cache.ring import PageRing
+from turbocache.mlxlm.model import LoadedModel
+from turbocache.mlxlm.short_prompts import ShortPromptGenerator
 from turbocache.store import rings_of, start_evaluation
 
 _MAX_SAMPLERS = 64

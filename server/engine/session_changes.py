@@ -7,15 +7,15 @@ import time
 from typing import Any
 
 from server.engine.budget import Budget
-from server.engine.checkpoints import LEAST_SHARED
-from server.engine.disk import SessionDisk
-from server.engine.session import Session
-from server.engine.sessions import SessionRegistry
-from server.engine.step_clock import StepClock
-from server.engine.turns import Turns
+from server.engine.scheduler import Turns
 from server.errors import Conflict, InvalidRequest, SessionNotFound, SessionNotSaved
 from server.metrics import Metrics
 from server.protocol import SessionChange
+from server.sessions.checkpoints import LEAST_SHARED
+from server.sessions.clock import StepClock
+from server.sessions.disk import SessionDisk
+from server.sessions.registry import SessionRegistry
+from server.sessions.session import Session
 from server.settings import Settings
 from turbocache.store import evaluate
 

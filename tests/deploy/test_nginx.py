@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.identity import SESSION_HEADERS
+from server.http.session_name import SESSION_HEADERS
 from server.settings import Settings
 from tests.deploy.test_systemd import analyze, analyzed, entries
 from tests.fleet.proxy import DEPLOY, NGINX, SCRIPT, SERVED_BY, Proxy, configure, proxied, script

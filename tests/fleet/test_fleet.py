@@ -9,8 +9,8 @@ import pytest
 from tests.fleet.losing_servers import Size, fleet, lose_servers
 from tests.fleet.proxy import NGINX
 from tests.fleet.talking import Talk, at_once
-from turbocache.session_file import SUFFIX, open_checked
-from turbocache.whole_file import PARTIAL
+from turbocache.storage.session_file import SUFFIX, open_checked
+from turbocache.storage.whole_file import PARTIAL
 
 pytestmark = [
     pytest.mark.slow,

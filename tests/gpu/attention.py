@@ -8,10 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from kernels.index import RowIndex
-from kernels.lanes import LaneShape
-from kernels.layout import PAGE
-from kernels.profiles import Profile
+from kernels.attention.page_tables import RowIndex
+from kernels.codec.layout import PAGE
+from kernels.fused.profiles import Profile
+from kernels.lanes.base import LaneShape
 from tests.gpu.lanes import fused
 
 CHAIN = 32

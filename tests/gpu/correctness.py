@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from kernels.index import RowIndex
-from kernels.lanes import LaneShape, Pair, store_tokens
-from kernels.layout import PAGE
+from kernels.attention.page_tables import RowIndex
+from kernels.codec.layout import PAGE
+from kernels.lanes.base import LaneShape, Pair, store_tokens
 from tests.gpu.lanes import fused, reference
 
 TYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}

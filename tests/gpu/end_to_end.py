@@ -10,10 +10,10 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
 
-from kernels.layout import PAGE
-from turbocache.plan import plan_layers
+from kernels.codec.layout import PAGE
+from turbocache.cache.ring import RingConfig
+from turbocache.mlxlm.plan import plan_layers
 from turbocache.presets import preset
-from turbocache.ring import RingConfig
 from turbocache.store import CacheStore
 
 CHUNK = 2048

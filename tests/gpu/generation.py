@@ -8,17 +8,17 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from mlx_lm.models import llama
 
-from turbocache.leaves import leaves
-from turbocache.plan import plan_layers
+from turbocache.cache.ring import RingConfig
+from turbocache.mlxlm.plan import plan_layers
+from turbocache.mlxlm.prompt_cache import leaves
 from turbocache.presets import preset
-from turbocache.ring import RingConfig
 from turbocache.store import CacheStore
 
 PROMPTS = (3, 40, 200, 700)
 """Tokens of the rows: without a page, within the window, with the first pages, with many."""
 CHUNK, STEPS, VOCABULARY = 256, 6, 96
 LIMITS = {mx.float32: 1e-2, mx.float16: 1e-2, mx.bfloat16: 3e-2}
-"""Largest difference of logits relative to the largest one. One layer's limits are in kernels/trials.py."""
+"""Largest difference of logits relative to the largest one. One layer's limits are in kernels/probe/trials.py."""
 
 
 def make_model(dtype: mx.Dtype, n_layers: int = 2, head_dim: int = 64) -> Module:

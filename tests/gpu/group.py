@@ -197,7 +197,7 @@ def serving(folder: Path, n: int, **settings: str) -> Iterator[Running]:
         with log.open("wb") as sink:
             ranks.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "turbocache.cli", "serve", "--host", LOOPBACK, "--port", str(http)],
+                    [sys.executable, "-m", "server.cli", "serve", "--host", LOOPBACK, "--port", str(http)],
                     cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT,
                 )
             )  # fmt: skip

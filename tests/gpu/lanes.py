@@ -2,10 +2,10 @@
 
 import mlx.core as mx
 
-from kernels.fused import CudaLanes, FusedLanes, MetalLanes
-from kernels.lanes import Codebooks, LaneShape
-from kernels.reference import ReferenceLanes
-from turbocache.codebook import levels_for
+from kernels.fused.lanes import CudaLanes, FusedLanes, MetalLanes
+from kernels.lanes.base import Codebooks, LaneShape
+from kernels.lanes.reference import ReferenceLanes
+from turbocache.codebooks.scalar import levels_for
 
 
 def codebooks(shape: LaneShape) -> Codebooks:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_lm import load
 from mlx_lm.generate import generate_step
 
-from turbocache.launched import is_launched
+from turbocache.machine.launched import is_launched
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import httpx
 from tests.serving.launch import ROOT, Server
 
 START_SECONDS = 90.0
-SERVE = (sys.executable, "-m", "turbocache.cli", "serve")
+SERVE = (sys.executable, "-m", "server.cli", "serve")
 _POLITE = ("nice", "-n", "5")
 """More ranks than cores wait for each other busily, and other tests run beside them."""
 LOOPBACK = "127.0.0.1"
@@ -134,7 +134,7 @@ def _serve(patch: str) -> Sequence[str]:
     return (
         sys.executable,
         "-c",
-        f"import turbocache; {patch}; from turbocache.cli import main; raise SystemExit(main())",
+        f"import turbocache; {patch}; from server.cli import main; raise SystemExit(main())",
         "serve",
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from turbocache.model import BUNDLED
+from turbocache.mlxlm.model import BUNDLED
 
 SEED = 11
 GAIN = 1.5

@@ -29,7 +29,7 @@ SCHEMA = {
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGroup]:
     """Two ranks, of which the second was given other settings: rank 0's hold."""
     folder = tmp_path_factory.mktemp("group")
-    small = "import server.engine.turns as t, server.engine.acceptance as a; t.ANSWER_STEP = a.ANSWER_STEP = 16"
+    small = "import server.engine.scheduler as t, server.engine.admission as a; t.ANSWER_STEP = a.ANSWER_STEP = 16"
     with running_group(
         folder, 2, patches=[small, small], own={1: {"KEEP": "128", "MAX_BATCH": "1"}}, MAX_BATCH="4"
     ) as two:
@@ -92,7 +92,7 @@ def test_the_memory_of_all_ranks_is_told(group: RunningGroup) -> None:
 
 
 def test_a_rank_that_disagrees_ends_the_group(tmp_path: Path) -> None:
-    other = "import server.engine.turns as t; t.Turns.done = lambda self: b'other' if self._handed else b''"
+    other = "import server.engine.scheduler as t; t.Turns.done = lambda self: b'other' if self._handed else b''"
     group = start(tmp_path, 2, patches=["", other])
     try:
         group.wait_until_ready()
@@ -131,7 +131,7 @@ def test_a_model_that_mlx_lm_can_t_shard_is_refused(tmp_path: Path) -> None:
 
 def test_a_rank_that_does_not_start_ends_the_others_start(tmp_path: Path) -> None:
     """Rank 1 finds nothing where rank 0 says that the model is."""
-    broken = "import turbocache.model as m; m.load = lambda *a, **k: 1 / 0"
+    broken = "import turbocache.mlxlm.model as m; m.load = lambda *a, **k: 1 / 0"
     group = start(tmp_path, 2, patches=["", broken])
     try:
         statuses = group.wait(60)

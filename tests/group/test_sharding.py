@@ -10,8 +10,8 @@ from tests.group.models import write
 
 LOAD = """
 import turbocache, mlx.core as mx
-from turbocache.group import join_group
-from turbocache.model import load_model
+from turbocache.mlxlm.group import join_group
+from turbocache.mlxlm.model import load_model
 import sys
 load_model(sys.argv[1], join_group())
 print(mx.get_active_memory(), mx.get_peak_memory())

@@ -12,9 +12,9 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from tests.models.tiny import SEED, VOCABULARY
-from turbocache.plan import LayerPlan
+from turbocache.cache.ring import RingConfig
+from turbocache.mlxlm.plan import LayerPlan
 from turbocache.presets import preset
-from turbocache.ring import RingConfig
 from turbocache.store import CacheStore, checked_plans
 
 RING = RingConfig(keep=16, window=64)

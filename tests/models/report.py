@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.models.checks import CHUNKS, CLOSE, N_DECODED, RING, ROWS, SAME, Outcome, complaints
 from tests.models.notes import NOTES
-from turbocache.plan import LayerPlan
+from turbocache.mlxlm.plan import LayerPlan
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 COMMAND = "python -m tests.models"

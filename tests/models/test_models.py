@@ -12,7 +12,7 @@ import pytest
 from tests.models.checks import complaints, examine
 from tests.models.report import COMMAND, DOCUMENT, N_TEXT_COLUMNS, row, text_columns
 from tests.models.tiny import architectures, build
-from turbocache.plan import plan_layers
+from turbocache.mlxlm.plan import plan_layers
 
 NAMES = architectures()
 FAST = {

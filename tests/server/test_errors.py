@@ -1,4 +1,4 @@
-"""server.errors and server.error_handlers: the envelope, the words, and where a fault is located."""
+"""server.errors and server.http.error_handlers: the envelope, the words, and where a fault is located."""
 
 from collections.abc import AsyncIterator
 
@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 from server import errors
-from server.error_handlers import install, param_of
+from server.http.error_handlers import install, param_of
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ from typing import get_args
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.checkpoints import Kind
-from server.engine.prefill_reasons import Loss, Reason
 from server.errors import Phase
 from server.metrics import PREFIX, Family, Metrics
 from server.metrics_table import table
 from server.protocol import FinishReason
-from turbocache.paths import PATHS
-from turbocache.session_file import Refusal
+from server.sessions.checkpoints import Kind
+from server.sessions.prefill_reasons import Loss, Reason
+from turbocache.cache.paths import PATHS
+from turbocache.storage.session_file import Refusal
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 

@@ -70,7 +70,7 @@ class Server:
 
 
 UVICORN = ("uvicorn", "server.app:app")
-SERVE = ("turbocache.cli", "serve")
+SERVE = ("server.cli", "serve")
 
 
 @contextmanager

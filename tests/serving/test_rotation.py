@@ -1,6 +1,6 @@
 """A conversation several times longer than a session may hold."""
 
-from server.engine.checkpoints import MOST
+from server.sessions.checkpoints import MOST
 from tests.serving.launch import Server, digits, filler
 
 

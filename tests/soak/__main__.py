@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     one = runs.add_parser("openapi", parents=[common], help="schemathesis over the server's own document")
     one.add_argument("--cases", type=int, default=5000, help="requests at least (default: 5000)")
     arguments = parser.parse_args(argv)
-    logging.getLogger("server.engine.disk").setLevel(logging.ERROR)  # it warns of every damaged file
+    logging.getLogger("server.sessions.disk").setLevel(logging.ERROR)  # it warns of every damaged file
     say(f"seed {arguments.seed}")
     failed = False
     for run in _runs(arguments):

@@ -24,7 +24,7 @@ from tests.soak.damage import Damage, draw
 from tests.soak.engines import loaded_once, on_engine, sample, started
 from tests.soak.stored import ASIDE, look
 from tests.soak.talks import MAX_TOKENS, QUESTION
-from turbocache.persistence import SessionFiles
+from turbocache.storage.session_codec import SessionFiles
 
 SETTINGS = Settings(keep=16, window=64, kv_memory=MemoryBudget(bytes=256 << 20), prefill_chunk=128)
 AT_ONCE = 21

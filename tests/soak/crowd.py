@@ -17,7 +17,7 @@ from urllib.parse import quote
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.loop_lag import BEAT_SECONDS
+from server.process.loop_lag import BEAT_SECONDS
 from tests.serving.launch import Server, running
 from tests.soak.crowd_client import CHAT, Client
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import TypeVar
 from unittest.mock import patch
 
-from server.engine import host
+from server.engine import startup as host
 from server.engine.engine import MlxEngine
 from server.metrics import Metrics
 from server.settings import Settings
 from tests.models.configs import OVERRIDES
 from tests.models.tiny import build
-from turbocache.model import load_model
+from turbocache.mlxlm.model import load_model
 
 T = TypeVar("T")
 

@@ -27,8 +27,8 @@ from tests.soak.chatting import Chatting, Tally
 from tests.soak.engines import started
 from tests.soak.stored import Found, Look, look
 from tests.soak.talks import Talk, talks
-from turbocache.persistence import SessionFiles
-from turbocache.whole_file import PARTIAL
+from turbocache.storage.session_codec import SessionFiles
+from turbocache.storage.whole_file import PARTIAL
 
 CLIENTS = 3
 KEEP, WINDOW = 16, 64

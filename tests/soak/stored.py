@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from turbocache.persistence import SessionFiles
-from turbocache.session_file import SUFFIX, SessionFileError, open_checked
-from turbocache.whole_file import PARTIAL
+from turbocache.storage.session_codec import SessionFiles
+from turbocache.storage.session_file import SUFFIX, SessionFileError, open_checked
+from turbocache.storage.whole_file import PARTIAL
 
 ASIDE = ".refused"
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server.engine.checkpoints import common_prefix
 from server.engine.engine import MlxEngine
 from server.protocol import Conversation
+from server.sessions.checkpoints import common_prefix
 from tests.server.engine.answers import Answer
 from tests.serving.launch import filler
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from server.schemas.chat_answer import ChatCompletion, ChatCompletionChunk, UsageBody
+from server.api.openai.chat_answer import ChatCompletion, ChatCompletionChunk, UsageBody
 
 _STATES = {"resident", "spilled", "running"}
 _COUNTS = ("tokens_seen", "tokens_held", "checkpoints", "turns")

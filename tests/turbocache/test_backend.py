@@ -5,14 +5,14 @@ import mlx.core as mx
 import pytest
 from mlx.nn.layers.base import Module
 
-from kernels.lanes import LaneShape
-from kernels.layout import PAGE
-from kernels.qjl import QjlLanes
-from kernels.reference import ReferenceLanes
+from kernels.codec.layout import PAGE
+from kernels.lanes.base import LaneShape
+from kernels.lanes.qjl import QjlLanes
+from kernels.lanes.reference import ReferenceLanes
 from turbocache.backend import BackendUnavailable, choose_backend, fitted, make_lanes
-from turbocache.plan import LayerGeometry, LayerPlan
+from turbocache.cache.ring import RingConfig
+from turbocache.mlxlm.plan import LayerGeometry, LayerPlan
 from turbocache.presets import PRESETS, preset
-from turbocache.ring import RingConfig
 from turbocache.store import CacheStore, compressed_layer
 
 

@@ -5,10 +5,10 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models import base, llama
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
+from turbocache.cache.ring import RingConfig
+from turbocache.cache.view import PagedKVCache
 from turbocache.presets import preset
-from turbocache.ring import RingConfig
 from turbocache.store import CacheStore, checked_plans
-from turbocache.view import PagedKVCache
 
 
 def test_a_mixed_model_says_the_same_as_with_mlx_lms_caches(gemma: Module) -> None:

@@ -20,12 +20,12 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from turbocache.backend import Backend
 from turbocache.benchmark.settings import AGAINST, BenchmarkError, Settings
+from turbocache.cache.ring import RingConfig
 from turbocache.evaluation.rows import GROUP_SIZE, parse_preset
 from turbocache.evaluation.settings import EvaluationError
 from turbocache.evaluation.storage import Stored, foreign_bytes, paged_bytes
-from turbocache.plan import LayerPlan
+from turbocache.mlxlm.plan import LayerPlan
 from turbocache.presets import Preset
-from turbocache.ring import RingConfig
 from turbocache.store import CacheStore
 
 _LABELS = {

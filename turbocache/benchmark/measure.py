@@ -19,7 +19,7 @@ from turbocache.benchmark.loops import Times, play
 from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.subject import Subject
 from turbocache.evaluation.storage import Stored
-from turbocache.memory import on_cpu
+from turbocache.machine.memory import on_cpu
 
 SKIPPED = 4
 """Tokens whose decode steps are not timed: the first ones of a process find everything cold."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from turbocache.benchmark.shapes import SHAPES
-from turbocache.ring import RingConfig
+from turbocache.cache.ring import RingConfig
 
 AGAINST = {
     "kv": ("kv",),

@@ -12,16 +12,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from kernels.verdict import Backend, LayerVerdict
-from turbocache import blas
+from kernels.probe.verdict import Backend, LayerVerdict
 from turbocache.backend import BackendUnavailable, choose_backend, layer_uses
 from turbocache.benchmark.contenders import Contender, contenders
 from turbocache.benchmark.measure import measure
 from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.subject import Subject, make_subject
 from turbocache.documents import machine, versions
-from turbocache.memory import device_memory, keep_freed_memory, on_cpu
-from turbocache.plan import LayerPlan, plan_layers
+from turbocache.machine import blas
+from turbocache.machine.memory import device_memory, keep_freed_memory, on_cpu
+from turbocache.mlxlm.plan import LayerPlan, plan_layers
 from turbocache.presets import Preset
 from turbocache.store import checked_plans
 

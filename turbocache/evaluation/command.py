@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate and write; returns the exit status. Numbers are written also where plots can't be."""
     from turbocache.documents import DocumentError
     from turbocache.evaluation.settings import EvaluationError
-    from turbocache.model import ModelError
+    from turbocache.mlxlm.model import ModelError
 
     try:
         return _evaluate(options)
@@ -81,7 +81,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from turbocache.evaluation.journal import Journal
     from turbocache.evaluation.run import journal_path, prepare, run
     from turbocache.evaluation.text import read_text
-    from turbocache.model import load_model
+    from turbocache.mlxlm.model import load_model
 
     settings = _settings(options)
     read_text(settings.text)  # before the model, which takes longer

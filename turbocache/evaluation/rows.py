@@ -23,14 +23,14 @@ from mlx.nn.layers.base import Module
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from turbocache import seam
 from turbocache.backend import Backend, BackendUnavailable, choose_backend
+from turbocache.cache.ring import RingConfig
 from turbocache.evaluation import turboquant
 from turbocache.evaluation.settings import EvaluationError, Settings
 from turbocache.evaluation.storage import Stored, foreign_bytes, paged_bytes
-from turbocache.plan import LayerPlan
+from turbocache.mlxlm import seam
+from turbocache.mlxlm.plan import LayerPlan
 from turbocache.presets import PRESETS, Preset
-from turbocache.ring import RingConfig
 from turbocache.store import CacheStore
 
 FULL = "full"

@@ -18,7 +18,7 @@ from turbocache.evaluation.rows import FULL, OpenCache, Row, RowMaker, RowUnavai
 from turbocache.evaluation.settings import EvaluationError, Settings
 from turbocache.evaluation.storage import n_values
 from turbocache.evaluation.text import Reading, ReferenceLogits, cut_windows, read_text
-from turbocache.model import LoadedModel
+from turbocache.mlxlm.model import LoadedModel
 from turbocache.store import checked_plans
 
 DEFAULT_LENGTHS = (512, 1024, 2048, 4096)

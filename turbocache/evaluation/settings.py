@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbocache.ring import RingConfig
+from turbocache.cache.ring import RingConfig
 
 
 class EvaluationError(Exception):

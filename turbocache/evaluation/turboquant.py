@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from turbocache.view import PendingAttention
+from turbocache.cache.view import PendingAttention
 
 
 class NotInstalled(Exception):

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from server.engine import host
+from server.engine import startup as host
 from server.engine.engine import MlxEngine
 from server.metrics import Metrics
 from server.settings import MemoryBudget, Settings
-from turbocache.model import load_model
-from turbocache.plan import LayerPlan
+from turbocache.mlxlm.model import load_model
+from turbocache.mlxlm.plan import LayerPlan
 from turbocache.store import checked_plans
 
 SETTINGS = Settings(kv_memory=MemoryBudget(bytes=64 << 20), prefill_chunk=128)

@@ -7,12 +7,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
-from server.engine.checkpoints import Kind
-from server.engine.sessions import Claim, SessionRegistry
 from server.protocol import Prompt
-from turbocache.plan import plan_layers
+from server.sessions.checkpoints import Kind
+from server.sessions.registry import Claim, SessionRegistry
+from turbocache.cache.ring import RingConfig
+from turbocache.mlxlm.plan import plan_layers
 from turbocache.presets import preset
-from turbocache.ring import RingConfig
 from turbocache.store import CacheStore, fork
 
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kernels.reference import ReferenceLanes
+from kernels.lanes.reference import ReferenceLanes
 from server.engine import build_engine
 from server.engine.engine import MlxEngine
 from server.errors import StartupError
@@ -200,9 +200,9 @@ def test_a_kernel_that_breaks_while_serving_ends_in_an_unhealthy_server(
 
 def test_two_kinds_of_layers_get_lanes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the probe decided for a dtype is what its layers are made with."""
-    from kernels.lanes import LaneShape
-    from kernels.parts import PartedLanes
-    from kernels.verdict import Backend, LayerUse, LayerVerdict
+    from kernels.lanes.base import LaneShape
+    from kernels.lanes.expanded import PartedLanes
+    from kernels.probe.verdict import Backend, LayerUse, LayerVerdict
 
     monkeypatch.setitem(backends.LANES, "cuda", FakeFused)
     shape, other = LaneShape(4, 2, 64, 64, 4, 4), LaneShape(4, 2, 80, 80, 4, 4)

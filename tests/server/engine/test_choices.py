@@ -9,6 +9,7 @@ import pytest
 
 from server.engine.engine import MlxEngine
 from server.errors import GrammarFailed, OutOfMemory, QueueFull
+from server.http.exchange import several
 from server.protocol import (
     AnswerRules,
     Conversation,
@@ -19,9 +20,8 @@ from server.protocol import (
     SamplingParams,
     TextDelta,
 )
-from server.routes.exchange import several
 from tests.server.engine.answers import Answer, owned_by_nobody
-from tests.server.engine.test_grammar import POINT, TOOLS
+from tests.server.text.test_grammar import POINT, TOOLS
 from tests.serving.launch import filler
 
 HOT = SamplingParams(temperature=1.0, seed=11)

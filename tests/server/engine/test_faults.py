@@ -14,7 +14,7 @@ from server.errors import EngineDead, InternalError, KernelFault
 from server.metrics import Metrics
 from server.protocol import Failed, Finished, TextDelta
 from tests.server.engine.answers import Answer, owned_by_nobody
-from turbocache.pool import PoolExhausted
+from turbocache.cache.pool import PoolExhausted
 
 LONG = "Repeat after me: " + "alpha beta gamma delta epsilon zeta eta theta iota kappa " * 4
 """A prompt whose answer is long as well."""

@@ -13,7 +13,7 @@ from server.errors import Conflict, InvalidRequest, NotFound, OutOfMemory, Sessi
 from server.protocol import Failed, SamplingParams, SessionChange
 from server.settings import MemoryBudget
 from tests.server.engine.answers import Answer, owned_by_nobody
-from tests.server.engine.test_disk import TEXT, files, metric, of, states
+from tests.server.sessions.test_disk import TEXT, files, metric, of, states
 
 ASKED = [of("user", TEXT * 12)]
 

@@ -7,7 +7,7 @@ import pytest
 
 from turbocache.benchmark import subject, worker
 from turbocache.benchmark.processes import NoAnswer
-from turbocache.model import LoadedModel
+from turbocache.mlxlm.model import LoadedModel
 
 Ask = Callable[[dict[str, Any], float], dict[str, Any]]
 

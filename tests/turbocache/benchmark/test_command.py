@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from server import cli
 from tests.turbocache.benchmark.conftest import Ask
-from turbocache import cli
 from turbocache.benchmark import processes
 from turbocache.benchmark.matrix import FILE, matrix, page_of, update
 from turbocache.benchmark.settings import BenchmarkError

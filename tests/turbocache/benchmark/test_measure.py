@@ -17,9 +17,9 @@ from turbocache.benchmark.measure import SKIPPED, measure
 from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.shapes import Shape, random_model
 from turbocache.benchmark.subject import Subject, make_subject
-from turbocache.plan import plan_layers
+from turbocache.cache.ring import RingConfig
+from turbocache.mlxlm.plan import plan_layers
 from turbocache.presets import PRESETS
-from turbocache.ring import RingConfig
 from turbocache.store import CacheStore, ring_of
 
 CONTEXT = 700

@@ -9,7 +9,7 @@ import pytest
 from turbocache.evaluation.journal import Journal
 from turbocache.evaluation.run import Work, prepare, run
 from turbocache.evaluation.settings import Settings
-from turbocache.model import LoadedModel
+from turbocache.mlxlm.model import LoadedModel
 
 LICENSE = Path(__file__).resolve().parents[3] / "LICENSE"
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from turbocache import cli, model
+from server import cli
 from turbocache.evaluation.run import journal_path
-from turbocache.model import BUNDLED, LoadedModel
+from turbocache.mlxlm import model
+from turbocache.mlxlm.model import BUNDLED, LoadedModel
 
 SMALL = ["--context", "80", "--windows", "2", "--score-from", "40", "--keep", "4", "--window", "0", "--chunk", "50"]
 
@@ -78,7 +79,7 @@ def test_a_killed_run_goes_on_where_it_was(
     rows = ["--presets", "k2v2", "--windows", "3"]
     killed, whole = tmp_path / "killed.json", tmp_path / "whole.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", "turbocache.cli", *arguments(text, killed, *rows)],
+        [sys.executable, "-m", "server.cli", *arguments(text, killed, *rows)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=Path(cli.__file__).parents[1],

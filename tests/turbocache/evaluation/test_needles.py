@@ -9,7 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from turbocache.evaluation.needles import OTHER, Needle, ask, load_needles, make_needles, recall
 from turbocache.evaluation.settings import EvaluationError
-from turbocache.model import LoadedModel
+from turbocache.mlxlm.model import LoadedModel
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from turbocache.evaluation.rows import GROUPS, RowMaker, expand_names, full_precision
 from turbocache.evaluation.settings import EvaluationError, Settings
-from turbocache.model import LoadedModel
-from turbocache.plan import plan_layers
+from turbocache.mlxlm.model import LoadedModel
+from turbocache.mlxlm.plan import plan_layers
 from turbocache.presets import PRESETS
 from turbocache.store import ring_of
 

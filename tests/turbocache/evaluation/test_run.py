@@ -10,7 +10,7 @@ from turbocache.evaluation.journal import Journal
 from turbocache.evaluation.rows import OpenCache
 from turbocache.evaluation.run import prepare, run
 from turbocache.evaluation.settings import EvaluationError, Settings
-from turbocache.model import LoadedModel
+from turbocache.mlxlm.model import LoadedModel
 
 
 def test_what_is_done_is_not_done_again(bundled: LoadedModel, text: Path, tmp_path: Path) -> None:

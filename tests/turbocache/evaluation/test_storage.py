@@ -7,13 +7,13 @@ import pytest
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
-from kernels.layout import PAGE
+from kernels.codec.layout import PAGE
+from turbocache.cache.view import PagedKVCache
 from turbocache.evaluation.rows import OpenCache, RowMaker
 from turbocache.evaluation.settings import Settings
 from turbocache.evaluation.storage import n_values
-from turbocache.model import LoadedModel
-from turbocache.plan import plan_layers
-from turbocache.view import PagedKVCache
+from turbocache.mlxlm.model import LoadedModel
+from turbocache.mlxlm.plan import plan_layers
 
 N = 300
 

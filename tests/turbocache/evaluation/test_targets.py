@@ -10,7 +10,7 @@ from tests.turbocache.evaluation.conftest import Silent
 from turbocache.evaluation.journal import Journal
 from turbocache.evaluation.run import prepare, run
 from turbocache.evaluation.settings import Settings
-from turbocache.model import load_model
+from turbocache.mlxlm.model import load_model
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 MODEL, TEXT = SHARED / "models" / "tiny-recall", SHARED / "texts" / "wiki.test.raw"

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
 from turbocache.evaluation.settings import EvaluationError
 from turbocache.evaluation.text import Reading, ReferenceLogits, cut_windows, read_logits, read_text, targets_of
-from turbocache.model import LoadedModel
+from turbocache.mlxlm.model import LoadedModel
 
 
 class Words:

@@ -1,0 +1,1 @@
+"""What attention needs beside the codec: page tables, masks, softmax."""

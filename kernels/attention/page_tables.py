@@ -1,0 +1,174 @@
+"""Which tokens of which pages the rows of a batch read, in integers; shared by all layers of a pass."""
+
+from dataclasses import InitVar, dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from kernels.attention.device import constant, resident, steps_on_device
+from kernels.codec.layout import PAGE
+
+
+@dataclass(frozen=True)
+class PageIndex:
+    """Which pages each of `B` rows reads: `tables[b]` lists row b's page ids, oldest first."""
+
+    tables: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def n_pages(self) -> int:
+        """P: the longest table."""
+        return max((len(t) for t in self.tables), default=0)
+
+    @cached_property
+    def table(self) -> mx.array:
+        """Page ids, int32 `[B, P]`. Shorter rows are filled up with a page of their own, which must be masked."""
+        rows = [[*table, *[table[0] if table else 0] * (self.n_pages - len(table))] for table in self.tables]
+        return resident(mx.array(rows, dtype=mx.int32))
+
+    @cached_property
+    def pageless(self) -> mx.array | None:
+        """Rows without a page among rows with pages, bool `[B, 1, 1, 1]`, or None when there is none. What `table`
+        makes them read belongs to others, so its values must not even be multiplied by 0: they may be NaN.
+        """
+        if self.n_pages == 0 or all(self.tables):
+            return None
+        return mx.array([not t for t in self.tables])[:, None, None, None]
+
+    @cached_property
+    def _by_head(self) -> dict[int, mx.array]:
+        return {}
+
+    def heads(self, n_kv_heads: int) -> mx.array:
+        """`table` for arrays whose page and head axes are one: int32 `[B, n_kv_heads, P]`."""
+        if n_kv_heads not in self._by_head:
+            self._by_head[n_kv_heads] = self.table[:, None, :] * n_kv_heads + mx.arange(n_kv_heads)[None, :, None]
+        return self._by_head[n_kv_heads]
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """One decode step of `B` rows in integers, shared by all layers. Arrays are made when they are first asked for.
+
+    `tables` are page ids, oldest first; `offsets` the positions of the rows' first queries; row b's pages hold blocks
+    `first[b]`, `first[b] + 1`, ... Where a row's tokens lie:
+
+        page `i` of the table, token t   position keep + PAGE * (first + i) + t
+        raw slot s < keep                position s
+        raw slot s >= keep               the position p from keep + PAGE * (first + n_pages) on, the window's start, for
+                                         which s = keep + (p - keep) % window_slots
+
+    Window and step together have to fit into `window_slots`. Query i of a row is at q = offset + i and sees p if
+    p <= q, and p < keep or p > q - (max_size - keep).
+
+    `previous` is the step before: where only offsets have moved, by one each, its arrays are taken further.
+    """
+
+    tables: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]
+    first: tuple[int, ...]
+    n_queries: int
+    keep: int
+    window_slots: int
+    max_size: int | None
+    previous: InitVar["RowIndex | None"] = None
+
+    def __post_init__(self, previous: "RowIndex | None") -> None:
+        if previous is None or previous.tables != self.tables:
+            return
+        self.__dict__["index"] = previous.index
+        moved = tuple(offset + 1 for offset in previous.offsets)
+        if "rows" in previous.__dict__ and self.first == previous.first and self.offsets == moved:
+            self.__dict__["_rows_before"] = previous.rows
+
+    def slots(self, shape: tuple[int, ...]) -> mx.array:
+        """Raw slots of the step's tokens in their shape `[B, n_kv_heads, L, dim]`, int32."""
+        key = "slots", shape
+        if key not in self.launches:
+            at = self._queries
+            slots = np.where(at < self.keep, at, self.keep + (at - self.keep) % self.window_slots).astype(np.int32)
+            self.launches[key] = mx.broadcast_to(mx.array(slots)[:, None, :, None], shape)
+        return cast(mx.array, self.launches[key])
+
+    @cached_property
+    def launches(self) -> dict[Any, Any]:
+        """What lanes have worked out for this step, for all layers of their kind."""
+        return {}
+
+    @cached_property
+    def index(self) -> PageIndex:
+        return PageIndex(self.tables)
+
+    @property
+    def table(self) -> mx.array:
+        """Page ids, int32 `[B, P]`; what follows a row's own pages means nothing."""
+        return self.index.table
+
+    @cached_property
+    def rows(self) -> mx.array:
+        """int32 `[B, 4]`: offset, first, number of pages, 0."""
+        if steps_on_device() and (before := self.__dict__.get("_rows_before")) is not None:
+            return cast(mx.array, before + constant((1, 0, 0, 0)))
+        counts = zip(self.offsets, self.first, self.tables, strict=True)
+        return resident(mx.array([[offset, first, len(table), 0] for offset, first, table in counts], dtype=mx.int32))
+
+    @cached_property
+    def page_mask(self) -> mx.array | None:
+        """Which tokens of the pages each query sees, bool `[B, 1, L, P * PAGE]`; None when they all do."""
+        starts, ends = self._page_bounds
+        full = all(len(table) == self.index.n_pages for table in self.tables)
+        if full and (self._oldest[:, -1] <= starts).all() and (ends <= self._queries[:, 0]).all():
+            return None
+        positions = starts[:, None] + np.arange(self.index.n_pages * PAGE)
+        return mx.array(self._seen(positions, ends[:, None])[:, None])
+
+    @cached_property
+    def n_raw(self) -> int:
+        """Raw slots from here on are empty in every row."""
+        return int(np.flatnonzero(self._seen_raw.any(axis=(0, 1)))[-1]) + 1
+
+    @cached_property
+    def raw_mask(self) -> mx.array | None:
+        """Which of the first `n_raw` raw slots each query sees, bool `[B, 1, L, n_raw]`; None when they all do."""
+        seen = self._seen_raw[:, :, : self.n_raw]
+        return None if seen.all() else mx.array(seen[:, None])
+
+    @cached_property
+    def mask(self) -> mx.array | None:
+        """As `Lanes.attend` wants it: `page_mask` and `raw_mask` in one."""
+        if self.page_mask is None and self.raw_mask is None:
+            return None
+        shape = (len(self.tables), 1, self.n_queries)
+        parts = ((self.page_mask, self.index.n_pages * PAGE), (self.raw_mask, self.n_raw))
+        return mx.concatenate([mx.ones((*shape, n), mx.bool_) if m is None else m for m, n in parts], axis=-1)
+
+    @cached_property
+    def _page_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """First position of each row's pages, and of its window."""
+        starts = self.keep + PAGE * np.array(self.first)
+        return starts, starts + PAGE * np.array([len(table) for table in self.tables])
+
+    @cached_property
+    def _queries(self) -> np.ndarray:
+        """Positions `[B, L]`."""
+        return np.array(self.offsets)[:, None] + np.arange(self.n_queries)
+
+    @cached_property
+    def _oldest(self) -> np.ndarray:
+        """First position behind the sink that each query sees, `[B, L]`."""
+        return self._queries * 0 if self.max_size is None else self._queries + 1 - (self.max_size - self.keep)
+
+    @cached_property
+    def _seen_raw(self) -> np.ndarray:
+        window, slots = self._page_bounds[1][:, None], np.arange(self.window_slots)
+        sink = np.broadcast_to(np.arange(self.keep), (len(self.tables), self.keep))
+        ring = window + (slots - (window - self.keep)) % self.window_slots
+        return self._seen(np.concatenate([sink, ring], axis=1), np.iinfo(np.int64).max)
+
+    def _seen(self, positions: np.ndarray, end: np.ndarray | int) -> np.ndarray:
+        """`positions` `[B, n]` that lie before `end` and that each query sees, bool `[B, L, n]`."""
+        at, queries = positions[:, None], self._queries[..., None]
+        recent = (at < self.keep) | (at >= self._oldest[..., None])
+        return np.asarray((at <= queries) & recent & (positions < end)[:, None])

@@ -1,0 +1,1 @@
+"""How a page is stored: the packed layout, the codes and the rotation."""

@@ -1,0 +1,96 @@
+"""Codes: the nearest entry of a codebook, what an entry stands for, and how codes become streams.
+
+A codebook in units of N(0, 1) is a table of either
+
+    [n]      sorted levels, one code a coordinate (scalar code, n = 2**bits)
+    [n, 2]   points, one code for a pair of neighbouring coordinates (pair code, n = 2**(2 * bits); bits may be a half)
+
+Everything runs along the last axis: pair code i stands for coordinates 2i and 2i + 1. A scalar code is also the pair
+code c0 | c1 << bits, so the streams of both kinds are read by the same kernels.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from kernels.codec.layout import pack, unpack
+
+Nearest = Callable[[mx.array], tuple[mx.array, mx.array]]
+"""Coordinates `[..., m]` to codes (uint32, `[..., m]` or `[..., m / 2]`) and their entries (float32, `[..., m]`)."""
+
+
+class Code:
+    """A codebook at `bits` a coordinate. Raises ValueError for a table of the wrong size."""
+
+    def __init__(self, table: np.ndarray, bits: float) -> None:
+        needed = 2 ** (bits * table.ndim)
+        if table.ndim > 2 or table.shape[1:] not in ((), (2,)) or len(table) != needed:
+            kind = "levels" if table.ndim == 1 else "pairs"
+            raise ValueError(f"a codebook of {len(table)} {kind} is not one of {bits:g} bits, which needs {needed:g}")
+        self.table = mx.array(table.astype(np.float32))
+        self.width = round(bits * table.ndim)
+        self.nearest = nearest_level(self.table) if table.ndim == 1 else nearest_pair(self.table)
+
+    def pack(self, codes: mx.array) -> mx.array:
+        """Codes of `n` coordinates to words `[..., words_for(n, bits)]`, uint32."""
+        return pack(codes, self.width)
+
+    def read(self, words: mx.array, n: int) -> mx.array:
+        """Words to the `n` coordinates, float32 `[..., n]`."""
+        return entries(self.table, unpack(words, n // self.table.ndim, self.width))
+
+
+def down_columns(nearest: Nearest) -> Nearest:
+    """The search along m in `[..., m, n]`: codes come in the order of their streams, `[..., n, m]` or
+    `[..., n, m / 2]`, entries where the coordinates lay.
+    """
+
+    def search(units: mx.array) -> tuple[mx.array, mx.array]:
+        codes, read = nearest(units.swapaxes(-1, -2))
+        return codes, read.swapaxes(-1, -2)
+
+    return search
+
+
+def entries(table: mx.array, codes: mx.array) -> mx.array:
+    """Codes `[..., m]` to coordinates `[..., m]`, or `[..., 2 * m]` for a pair code."""
+    read = mx.take(table, codes, axis=0)
+    return read if table.ndim == 1 else read.flatten(-2)
+
+
+def nearest_level(levels: mx.array) -> Nearest:
+    """Search in sorted `levels`, float32 `[2**bits]`. Ties go to the lower code."""
+    boundaries = (levels[1:] + levels[:-1]) / 2
+
+    def search(units: mx.array) -> tuple[mx.array, mx.array]:
+        codes = mx.zeros(units.shape, dtype=mx.int32)
+        step = levels.size // 2
+        while step:  # binary search for the number of boundaries below each coordinate
+            codes = codes + step * (units > mx.take(boundaries, codes + (step - 1)))
+            step //= 2
+        return codes.astype(mx.uint32), mx.take(levels, codes)
+
+    return search
+
+
+def nearest_pair(table: mx.array) -> Nearest:
+    """Search in a table of pairs, float32 `[n, 2]`, by trying them one after the other. Ties go to the lower code.
+
+    That keeps memory at a few times the input's, and squared differences are far more accurate next to a border than a
+    matrix product's |c|^2 - 2 <c, u>. NaN and infinity count as 0, so that a broken row does not spoil the one that it
+    is paired with.
+    """
+    points: list[list[float]] = np.array(table).tolist()
+
+    def search(units: mx.array) -> tuple[mx.array, mx.array]:
+        units = mx.where(mx.isfinite(units), units, 0.0)
+        x, y = (mx.contiguous(units[..., i::2]) for i in (0, 1))
+        codes, best = mx.zeros(x.shape, dtype=mx.uint32), mx.full(x.shape, mx.inf, dtype=mx.float32)
+        for code, (at_x, at_y) in enumerate(points):
+            squared = mx.square(x - at_x) + mx.square(y - at_y)
+            codes = mx.where(squared < best, mx.array(code, dtype=mx.uint32), codes)
+            best = mx.minimum(best, squared)
+        return codes, entries(table, codes)
+
+    return search

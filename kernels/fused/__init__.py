@@ -1,0 +1,1 @@
+"""The fused Metal and CUDA kernels, and the launches of them."""

@@ -1,0 +1,1 @@
+"""A backend's storage and attention of one layer: the contract and the implementations in MLX operations."""

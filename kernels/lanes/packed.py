@@ -1,0 +1,262 @@
+"""The fallback: the same codec read by MLX's own quantised matrix products, so it runs wherever MLX runs.
+
+Rotated as in the reference, but levels are equally spaced, so a code c stands for `low + step * c`, which MLX's affine
+lanes compute inside the product; the row's scale is applied to scores and to probabilities instead. Compared with
+`mx.quantize`, which keeps a scale and a bias for each group, a row keeps one float16: a page has as many bytes as in
+the reference layout.
+
+Page bytes, for each KV head: key codes packed along the page's tokens (`[key_dim, PAGE]`: the product over the head
+dim is then the fast one of MLX's two forms), value codes packed along the head dim, padded to a multiple of 32 codes,
+key scales and value scales `[PAGE]` in float16.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import ClassVar
+
+import mlx.core as mx
+import numpy as np
+
+from kernels.attention.masks import Mask, MaskForm
+from kernels.attention.page_tables import PageIndex, RowIndex
+from kernels.attention.softmax import causal_mask, divided, on_cpu, product, weigh
+from kernels.codec.layout import PAGE, pack, words_for
+from kernels.codec.rotation import Rotation
+from kernels.lanes.base import (
+    AttentionPath,
+    CodebookKind,
+    Codebooks,
+    LaneShape,
+    Pages,
+    Pair,
+    attend_expanded,
+    store_tokens,
+)
+from kernels.lanes.reference import quantise
+
+_BITS = (2, 3, 4, 5, 6, 8)
+_GROUPS = (128, 64, 32)
+
+_FEW_TOKENS = 48
+"""Up to here pages are read packed; for longer chunks it is cheaper to expand them once. Measured on a CPU over 4,096
+tokens: 24.5 ms against 28.3 for 48 tokens, 88 against 85 for 128. Rotating queries and chunk instead of the expanded
+pages made no difference beyond the noise from 64 tokens on.
+"""
+
+
+class _Grid:
+    """Equally spaced levels as MLX's affine lanes see them. Raises ValueError for any other codebook."""
+
+    def __init__(self, levels: np.ndarray) -> None:
+        steps = np.diff(levels)
+        if not np.allclose(steps, steps[0], rtol=1e-4):
+            raise ValueError("the packed lanes need equally spaced levels")
+        self.step, self.low, self.n_levels = float(steps.mean()), float(levels[0]), len(levels)
+        self.bits = self.n_levels.bit_length() - 1
+
+    def nearest(self, units: mx.array) -> tuple[mx.array, mx.array]:
+        """Coordinates to codes and levels by rounding, which costs a tenth of a search."""
+        codes = mx.clip(mx.round((units - self.low) / self.step), 0, self.n_levels - 1)
+        # NaN as an integer is anything: kept within its own bits, it can't reach the neighbours' when packed.
+        return codes.astype(mx.uint32) & (self.n_levels - 1), self.low + self.step * codes
+
+    def affine(self, shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Scales and biases of MLX's lanes, constant."""
+        return mx.full(shape, self.step, dtype=dtype), mx.full(shape, self.low, dtype=dtype)
+
+    def product(self, x: mx.array, words: mx.array, bits: int, group: int) -> mx.array:
+        """`x` `[..., R, K]` times the levels of `words` `[..., K, n_words]`, float32 `[..., R, 32 * n_words / bits]`.
+
+        MLX's quantised product, except on the CPU, where it decodes the codes anew for every row of `x`.
+        """
+        if on_cpu():
+            if 8 % bits == 0:
+                return self._product_of_bytes(x, words, bits)
+            groups = (*words.shape[:-1], words.shape[-1] * 32 // bits // group)
+            return product(x, mx.dequantize(words, *self.affine(groups, x.dtype), group_size=group, bits=bits))
+        groups = (*words.shape[:-1], words.shape[-1] * 32 // bits // group)
+        scales, biases = self.affine(groups, x.dtype)
+        return mx.quantized_matmul(x, words, scales, biases, transpose=False, group_size=group, bits=bits)
+
+    def _product_of_bytes(self, x: mx.array, words: mx.array, bits: int) -> mx.array:
+        """The same product without taking bytes apart.
+
+        With u_k = byte >> (k * bits), the k-th code of a byte is c_k = u_k - 2**bits * u_(k+1). So x @ c_k is the
+        difference of two plain products, and bytes become floats in order, without the interleaving that makes
+        `mx.dequantize` slow on a CPU. The products are larger than their difference, which costs float32 a digit or
+        two; u_k around 0 keep that small, and their differences are then the levels in units of the step.
+        """
+        x, above, codes = x * self.step, None, []
+        for u in reversed(_shifted_bytes(bits)(words.view(mx.uint8))):
+            here = product(x, u)
+            codes.append(here if above is None else here - (1 << bits) * above)
+            above = here
+        return mx.stack(codes[::-1], axis=-1).flatten(-2) if len(codes) > 1 else codes[0]
+
+
+@cache
+def _shifted_bytes(bits: int) -> Callable[[mx.array], tuple[mx.array, ...]]:
+    """Bytes to all their u_k as float32, each less the middle of its range; one pass where MLX can compile it."""
+
+    def shift(in_bytes: mx.array) -> tuple[mx.array, ...]:
+        shifted = [mx.right_shift(in_bytes, mx.array(k, dtype=mx.uint8)) if k else in_bytes for k in range(0, 8, bits)]
+        return tuple(u.astype(mx.float32) - (255 >> k) / 2 for u, k in zip(shifted, range(0, 8, bits), strict=True))
+
+    compiled: Callable[[mx.array], tuple[mx.array, ...]] = mx.compile(shift, shapeless=True)
+    return compiled
+
+
+class PackedLanes:
+    """`Lanes` on `mx.quantized_matmul` and `mx.dequantize`. Any head dims; 2, 3, 4, 5, 6 and 8 bits."""
+
+    name: ClassVar[str] = "packed"
+    codebook: ClassVar[CodebookKind] = "uniform"
+    masks: ClassVar[MaskForm] = MaskForm()
+
+    def __init__(self, shape: LaneShape, codebooks: Codebooks) -> None:
+        reason = self.unsupported(shape)
+        if reason:
+            raise ValueError(reason)
+        self.shape = shape
+        self._key_rotation, self._value_rotation = Rotation(shape.key_dim), Rotation(shape.value_dim)
+        self._keys, self._values = _Grid(codebooks.keys), _Grid(codebooks.values)
+        self._zooms = codebooks.key_zooms, codebooks.value_zooms
+        self._value_pad = -shape.value_dim % 32
+        padded = shape.value_dim + self._value_pad
+        self._value_group = next(g for g in _GROUPS if padded % g == 0)
+        self._value_groups = padded // self._value_group
+        self._value_words = words_for(padded, shape.value_bits)
+
+    @classmethod
+    def unsupported(cls, shape: LaneShape) -> str | None:
+        for what, bits in (("keys", shape.key_bits), ("values", shape.value_bits)):
+            if bits not in _BITS:
+                return f"MLX's quantised products have no {bits:g}-bit lanes (for {what}); there are {_BITS}"
+        return None
+
+    def page_arrays(self) -> Sequence[tuple[tuple[int, ...], mx.Dtype]]:
+        s = self.shape
+        return [
+            ((s.n_kv_heads, s.key_dim, words_for(PAGE, s.key_bits)), mx.uint32),
+            ((s.n_kv_heads, PAGE, self._value_words), mx.uint32),
+            ((s.n_kv_heads, PAGE), mx.float16),
+            ((s.n_kv_heads, PAGE), mx.float16),
+        ]
+
+    def encode(self, keys: mx.array, values: mx.array) -> Pages:
+        keys, values = self._key_rotation.apply(keys), self._value_rotation.apply(values)
+        key_codes, key_scales = quantise(keys, self._keys.nearest, unbiased=True, zooms=self._zooms[0])
+        value_codes, value_scales = quantise(values, self._values.nearest, unbiased=False, zooms=self._zooms[1])
+        value_codes = mx.pad(value_codes, [(0, 0)] * (value_codes.ndim - 1) + [(0, self._value_pad)])
+        return (
+            pack(key_codes.swapaxes(-1, -2), self._keys.bits),
+            pack(value_codes, self._values.bits),
+            key_scales,
+            value_scales,
+        )
+
+    def expand(self, pages: Pages, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        keys, values = self.expand_rotated(pages)
+        return self._key_rotation.inverse(keys).astype(dtype), self._value_rotation.inverse(values).astype(dtype)
+
+    def expand_rotated(self, pages: Pages) -> tuple[mx.array, mx.array]:
+        """`expand` without rotating back, in float32: the codes' levels times their scales."""
+        key_words, value_words, key_scales, value_scales = pages
+        s = self.shape
+        key_affine = self._keys.affine((*key_words.shape[:-1], 1), mx.float32)
+        value_affine = self._values.affine((*value_words.shape[:-1], self._value_groups), mx.float32)
+        keys = mx.dequantize(key_words, *key_affine, group_size=PAGE, bits=self._keys.bits)
+        values = mx.dequantize(value_words, *value_affine, group_size=self._value_group, bits=self._values.bits)
+        keys = (keys * key_scales[..., None, :].astype(mx.float32)).swapaxes(-1, -2)
+        return keys, values[..., : s.value_dim] * value_scales[..., None].astype(mx.float32)
+
+    def attend(
+        self,
+        queries: mx.array,
+        raw_keys: mx.array,
+        raw_values: mx.array,
+        pages: Pages,
+        index: PageIndex,
+        mask: Mask,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        n_tokens, n_raw = queries.shape[2], raw_keys.shape[2]
+        if n_tokens > _FEW_TOKENS:
+            return attend_expanded(self.expand, queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
+        page_mask: mx.array | None = None
+        raw_mask: mx.array | None = None
+        if isinstance(mask, str):  # causal among the raw tokens, and every page is older than they are
+            raw_mask = causal_mask(n_tokens, n_raw)
+        elif mask is not None:
+            page_mask, raw_mask = mx.split(mask, [index.n_pages * PAGE], axis=-1)
+        return self._attend_packed(
+            queries, (raw_keys, raw_values, raw_mask), pages, index, page_mask, scale=scale, sinks=sinks
+        )
+
+    def attend_step(
+        self,
+        queries: mx.array,
+        tokens: Pair,
+        raw: Pair,
+        pages: Pages,
+        rows: RowIndex,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> tuple[mx.array, Pair]:
+        stored = store_tokens(tokens, raw, rows)
+        live = stored[0][:, :, : rows.n_raw], stored[1][:, :, : rows.n_raw], rows.raw_mask
+        out = self._attend_packed(queries, live, pages, rows.index, rows.page_mask, scale=scale, sinks=sinks)
+        return out, stored
+
+    def path(self, n_tokens: int | None) -> AttentionPath:
+        return "packed" if n_tokens is None or n_tokens <= _FEW_TOKENS else "expanded"
+
+    def _attend_packed(
+        self,
+        queries: mx.array,
+        raw: tuple[mx.array, mx.array, mx.array | None],
+        pages: Pages,
+        index: PageIndex,
+        page_mask: mx.array | None,
+        *,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """One softmax over raw tokens (keys, values, mask), which meet the queries as they are, and pages, which meet
+        them rotated; the pages' part of the output is rotated back.
+        """
+        n_rows, n_heads, n_tokens, key_dim = queries.shape
+        n_kv_heads, n_repeats = self.shape.n_kv_heads, n_heads // self.shape.n_kv_heads
+        # All query heads of a KV head, and all their tokens, are rows of one product.
+        grouped = queries.astype(mx.float32).reshape(n_rows, n_kv_heads, n_repeats * n_tokens, key_dim) * scale
+        keys, values, raw_mask = raw[0].astype(mx.float32), raw[1].astype(mx.float32), raw[2]
+        parts = [(product(grouped, keys.swapaxes(-1, -2)), raw_mask)]
+        if index.n_pages:
+            parts.append((self._page_scores(self._key_rotation.apply(grouped), pages, index), page_mask))
+        shape = (n_rows, n_kv_heads, n_repeats, n_tokens)
+        masked = [(x.reshape(*shape, -1), None if seen is None else seen[:, :, None]) for x, seen in parts]
+        weights, total = weigh(masked, sinks)
+        out = product(weights[0].flatten(2, 3), values)
+        if index.n_pages:
+            out = out + self._value_rotation.inverse(self._page_values(weights[1].flatten(2, 3), pages, index))
+        out = divided(out.reshape(*shape, -1), total).reshape(n_rows, n_heads, n_tokens, self.shape.value_dim)
+        return out.astype(queries.dtype)
+
+    def _page_scores(self, grouped: mx.array, pages: Pages, index: PageIndex) -> mx.array:
+        """Queries `[B, n_kv_heads, R, key_dim]` against every page: `[B, n_kv_heads, R, P * PAGE]`."""
+        words, scales = self._gather(pages[0], index), self._gather(pages[2], index)
+        words = words.swapaxes(2, 3).flatten(-2)  # [B, n_kv_heads, key_dim, P * words]
+        scores = self._keys.product(grouped, words, self._keys.bits, PAGE)
+        return scores * scales.flatten(-2)[:, :, None]
+
+    def _page_values(self, weights: mx.array, pages: Pages, index: PageIndex) -> mx.array:
+        """Weights `[B, n_kv_heads, R, P * PAGE]` over every page's values: `[B, n_kv_heads, R, value_dim]`."""
+        words, scales = self._gather(pages[1], index).flatten(2, 3), self._gather(pages[3], index)
+        weights = weights * scales.flatten(-2)[:, :, None]
+        out = self._values.product(weights, words, self._values.bits, self._value_group)[..., : self.shape.value_dim]
+        return out if index.pageless is None else mx.where(index.pageless, 0.0, out)
+
+    def _gather(self, array: mx.array, index: PageIndex) -> mx.array:
+        """`[n_pages, n_kv_heads, ...]` to the rows' pages, head first: `[B, n_kv_heads, P, ...]`."""
+        return mx.take(array.flatten(0, 1), index.heads(self.shape.n_kv_heads), axis=0)

@@ -1,0 +1,1 @@
+"""Tests the kernels on this machine and chooses one backend."""

@@ -1,0 +1,229 @@
+"""The start-up probe: run every candidate backend on this machine against the reference and choose one.
+
+Building a kernel proves nothing, so each candidate encodes, expands and attends over random data for every shape and
+dtype that the loaded model needs (`kernels.probe.trials`). The verdict is by layer shape and by part:
+
+- a shape that a candidate refuses, or encodes or expands wrongly, or decodes too slowly, takes the next candidate;
+- a candidate whose attention fails keeps its pages, and attention goes over expanded pages (`kernels.lanes.expanded`);
+- other shapes and dtypes are not touched by either.
+
+Only `auto` falls back. A backend asked for by name must pass everything.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from kernels.fused.profiles import PROFILES, MissingDeviceKey, choose_profile, missing_key
+from kernels.lanes.base import Lanes, LaneShape
+from kernels.probe.trials import SLOWEST, SPEED_TOKENS, Measured, Part, Trial, decode_microseconds
+from kernels.probe.verdict import Backend, Check, Fallback, LayerUse, LayerVerdict, ReasonCode
+
+log = logging.getLogger(__name__)
+
+_COMPILER = re.compile(r"compil|build metal library|nvrtc|load kernel", re.IGNORECASE)
+_LONGEST_REASON = 300
+_EXPECTED = ("no_device",)
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend asked for by name does not work here, or none does; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A backend that could run. `missing` says why it can't be tried at all, or that it has failed after its checks;
+    `build` and `oracle` make its lanes and reference lanes on the same codebook. `fused`: it has kernels of its own, so
+    it gets a profile and is timed against the fallback. `shared`: its pages have the reference's bytes.
+    """
+
+    name: str
+    build: Callable[[LaneShape], Lanes]
+    oracle: Callable[[LaneShape], Lanes]
+    missing: tuple[ReasonCode, str] | None = None
+    unsupported: Callable[[LaneShape], str | None] = lambda shape: None
+    fused: bool = False
+    shared: bool = False
+
+
+class _Failed(Exception):
+    def __init__(self, code: ReasonCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code: ReasonCode = code
+
+
+def probe(
+    requested: str, candidates: Sequence[Candidate], uses: Sequence[LayerUse], info: Mapping[str, object] | None = None
+) -> Backend:
+    """Choose a backend for the kinds of layers that the model has, on a device that describes itself by `info`.
+
+    `requested` is `auto` or a candidate's name; `auto` never takes the reference. Raises BackendUnavailable when the
+    named one fails in anything, or when nothing works for some layer, with every reason in the message.
+    """
+    chosen = [c for c in candidates if (c.name != "reference" if requested == "auto" else c.name == requested)]
+    if not chosen:
+        names = ", ".join(c.name for c in candidates)
+        raise BackendUnavailable(f"unknown backend {requested!r}; there are auto, {names}")
+    run = _Probe(requested, {c.name: c for c in candidates}, chosen)
+    return run.answer([run.judge(use) for use in dict.fromkeys(uses)], mx.device_info() if info is None else info)
+
+
+class _Probe:
+    """One run of the probe: what was tried and what failed so far."""
+
+    def __init__(self, requested: str, known: Mapping[str, Candidate], chosen: Sequence[Candidate]) -> None:
+        self._requested = requested
+        self._known = known
+        self._checks: list[Check] = []
+        self._fallbacks: list[Fallback] = []
+        self._missing = [(c.name, c.missing) for c in chosen if c.missing]
+        self._able = [c for c in chosen if not c.missing]
+        for name, (code, reason) in self._missing:
+            part: Part = "device" if code == "no_device" else "answer"
+            self._checks.append(Check(name, part, "", False, reason=reason))
+        if not self._able:
+            raise self._unavailable([f"{name}: {reason}" for name, (_, reason) in self._missing])
+
+    def judge(self, use: LayerUse) -> LayerVerdict:
+        """The first candidate that can serve this kind of layer, with as many of its parts as pass."""
+        refused: list[tuple[str, _Failed]] = []
+        for candidate in self._able:
+            try:
+                failed = self._try(candidate, use)
+            except _Failed as failure:
+                refused.append((candidate.name, failure))
+                continue
+            reasons = [f"{name}: {failure}" for name, failure in refused]
+            reasons += [f"{candidate.name} {part}: {failure}" for part, failure in failed.items()]
+            if reasons and self._requested != "auto":
+                raise self._unavailable(reasons)
+            self._fallbacks += [Fallback(name, candidate.name, f.code, str(f)) for name, f in refused]
+            self._fallbacks += [Fallback(candidate.name, "expanded", f.code, str(f)) for f in failed.values()]
+            return LayerVerdict(use, candidate.name, tuple(failed), "; ".join(reasons) or None)
+        reasons = [f"{name}: {reason}" for name, (_, reason) in self._missing]
+        raise self._unavailable([*reasons, *(f"{name}: {failure}" for name, failure in refused)])
+
+    def answer(self, verdicts: Sequence[LayerVerdict], info: Mapping[str, object]) -> Backend:
+        used = {verdict.lanes for verdict in verdicts}
+        backend = next((c for c in self._able if c.name in used), self._able[0])
+        fallbacks = [Fallback(name, backend.name, code, reason) for name, (code, reason) in self._missing]
+        if backend.fused:  # then it is no news that this machine has no other kind of device
+            fallbacks = [fallback for fallback in fallbacks if fallback.code != "no_device"]
+        fallbacks += self._fallbacks
+        profile, profile_reason = PROFILES["none"], "no kernels of our own run"
+        if backend.fused:
+            profile, profile_reason = choose_profile(info)
+            if missing_key(info) is not None:
+                fallbacks.append(Fallback("profile", profile.name, "missing_device_key", profile_reason))
+        for fallback in fallbacks:
+            level = logging.INFO if fallback.code in _EXPECTED else logging.WARNING
+            words = fallback.source, fallback.target, fallback.code, fallback.reason
+            log.log(level, "probe: %s falls back to %s (%s): %s", *words)
+        named = self._requested != "auto"
+        passed_over = dict.fromkeys(f"{fallback.source}: {fallback.reason}" for fallback in fallbacks)
+        reason = "asked for by name" if named else "first choice"
+        return Backend(
+            name=backend.name,
+            requested=self._requested,
+            reason="; ".join(passed_over) or f"{reason}; all checks passed",
+            profile=profile.name,
+            device=str(info.get("device_name") or info.get("architecture") or "unknown device"),
+            checks=tuple(self._checks),
+            fallbacks=tuple(fallbacks),
+            layers=tuple(verdicts),
+            profile_reason=profile_reason,
+            code="named" if named else self._code(fallbacks),
+        )
+
+    @staticmethod
+    def _code(fallbacks: Sequence[Fallback]) -> str:
+        codes = [fallback.code for fallback in fallbacks]
+        return next((code for code in codes if code not in _EXPECTED), codes[0] if codes else "first_choice")
+
+    def _try(self, candidate: Candidate, use: LayerUse) -> dict[Part, _Failed]:
+        """All checks for one kind of layer. Returns the parts whose attention failed; raises _Failed for the rest."""
+        refusal = candidate.unsupported(use.shape)
+        if refusal:
+            raise self._note(candidate, "shape", use, _Failed("unsupported_shape", refusal))
+        try:
+            lanes = candidate.build(use.shape)
+            trial = Trial(lanes, candidate.oracle(use.shape), use.dtype, shared=candidate.shared)
+        except ValueError as error:
+            raise self._note(candidate, "shape", use, _Failed("unsupported_shape", str(error))) from error
+        except Exception as error:  # whatever a device throws is this candidate's failure, not the server's
+            raise self._note(candidate, "shape", use, _Failed(*reason_of(error))) from error
+        failed: dict[Part, _Failed] = {}
+        for part, form, run in trial.parts():
+            if part in failed:
+                continue
+            try:
+                self._check(candidate, part, f"{form}, {use}" if form else str(use), run)
+            except _Failed as failure:
+                if part not in ("attend", "attend_step"):
+                    raise
+                failed[part] = failure
+        if candidate.fused and "attend_step" not in failed:
+            self._time(candidate, lanes, use)
+        return failed
+
+    def _check(self, candidate: Candidate, part: Part, detail: str, run: Callable[[], Measured]) -> None:
+        try:
+            measured = run()
+        except Exception as error:
+            failure = _Failed(*reason_of(error))
+            self._checks.append(Check(candidate.name, part, detail, False, reason=str(failure)))
+            raise failure from error
+        reason = None
+        if not measured.passed:
+            reason = f"{part} differs from the reference by {measured.error:.2g} (allowed {measured.limit:g}): {detail}"
+        found = Check(candidate.name, part, detail, measured.passed, measured.error, measured.microseconds, reason)
+        self._checks.append(found)
+        if reason:
+            raise _Failed("wrong_result", reason)
+
+    def _time(self, candidate: Candidate, lanes: Lanes, use: LayerUse) -> None:
+        """The decode step against the fallback's. Raises _Failed when it is too slow."""
+        packed = self._known.get("packed")
+        if packed is None or packed.missing or packed.unsupported(use.shape):
+            return
+        try:
+            own = decode_microseconds(lanes, use.dtype)
+        except Exception as error:
+            raise self._note(candidate, "speed", use, _Failed(*reason_of(error))) from error
+        theirs = decode_microseconds(packed.build(use.shape), use.dtype)
+        reason = None
+        if own > SLOWEST * theirs:
+            reason = (
+                f"a decode step over {SPEED_TOKENS} tokens takes {own:.0f} us, over {SLOWEST:g} times the "
+                f"{theirs:.0f} us of packed: {use}"
+            )
+        self._checks.append(Check(candidate.name, "speed", str(use), reason is None, None, own, reason))
+        if reason:
+            raise _Failed("too_slow", reason)
+
+    def _note(self, candidate: Candidate, part: Part, use: LayerUse, failure: _Failed) -> _Failed:
+        self._checks.append(Check(candidate.name, part, str(use), False, reason=str(failure)))
+        return failure
+
+    def _unavailable(self, reasons: Sequence[str]) -> BackendUnavailable:
+        what = f"backend {self._requested!r} does not work here: {'; '.join(dict.fromkeys(reasons))}."
+        if self._requested == "auto":
+            return BackendUnavailable(f"{what} Set TURBOCACHE_KV_PRESET to another preset, or off.")
+        return BackendUnavailable(f"{what} Set TURBOCACHE_BACKEND=auto to let the probe choose.")
+
+
+def reason_of(error: Exception) -> tuple[ReasonCode, str]:
+    """What an exception that a backend has thrown says, in one word and in one line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if len(text) > _LONGEST_REASON:  # compilers print whole sources
+        text = f"{text[:_LONGEST_REASON]}..."
+    if isinstance(error, MissingDeviceKey):
+        return "missing_device_key", text
+    if isinstance(error, FloatingPointError):
+        return "wrong_result", text
+    if isinstance(error, RuntimeError) and _COMPILER.search(str(error)):
+        return "does_not_compile", text
+    return "exception", text

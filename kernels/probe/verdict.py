@@ -1,0 +1,152 @@
+"""The probe's answer as plain data: what runs for each kind of layer, why, and what was tried."""
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from kernels.lanes.base import LaneShape
+from kernels.probe.trials import Part
+
+ReasonCode = Literal[
+    "no_device",
+    "unsupported_shape",
+    "does_not_compile",
+    "exception",
+    "wrong_result",
+    "too_slow",
+    "missing_device_key",
+]
+"""Why something was passed over, from a fixed set, so that metrics can count it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One test of one candidate. `max_error` is relative to the reference's largest value (`encode`: to its norm),
+    `microseconds` the median time of one evaluation; both None where the check did not get that far.
+    """
+
+    backend: str
+    part: Part
+    detail: str
+    passed: bool
+    max_error: float | None = None
+    microseconds: float | None = None
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        return " ".join(word for word in (self.backend, self.part, self.detail) if word)
+
+    @property
+    def label(self) -> str:
+        """Backend and part: from a closed set, for metrics."""
+        return f"{self.backend}_{self.part}"
+
+    def as_json(self) -> dict[str, Any]:
+        finite = self.max_error is not None and isfinite(self.max_error)
+        return {
+            "check": self.name,
+            "passed": self.passed,
+            "max_error": self.max_error if finite else None,  # JSON has neither NaN nor infinity
+            "microseconds": None if self.microseconds is None else round(self.microseconds, 1),
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """Something that `auto` passed over, and what is used instead: a backend, or `expanded` pages."""
+
+    source: str
+    target: str
+    code: ReasonCode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUse:
+    """A kind of layer that the model has: its shape and the dtype of its keys."""
+
+    shape: LaneShape
+    dtype: mx.Dtype
+
+    def __str__(self) -> str:
+        s = self.shape
+        dims = f"{s.key_dim}" if s.key_dim == s.value_dim else f"{s.key_dim}/{s.value_dim}"
+        return f"{s.n_heads}/{s.n_kv_heads} heads x {dims}, {s.widths}, {dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerVerdict:
+    """What layers of one kind use: the lanes of the backend `lanes`, except that the parts in `expanded` go over
+    expanded pages. `reason` says why it is not all the first choice.
+    """
+
+    use: LayerUse
+    lanes: str
+    expanded: tuple[Part, ...] = ()
+    reason: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {"layers": str(self.use), "lanes": self.lanes, "expanded": list(self.expanded), "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The probe's answer: what runs, what was asked for, why, what each kind of layer uses, and all that was tried.
+
+    `code` is the reason in one word: `named`, `first_choice`, `nothing_to_compress`, or a fallback's code, that of a
+    failure before that of a missing device.
+    """
+
+    name: str
+    requested: str
+    reason: str
+    profile: str
+    device: str
+    checks: tuple[Check, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    layers: tuple[LayerVerdict, ...] = ()
+    profile_reason: str = ""
+    code: str = "first_choice"
+
+    def verdict(self, use: LayerUse) -> LayerVerdict:
+        """What layers of this kind use. Raises KeyError for one that was not probed."""
+        for verdict in self.layers:
+            if verdict.use == use:
+                return verdict
+        raise KeyError(f"{use} was not probed")
+
+    def passed(self) -> dict[str, bool]:
+        """Whether all checks of a backend's part passed, by `Check.label`."""
+        labels = dict.fromkeys(check.label for check in self.checks)
+        return {label: all(c.passed for c in self.checks if c.label == label) for label in labels}
+
+    def summary(self) -> dict[str, Any]:
+        """What `turbocache probe --json` prints."""
+        return {
+            "name": self.name,
+            "requested": self.requested,
+            "reason": self.reason,
+            "profile": self.profile,
+            "device": self.device,
+            "checks": [check.as_json() for check in self.checks],
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `/v1/backend`."""
+        return {
+            **self.summary(),
+            "profile_reason": self.profile_reason,
+            "fallbacks": [
+                {"from": fallback.source, "to": fallback.target, "code": fallback.code, "reason": fallback.reason}
+                for fallback in self.fallbacks
+            ],
+            "layer_kinds": [verdict.as_json() for verdict in self.layers],
+        }
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")

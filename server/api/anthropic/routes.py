@@ -1,0 +1,156 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, from the body to the form of its answers."""
+
+import json
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.anthropic.answer import (
+    AnthropicErrorEnvelope,
+    CacheMiss,
+    ContentBlock,
+    DiagnosticsBody,
+    Ending,
+    MessageBody,
+    MessageDelta,
+    MessageStart,
+    MessageStop,
+    MessageUsage,
+    OutputTokensDetails,
+    Ping,
+    StopReason,
+    StreamEvent,
+    StreamEventBody,
+    TokenCount,
+)
+from server.api.anthropic.blocks import Blocks, whole_blocks
+from server.api.anthropic.request import CountTokensRequest, MessagesRequest
+from server.errors import NotFound, ServerError
+from server.http.anthropic_errors import MESSAGES_PATH, envelope
+from server.http.documented import answering, documented
+from server.http.exchange import Answer, check_model, name_session, parsed, prepared, respond, to_json
+from server.http.scope import context_of, record_of, require_key
+from server.http.sse import data
+from server.protocol import Event, Finished, GenerationRequest, PrefillProgress, TextDelta, ToolCall, Usage
+
+router = APIRouter(dependencies=[Depends(require_key)])
+
+
+@router.post(
+    MESSAGES_PATH,
+    openapi_extra=answering(MessagesRequest, MessageBody, StreamEventBody, envelope=AnthropicErrorEnvelope),
+)
+async def messages(request: Request) -> Response:
+    """One turn."""
+    context, record = context_of(request), record_of(request)
+    body = await parsed(request, MessagesRequest)
+    check_model(body.model, context.engine.model)
+    session, rules = name_session(request, None, bool(body.stream), user_id=body.user_id), body.rules()
+    prompt, grammar = await prepared(request, body.conversation(), rules)
+    wanted = GenerationRequest(
+        request_id=record.request_id,
+        prompt=prompt,
+        max_tokens=body.max_tokens,
+        sampling=body.sampling(),
+        stop=tuple(body.stop_sequences or ()),
+        session=session,
+        owner=record.owner,
+        rules=rules,
+        grammar=grammar,
+    )
+    form = MessagesForm(record.request_id, context.engine.model.id, len(prompt.tokens), body)
+    return await respond(request, [wanted], form, stream=bool(body.stream))
+
+
+@router.post(
+    f"{MESSAGES_PATH}/count_tokens",
+    openapi_extra=documented(TokenCount, body=CountTokensRequest, errors=(NotFound,), envelope=AnthropicErrorEnvelope),
+)
+async def count_tokens(request: Request) -> Response:
+    """How many tokens a prompt has, and nothing is computed of it."""
+    body = await parsed(request, CountTokensRequest)
+    check_model(body.model, context_of(request).engine.model)
+    prompt, _ = await prepared(request, body.conversation(), body.rules())
+    return Response(to_json(TokenCount(input_tokens=len(prompt.tokens))), media_type="application/json")
+
+
+class MessagesForm:
+    """The answer to one request: a message whose id is the request's. A stream is this and nothing else:
+
+    message_start, ping, (content_block_start, content_block_delta..., content_block_stop)..., message_delta,
+    message_stop; or error where the answer failed.
+    """
+
+    def __init__(self, request_id: str, model_id: str, n_prompt: int, body: MessagesRequest) -> None:
+        self._id = request_id
+        self._model = model_id
+        self._n_prompt = n_prompt
+        self._body = body
+        self._blocks: Blocks | None = None
+
+    def render(self, event: Event) -> Sequence[bytes]:
+        """A message begins as soon as it is known how much of its prompt was cached: with its first chunk."""
+        if isinstance(event, PrefillProgress):
+            return [] if self._blocks is not None else self._start(self._n_prompt - event.total)
+        opening = [] if self._blocks is not None else self._start(0)
+        assert self._blocks is not None
+        if isinstance(event, TextDelta | ToolCall):
+            return [*opening, *map(_sent, self._blocks.add(event))]
+        if isinstance(event, Finished):
+            ending = Ending(stop_reason=_stop_reason(event), stop_sequence=event.stop)
+            delta = MessageDelta(type="message_delta", delta=ending, usage=usage_body(event.usage))
+            return [*opening, *map(_sent, self._blocks.finish()), _sent(delta)]
+        return opening
+
+    def end(self, usage: Usage) -> Sequence[bytes]:
+        return [_sent(MessageStop(type="message_stop"))]
+
+    def fail(self, error: ServerError) -> Sequence[bytes]:
+        return [data(json.dumps(envelope(error, error.status, self._id), ensure_ascii=False), "error")]
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> MessageBody:
+        [answer] = answers
+        blocks = whole_blocks(answer.parts, hide_thoughts=self._body.hides_thoughts)
+        return self._message(blocks, usage_body(usage), answer.end)
+
+    def _start(self, cached: int) -> list[bytes]:
+        self._blocks = Blocks(hide_thoughts=self._body.hides_thoughts)
+        message = self._message([], usage_body(Usage(self._n_prompt, cached, 0)), None)
+        return [_sent(MessageStart(type="message_start", message=message)), _sent(Ping(type="ping"))]
+
+    def _message(self, content: list[ContentBlock], usage: MessageUsage, end: Finished | None) -> MessageBody:
+        message = MessageBody(
+            id=self._id,
+            type="message",
+            role="assistant",
+            model=self._model,
+            content=content,
+            stop_reason=None if end is None else _stop_reason(end),
+            stop_sequence=None if end is None else end.stop,
+            usage=usage,
+        )
+        if self._body.diagnostics is not None and self._body.diagnostics.previous_message_id is not None:
+            message.diagnostics = DiagnosticsBody(cache_miss_reason=CacheMiss(type="unavailable"))
+        return message
+
+
+def usage_body(usage: Usage) -> MessageUsage:
+    return MessageUsage(
+        input_tokens=usage.prompt_tokens - usage.cached_tokens,
+        cache_creation_input_tokens=0,
+        cache_read_input_tokens=usage.cached_tokens,
+        output_tokens=usage.completion_tokens,
+        output_tokens_details=OutputTokensDetails(thinking_tokens=usage.reasoning_tokens),
+    )
+
+
+def _stop_reason(end: Finished) -> StopReason:
+    if end.finish_reason == "stop":
+        return "end_turn" if end.stop is None else "stop_sequence"
+    return "tool_use" if end.finish_reason == "tool_calls" else "max_tokens"
+
+
+def _sent(event: StreamEvent) -> bytes:
+    return data(to_json(event), event.type)

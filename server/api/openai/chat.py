@@ -1,0 +1,190 @@
+"""POST /v1/chat/completions: OpenAI's chat API, from the body to the form of its answers."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.openai.chat_answer import (
+    AnswerMessage,
+    CallDelta,
+    CalledFunction,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Choice,
+    ChunkChoice,
+    ContentLogprob,
+    Delta,
+    FunctionDelta,
+    Logprobs,
+    MessageCall,
+    PromptTokensDetails,
+    TopLogprob,
+    UsageBody,
+)
+from server.api.openai.chat_request import ChatCompletionRequest
+from server.errors import ServerError
+from server.http.documented import answering
+from server.http.exchange import Answer, check_model, name_session, parsed, prepared, respond, several, to_json
+from server.http.scope import CHAT_PATH, context_of, record_of, require_key
+from server.http.sse import DONE, data
+from server.protocol import (
+    DrawnToken,
+    Event,
+    Finished,
+    GenerationRequest,
+    TextDelta,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
+
+LEAST_LOGPROB = -9999.0
+"""In JSON for minus infinity, as OpenAI's API has it."""
+
+router = APIRouter(dependencies=[Depends(require_key)])
+
+
+@router.post(
+    CHAT_PATH,
+    openapi_extra=answering(ChatCompletionRequest, ChatCompletion, ChatCompletionChunk, last_words="[DONE]"),
+)
+async def chat_completions(request: Request) -> Response:
+    """One chat turn."""
+    context, record = context_of(request), record_of(request)
+    chat = await parsed(request, ChatCompletionRequest)
+    check_model(chat.model, context.engine.model)
+    session, rules = name_session(request, chat.prompt_cache_key, bool(chat.stream)), chat.rules()
+    prompt, grammar = await prepared(request, chat.conversation(), rules)
+    wanted = GenerationRequest(
+        request_id=record.request_id,
+        prompt=prompt,
+        max_tokens=chat.token_limit,
+        sampling=chat.sampling(),
+        stop=chat.stop_texts,
+        session=session,
+        owner=record.owner,
+        logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+        rules=rules,
+        grammar=grammar,
+    )
+    form = ChatForm(record.request_id, context.engine.model.id, chat.include_usage, bool(chat.logprobs))
+    return await respond(request, several(wanted, chat.n or 1), form, stream=bool(chat.stream))
+
+
+class ChatForm:
+    """The answers to one chat request; all their objects carry the same id and time."""
+
+    def __init__(self, request_id: str, model_id: str, include_usage: bool, logprobs: bool) -> None:
+        self._id = request_id
+        self._model = model_id
+        self._created = int(time.time())
+        self._include_usage = include_usage
+        self._logprobs = logprobs
+        self._n_calls: dict[int, int] = {}
+
+    def render(self, event: Event) -> Sequence[bytes]:
+        """The chunks of one event: text, calls, and at the end the finish reason."""
+        if isinstance(event, TextDelta):
+            return [*self._opening(event.choice), self._chunk_of(event.choice, _delta(event), None, event.tokens)]
+        if isinstance(event, ToolCall):
+            return [*self._opening(event.choice), *self._call(event)]
+        if isinstance(event, Finished):
+            return [*self._opening(event.choice), self._chunk_of(event.choice, Delta(), event.finish_reason)]
+        return ()
+
+    def end(self, usage: Usage) -> Sequence[bytes]:
+        """The usage, if it was asked for, and OpenAI's mark."""
+        return [*([self._chunk([], usage_body(usage))] if self._include_usage else []), DONE]
+
+    def fail(self, error: ServerError) -> Sequence[bytes]:
+        return [data(json.dumps(error.envelope(), ensure_ascii=False))]
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> ChatCompletion:
+        return ChatCompletion(
+            id=self._id,
+            object="chat.completion",
+            created=self._created,
+            model=self._model,
+            choices=[self._whole_choice(i, answer) for i, answer in enumerate(answers)],
+            usage=usage_body(usage),
+        )
+
+    def _whole_choice(self, index: int, answer: Answer) -> Choice:
+        content = answer.content if answer.text or not answer.calls else None
+        message = AnswerMessage(role="assistant", content=content, refusal=None)
+        if answer.reasoning:
+            message.reasoning_content = answer.thought
+        if answer.calls:
+            message.tool_calls = [
+                MessageCall(id=call.id, type="function", function=_function(call)) for call in answer.calls
+            ]
+        logprobs = logprobs_body(answer.tokens) if self._logprobs else None
+        return Choice(index=index, message=message, logprobs=logprobs, finish_reason=answer.end.finish_reason)
+
+    def _opening(self, choice: int) -> list[bytes]:
+        """The first chunk of an answer names the role, once."""
+        if choice in self._n_calls:
+            return []
+        self._n_calls[choice] = 0
+        return [self._chunk_of(choice, Delta(role="assistant", content=""), None)]
+
+    def _call(self, call: ToolCall) -> list[bytes]:
+        index = self._n_calls[call.choice]
+        self._n_calls[call.choice] += 1
+        named = CallDelta(
+            index=index, id=call.id, type="function", function=FunctionDelta(name=call.name, arguments="")
+        )
+        rest = CallDelta(index=index, function=FunctionDelta(arguments=call.arguments))
+        return [self._chunk_of(call.choice, Delta(tool_calls=[part]), None) for part in (named, rest)]
+
+    def _chunk_of(
+        self, choice: int, delta: Delta, finish_reason: str | None, tokens: Sequence[DrawnToken] = ()
+    ) -> bytes:
+        logprobs = logprobs_body(tokens) if tokens else None
+        return self._chunk(
+            [ChunkChoice(index=choice, delta=delta, logprobs=logprobs, finish_reason=finish_reason)], None
+        )
+
+    def _chunk(self, choices: list[ChunkChoice], usage: UsageBody | None) -> bytes:
+        chunk = ChatCompletionChunk(
+            id=self._id, object="chat.completion.chunk", created=self._created, model=self._model, choices=choices
+        )
+        if self._include_usage:
+            chunk.usage = usage
+        return data(to_json(chunk))
+
+
+def logprobs_body(tokens: Sequence[DrawnToken]) -> Logprobs:
+    """Drawn tokens as OpenAI shows them."""
+
+    def shown(token: TokenLogprob) -> dict[str, Any]:
+        logprob = max(token.logprob, LEAST_LOGPROB)
+        return {"token": token.token.decode(errors="replace"), "logprob": logprob, "bytes": list(token.token)}
+
+    content = [
+        ContentLogprob(**shown(token), top_logprobs=[TopLogprob(**shown(other)) for other in token.top])
+        for token in tokens
+    ]
+    return Logprobs(content=content, refusal=None)
+
+
+def usage_body(usage: Usage) -> UsageBody:
+    return UsageBody(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+    )
+
+
+def _delta(event: TextDelta) -> Delta:
+    return Delta(content=event.text) if event.channel == "content" else Delta(reasoning_content=event.text)
+
+
+def _function(call: ToolCall) -> CalledFunction:
+    return CalledFunction(name=call.name, arguments=call.arguments)

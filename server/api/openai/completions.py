@@ -1,0 +1,190 @@
+"""POST /v1/completions: OpenAI's older API, which goes on with texts or token ids as they are."""
+
+import asyncio
+import codecs
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.openai.chat import LEAST_LOGPROB, usage_body
+from server.api.openai.chat_answer import UsageBody
+from server.api.openai.completions_answer import Completion, CompletionChoice, CompletionLogprobs
+from server.api.openai.completions_request import DEFAULT_TOKENS, CompletionRequest
+from server.errors import InvalidRequest, ServerError
+from server.http.documented import answering
+from server.http.exchange import Answer, check_model, name_session, parsed, respond, several, to_json
+from server.http.scope import COMPLETIONS_PATH, context_of, record_of, require_key
+from server.http.sse import DONE, data
+from server.http.turn import until_gone
+from server.protocol import (
+    AnswerRules,
+    DrawnToken,
+    Engine,
+    Event,
+    Finished,
+    GenerationRequest,
+    Prompt,
+    TextDelta,
+    Usage,
+)
+
+_RULES = AnswerRules(raw=True)
+
+router = APIRouter(dependencies=[Depends(require_key)])
+
+
+@router.post(COMPLETIONS_PATH, openapi_extra=answering(CompletionRequest, Completion, Completion, last_words="[DONE]"))
+async def completions(request: Request) -> Response:
+    """What follows each prompt, `n` times. Each is a choice: all of the first prompt, then those of the second, ..."""
+    context, record = context_of(request), record_of(request)
+    wanted = await parsed(request, CompletionRequest)
+    check_model(wanted.model, context.engine.model)
+    session = name_session(request, wanted.prompt_cache_key, bool(wanted.stream))
+    prompts, echoes = await until_gone(asyncio.to_thread(_prompts, context.engine, wanted), request.receive)
+    n, requests = wanted.n or 1, list[GenerationRequest]()
+    for i, prompt in enumerate(prompts):
+        first = GenerationRequest(
+            request_id=f"{record.request_id}.{i}" if i else record.request_id,
+            prompt=prompt,
+            max_tokens=wanted.max_tokens or DEFAULT_TOKENS,
+            sampling=wanted.sampling(),
+            stop=wanted.stop_texts,
+            session=session,
+            owner=record.owner,
+            logprobs=wanted.logprobs,
+            rules=_RULES,
+            choice=i * n,
+        )
+        requests += several(first, n)
+    form = CompletionForm(
+        record.request_id, context.engine.model.id, wanted, [echo for echo in echoes for _ in range(n)]
+    )
+    return await respond(request, requests, form, stream=bool(wanted.stream))
+
+
+def _prompts(engine: Engine, wanted: CompletionRequest) -> tuple[list[Prompt], list[str]]:
+    """The prompts, and their texts if they are to be echoed. Raises InvalidRequest for a prompt of no tokens, or tokens
+    that the model doesn't have.
+    """
+    prompts, echoes = [], []
+    for asked in wanted.prompts:
+        tokens = engine.encode(asked) if isinstance(asked, str) else asked
+        if not tokens:
+            raise InvalidRequest("Invalid 'prompt': the model's tokenizer makes no tokens of it.", param="prompt")
+        prompts.append(Prompt(tokens, begun=True, param="prompt"))
+        if wanted.echo:
+            echoes.append(asked if isinstance(asked, str) else engine.decode(asked, "prompt"))
+    engine.constrain(_RULES, prompts[0])
+    return prompts, echoes
+
+
+class CompletionForm:
+    """The answers to one request; all their objects carry the same id and time. `echoes` are what is sent before each
+    answer, empty where nothing is.
+    """
+
+    def __init__(self, request_id: str, model_id: str, wanted: CompletionRequest, echoes: Sequence[str]) -> None:
+        self._id = request_id
+        self._model = model_id
+        self._created = int(time.time())
+        self._include_usage = wanted.include_usage
+        self._n_top = wanted.logprobs
+        self._echoes = echoes
+        self._begun: set[int] = set()
+        self._shown: dict[int, _Shown] = {}
+
+    def render(self, event: Event) -> Sequence[bytes]:
+        """A chunk for each piece of text, and one with the finish reason."""
+        if isinstance(event, TextDelta):
+            logprobs = self._logprobs(event.choice, event.tokens) if event.tokens else None
+            return [*self._opening(event.choice), self._chunk_of(event.choice, event.text, logprobs)]
+        if isinstance(event, Finished):
+            end = CompletionChoice(text="", index=event.choice, logprobs=None, finish_reason=_reason(event))
+            return [*self._opening(event.choice), self._chunk([end], None)]
+        return ()
+
+    def end(self, usage: Usage) -> Sequence[bytes]:
+        """The usage, if it was asked for, and OpenAI's mark."""
+        return [*([self._chunk([], usage_body(usage))] if self._include_usage else []), DONE]
+
+    def fail(self, error: ServerError) -> Sequence[bytes]:
+        return [data(json.dumps(error.envelope(), ensure_ascii=False))]
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> Completion:
+        choices = [self._whole_choice(i, answer) for i, answer in enumerate(answers)]
+        return self._completion(choices, usage_body(usage))
+
+    def _whole_choice(self, index: int, answer: Answer) -> CompletionChoice:
+        echo = self._echoes[index] if self._echoes else ""
+        logprobs = None if self._n_top is None else self._logprobs(index, answer.tokens)
+        return CompletionChoice(
+            text=echo + answer.content, index=index, logprobs=logprobs, finish_reason=_reason(answer.end)
+        )
+
+    def _opening(self, choice: int) -> list[bytes]:
+        """The prompt, once, if it is to be echoed."""
+        if not self._echoes or choice in self._begun:
+            return []
+        self._begun.add(choice)
+        return [self._chunk_of(choice, self._echoes[choice], None)]
+
+    def _logprobs(self, choice: int, tokens: Sequence[DrawnToken]) -> CompletionLogprobs:
+        return self._shown.setdefault(choice, _Shown(self._n_top or 0)).logprobs(tokens)
+
+    def _chunk_of(self, choice: int, text: str, logprobs: CompletionLogprobs | None) -> bytes:
+        return self._chunk([CompletionChoice(text=text, index=choice, logprobs=logprobs, finish_reason=None)], None)
+
+    def _chunk(self, choices: list[CompletionChoice], usage: UsageBody | None) -> bytes:
+        chunk = self._completion(choices, usage) if self._include_usage else self._completion(choices)
+        return data(to_json(chunk))
+
+    def _completion(self, choices: list[CompletionChoice], *usage: UsageBody | None) -> Completion:
+        found = Completion(
+            id=self._id, object="text_completion", created=self._created, model=self._model, choices=choices
+        )
+        if usage:
+            found.usage = usage[0]
+        return found
+
+
+@dataclass(slots=True)
+class _Shown:
+    """How far an answer's tokens have been shown."""
+
+    n_top: int
+    offset: int = 0
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    def logprobs(self, tokens: Sequence[DrawnToken]) -> CompletionLogprobs:
+        """The next tokens as OpenAI's older API has them: among the likeliest is always the token itself."""
+        shown = CompletionLogprobs(
+            tokens=[], token_logprobs=[], top_logprobs=[] if self.n_top else None, text_offset=[]
+        )
+        for token in tokens:
+            text, logprob = _spelled(token.token), max(token.logprob, LEAST_LOGPROB)
+            shown.tokens.append(text)
+            shown.token_logprobs.append(logprob)
+            shown.text_offset.append(self.offset)
+            self.offset += len(self.decoder.decode(token.token))
+            if shown.top_logprobs is not None:
+                best = {_spelled(other.token): max(other.logprob, LEAST_LOGPROB) for other in token.top}
+                shown.top_logprobs.append(best | {text: logprob})
+        return shown
+
+
+def _spelled(token: bytes) -> str:
+    """A token's text, or its bytes where it is no whole characters."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def _reason(event: Finished) -> str:
+    """Text calls no tools."""
+    return "length" if event.finish_reason == "length" else "stop"

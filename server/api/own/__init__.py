@@ -1,0 +1,1 @@
+"""This server's own addresses: sessions, status, tokens and the page."""

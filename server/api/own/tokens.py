@@ -1,0 +1,63 @@
+"""POST /tokenize and /detokenize, as vLLM has them."""
+
+import asyncio
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.own.tokens_request import (
+    Detokenized,
+    DetokenizeRequest,
+    TokenizeChat,
+    Tokenized,
+    TokenizeRequest,
+    TokenizeText,
+)
+from server.errors import NotFound
+from server.http.documented import documented
+from server.http.exchange import check_model, parsed, to_json
+from server.http.scope import context_of, require_key
+from server.http.turn import until_gone
+from server.protocol import Engine
+
+router = APIRouter(dependencies=[Depends(require_key)])
+
+
+@router.post("/tokenize", openapi_extra=documented(Tokenized, body=TokenizeRequest, errors=(NotFound,)))
+async def tokenize(request: Request) -> Response:
+    """The token ids of a text, or of a conversation as the model's chat template writes it."""
+    engine, wanted = context_of(request).engine, (await parsed(request, TokenizeRequest)).root
+    _check_name(engine, wanted.model)
+
+    def work() -> Tokenized:
+        tokens = _tokens(engine, wanted)
+        strings = engine.spell(tokens) if wanted.return_token_strs else None
+        return Tokenized(
+            count=len(tokens), max_model_len=engine.model.max_tokens, tokens=list(tokens), token_strs=strings
+        )
+
+    body = await until_gone(asyncio.to_thread(work), request.receive)
+    return Response(to_json(body), media_type="application/json")
+
+
+@router.post("/detokenize", openapi_extra=documented(Detokenized, body=DetokenizeRequest, errors=(NotFound,)))
+async def detokenize(request: Request) -> Response:
+    """The text of token ids."""
+    engine, wanted = context_of(request).engine, await parsed(request, DetokenizeRequest)
+    _check_name(engine, wanted.model)
+    text = await until_gone(asyncio.to_thread(engine.decode, wanted.tokens), request.receive)
+    return Response(to_json(Detokenized(prompt=text)), media_type="application/json")
+
+
+def _tokens(engine: Engine, wanted: TokenizeText | TokenizeChat) -> Sequence[int]:
+    if isinstance(wanted, TokenizeText):
+        return engine.encode(wanted.prompt, wanted.add_special_tokens is not False)
+    return engine.tokenize(wanted.conversation()).tokens
+
+
+def _check_name(engine: Engine, name: str | None) -> None:
+    """These bodies may leave the model out."""
+    if name is not None:
+        check_model(name, engine.model)

@@ -1,0 +1,300 @@
+"""The bodies of POST /v1/responses and POST /v1/responses/input_tokens, as OpenAI's API has them."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, model_validator
+
+from server.api.openai.chat_request import MetadataKey, MetadataValue, ReasoningEffort
+from server.api.openai.sampling import SessionKey, StreamOptions
+from server.api.openai.tools import JsonObjectFormat, Name, Schema, TextFormat, check_choice
+from server.api.responses.input import Input, ItemReference, by_type, items_of
+from server.api.responses.items import Item
+from server.errors import InvalidRequest
+from server.http.conditions import Condition, given, is_true, needs, some
+from server.http.wire import REFUSED, ModelName, Wire, by_field, kind_of, only
+from server.protocol import AnswerRules, SamplingParams, Tool, ToolChoice
+
+LOGPROBS = "message.output_text.logprobs"
+
+
+class FunctionTool(Wire):
+    """A function that the model may call. `strict` is the default, as in the API: where it is not said, calls are held
+    to `parameters` if these can be held to.
+    """
+
+    type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+    output_schema: Annotated[JsonValue, only()] = None
+    allowed_callers: Annotated[JsonValue, only(["direct"])] = None
+    defer_loading: Annotated[JsonValue, only(False)] = None
+    asynchronous: Annotated[JsonValue, only(False), Field(alias="async")] = None
+
+    def template(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        function = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        return {"type": "function", "function": function}
+
+
+class OtherTool(BaseModel):
+    """Hosted tools, custom ones and whatever else the API has, refused by their `type`."""
+
+    type: Annotated[str, only("function")]
+
+
+ToolSpec = Annotated[
+    Annotated[FunctionTool, Tag("<function>")] | Annotated[OtherTool, REFUSED, Tag("<other>")], by_type("function")
+]
+
+
+class FunctionChoice(Wire):
+    type: Literal["function"]
+    name: Name
+
+
+class OtherChoice(BaseModel):
+    type: Annotated[str, only("function", "allowed_tools")]
+
+
+class OtherAllowed(BaseModel):
+    type: Annotated[str, only("function")]
+
+
+class AllowedTools(Wire):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[
+        list[
+            Annotated[
+                Annotated[FunctionChoice, Tag("<function>")] | Annotated[OtherAllowed, REFUSED, Tag("<other>")],
+                by_type("function"),
+            ]
+        ],
+        Field(min_length=1),
+    ]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(tool.name for tool in self.tools if isinstance(tool, FunctionChoice))
+
+
+Choice = Annotated[
+    Annotated[ToolChoice, Tag("<word>")]
+    | Annotated[
+        Annotated[FunctionChoice, Tag("<function>")]
+        | Annotated[AllowedTools, Tag("<allowed_tools>")]
+        | Annotated[OtherChoice, REFUSED, Tag("<other>")],
+        by_type("function", "allowed_tools"),
+        Tag("<choice>"),
+    ],
+    Discriminator(
+        kind_of((str, "<word>"), (dict, "<choice>")),
+        custom_error_type="choice_type",
+        custom_error_message="expected one of a string or an object",
+    ),
+]
+
+
+class JsonSchemaFormat(Wire):
+    """`strict` changes nothing: an answer is always held to the whole schema."""
+
+    type: Literal["json_schema"]
+    name: Name
+    json_schema: Annotated[Schema, Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+Format = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonObjectFormat, Tag("<json_object>")]
+    | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
+    by_field("type"),
+]
+
+
+class TextConfig(Wire):
+    format: Format | None = None
+    verbosity: Annotated[str | None, only("medium")] = None
+
+
+class ReasoningConfig(Wire):
+    """A `summary` that is `auto` may be none: the thought itself is in the answer."""
+
+    effort: ReasoningEffort | None = None
+    summary: Annotated[str | None, only("auto")] = None
+    generate_summary: Annotated[str | None, only("auto")] = None
+    context: Annotated[str | None, only("auto")] = None
+    mode: Annotated[str | None, only("standard")] = None
+
+
+_OBJECT = {"type": "object"}
+
+
+class ResponseInput(Wire):
+    """What makes the prompt of a response."""
+
+    conditions: ClassVar[tuple[Condition, ...]] = (
+        {
+            "anyOf": [
+                {"required": ["input"], "properties": {"input": {"type": "string"}}},
+                some("input"),
+                given("previous_response_id"),
+            ]
+        },
+        needs(
+            {"required": ["tool_choice"], "properties": {"tool_choice": {"anyOf": [{"const": "required"}, _OBJECT]}}},
+            some("tools"),
+        ),
+    )
+
+    input: Input | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    tools: Annotated[list[ToolSpec], Field(max_length=128)] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    # A longer input is refused, as it is everywhere here. Sessions that rotate drop tokens, not items.
+    truncation: Annotated[str | None, only("disabled")] = None
+    conversation: Annotated[JsonValue, only()] = None
+
+    @model_validator(mode="after")
+    def _has_input(self) -> "ResponseInput":
+        if not self.input and self.input != "" and self.previous_response_id is None:
+            raise InvalidRequest(
+                'One of "input" or "previous_response_id" must be provided.',
+                param="input",
+                code="missing_required_parameter",
+            )
+        return self
+
+    def items(self) -> list[Item | ItemReference]:
+        """What is new, each item with an id."""
+        return items_of(self.input)
+
+    @property
+    def functions(self) -> list[FunctionTool]:
+        return [tool for tool in self.tools or () if isinstance(tool, FunctionTool)]
+
+    @property
+    def format(self) -> TextFormat | JsonObjectFormat | JsonSchemaFormat:
+        return (self.text and self.text.format) or TextFormat(type="text")
+
+    @property
+    def strict_by_default(self) -> bool:
+        """Whether calls of a function are held to a schema without the client's word for it."""
+        return any(tool.strict is None for tool in self.functions)
+
+    def rules(self, strict: bool = True) -> AnswerRules:
+        """`strict` is what functions are that don't say it. Raises InvalidRequest when they contradict each other."""
+        known = tuple(
+            Tool(tool.name, tool.parameters, strict if tool.strict is None else tool.strict, f"tools[{i}].parameters")
+            for i, tool in enumerate(self.functions)
+        )
+        mode, allowed = self._mode()
+        check_choice(known, mode, allowed)
+        return AnswerRules(
+            tools=known,
+            choice=mode,
+            allowed=allowed,
+            parallel=self.parallel_tool_calls is not False,
+            schema=self._schema(),
+            param="text.format.schema",
+        )
+
+    def _mode(self) -> tuple[ToolChoice, frozenset[str] | None]:
+        choice = self.tool_choice
+        if isinstance(choice, FunctionChoice):
+            return "required", frozenset({choice.name})
+        if isinstance(choice, AllowedTools):
+            return choice.mode, choice.names
+        return choice if isinstance(choice, str) else "auto", None
+
+    def _schema(self) -> dict[str, Any] | None:
+        if isinstance(self.format, JsonSchemaFormat):
+            return self.format.json_schema
+        return {"type": "object"} if isinstance(self.format, JsonObjectFormat) else None
+
+
+class InputTokensRequest(ResponseInput):
+    """The body of POST /v1/responses/input_tokens."""
+
+    model: ModelName | None = None
+    personality: Annotated[JsonValue, only()] = None
+
+
+class ResponsesRequest(ResponseInput):
+    """The body of POST /v1/responses. A field that is null counts as not given."""
+
+    conditions: ClassVar[tuple[Condition, ...]] = (
+        needs(given("stream_options"), is_true("stream")),
+        needs(
+            {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
+            {"required": ["include"], "properties": {"include": {"type": "array", "contains": {"const": LOGPROBS}}}},
+        ),
+    )
+
+    model: ModelName
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    store: bool | None = None
+    # As much as one likes: a stream tells by its one event that it is too much, and is no error by its status.
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    # Thoughts are never encrypted here: the item has them in plain words, which is what a client needs it for.
+    include: list[Annotated[str, only("reasoning.encrypted_content", LOGPROBS)]] | None = None
+    prompt_cache_key: SessionKey | None = None
+    # It counts calls of hosted tools, of which there are none.
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
+
+    # Labels for the caller's own books; they change nothing about the answer.
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    client_metadata: dict[str, JsonValue] | None = None  # Codex CLI's
+
+    # Known, but not honoured yet.
+    background: Annotated[bool | None, only(False)] = None
+    background_options: Annotated[JsonValue, only()] = None
+    prompt: Annotated[JsonValue, only()] = None
+    service_tier: Annotated[str | None, only("auto", "default")] = None
+    prompt_cache_options: Annotated[JsonValue, only({}, {"mode": "implicit"})] = None
+    prompt_cache_retention: Annotated[str | None, only("in_memory")] = None
+    access_programs: Annotated[JsonValue, only()] = None
+    context_management: Annotated[JsonValue, only([])] = None
+    image: Annotated[JsonValue, only()] = None
+    moderation: Annotated[JsonValue, only()] = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "ResponsesRequest":
+        if self.top_logprobs and not self.wants_logprobs:
+            raise InvalidRequest(
+                f"The 'top_logprobs' parameter is only allowed when 'include' has '{LOGPROBS}'.", param="top_logprobs"
+            )
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest(
+                "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
+            )
+        return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ())
+
+    @property
+    def stored(self) -> bool:
+        return self.store is not False
+
+    def sampling(self) -> SamplingParams:
+        """Given values, or OpenAI's defaults."""
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+        )

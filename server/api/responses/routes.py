@@ -1,0 +1,253 @@
+"""/v1/responses: OpenAI's Responses API, whose conversations the server remembers.
+
+The KV session of a conversation has the name that the client gives it, else the id of its first response. A client that
+brings the whole history along remembers it itself: then there is no name, and the session that the prompt extends is
+gone on with, as in chats.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.responses.answer import DeletedResponse, InputTokens, ItemList, ResponseBody, ResponseEvent
+from server.api.responses.form import ResponseForm
+from server.api.responses.input import ItemReference
+from server.api.responses.items import Item, messages_of
+from server.api.responses.request import InputTokensRequest, ResponseInput, ResponsesRequest
+from server.api.responses.store import ResponseStore, StoredResponse
+from server.errors import ContextLengthExceeded, InvalidRequest, NotFound
+from server.http.documented import answering, documented
+from server.http.exchange import check_model, name_session, parsed, prepared, respond, to_json
+from server.http.record import RequestRecord
+from server.http.scope import RESPONSES_PATH, context_of, record_of, require_key
+from server.http.wire import only
+from server.protocol import AnswerRules, Conversation, GenerationRequest, Grammar, Prompt
+
+router = APIRouter(prefix=RESPONSES_PATH, dependencies=[Depends(require_key)])
+
+_PARAMS = {"messages": "input", "reasoning_effort": "reasoning.effort"}
+"""What the rooms that all APIs share call the fields of this one."""
+
+
+class RetrieveQuery(BaseModel):
+    """Only responses that are made in the background could be streamed once more."""
+
+    model_config = ConfigDict(extra="forbid")
+    stream: Annotated[str | None, only("false")] = None
+    include_obfuscation: Annotated[str | None, only("false")] = None
+    starting_after: Annotated[str | None, only()] = None
+    include: Annotated[list[str] | None, only(), Field(alias="include[]")] = None
+
+
+class ItemsQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    after: str | None = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+    include: Annotated[list[str] | None, only(), Field(alias="include[]")] = None
+
+
+def _documented(answer: type[BaseModel], **more: Any) -> dict[str, Any]:
+    """Of a route that names a response."""
+    return documented(answer, errors=(NotFound,), parameters={"response_id": {"type": "string"}}, **more)
+
+
+@router.post(
+    "",
+    openapi_extra=answering(
+        ResponsesRequest,
+        ResponseBody,
+        ResponseEvent,
+        links=dict.fromkeys(("retrieve_response", "delete_response", "input_items"), "response_id"),
+    ),
+)
+async def create_response(request: Request) -> Response:
+    """One response."""
+    context, record = context_of(request), record_of(request)
+    asked = await parsed(request, ResponsesRequest)
+    check_model(asked.model, context.engine.model)
+    earlier, new = _context(context.responses, record.owner, asked)
+    chain = _session(asked, earlier, new, record.request_id)
+    session = name_session(request, asked.prompt_cache_key, bool(asked.stream), default=chain)
+
+    def keep(body: ResponseBody) -> None:
+        if asked.stored:
+            context.responses.add(StoredResponse(owner=record.owner, session=session, input=new, response=body))
+
+    with _own_names():
+        rules, prompt, grammar = await _prepared(request, asked, [*_items(earlier), *new])
+    form = ResponseForm(_blank(asked, rules, record, context.engine.model.id), asked.wants_logprobs, keep)
+    wanted = GenerationRequest(
+        request_id=record.request_id,
+        prompt=prompt,
+        max_tokens=asked.max_output_tokens,
+        sampling=asked.sampling(),
+        session=session,
+        owner=record.owner,
+        logprobs=(asked.top_logprobs or 0) if asked.wants_logprobs else None,
+        rules=rules,
+        grammar=grammar,
+    )
+    try:
+        with _own_names():
+            return await respond(request, [wanted], form, stream=bool(asked.stream))
+    except ContextLengthExceeded as error:
+        if not asked.stream:
+            raise
+        # As OpenAI's API does. Codex shortens the conversation when it hears of it in the stream, and only then.
+        record.error = error.code
+        return Response(b"".join(form.fail(error)), media_type="text/event-stream")
+
+
+@router.post("/input_tokens", openapi_extra=documented(InputTokens, body=InputTokensRequest, errors=(NotFound,)))
+async def input_tokens(request: Request) -> Response:
+    """How long the prompt of a response would be."""
+    context, record = context_of(request), record_of(request)
+    asked = await parsed(request, InputTokensRequest)
+    if asked.model is not None:
+        check_model(asked.model, context.engine.model)
+    earlier, new = _context(context.responses, record.owner, asked)
+    with _own_names():
+        _, prompt, _ = await _prepared(request, asked, [*_items(earlier), *new])
+    return _json(InputTokens(object="response.input_tokens", input_tokens=len(prompt.tokens)))
+
+
+@router.get("/{response_id}", openapi_extra=_documented(ResponseBody, query=RetrieveQuery))
+async def retrieve_response(request: Request, response_id: str, query: Annotated[RetrieveQuery, Query()]) -> Response:
+    """A response that is stored. 404 when there is none, or it is another key's."""
+    return _json(context_of(request).responses.get(record_of(request).owner, response_id).response)
+
+
+@router.delete("/{response_id}", openapi_extra=_documented(DeletedResponse))
+async def delete_response(request: Request, response_id: str) -> Response:
+    """Forget a response, in memory and on disk. Its KV session stays."""
+    context_of(request).responses.remove(record_of(request).owner, response_id)
+    return _json(DeletedResponse(id=response_id, object="response", deleted=True))
+
+
+@router.get("/{response_id}/input_items", openapi_extra=_documented(ItemList, query=ItemsQuery))
+async def input_items(request: Request, response_id: str, query: Annotated[ItemsQuery, Query()]) -> Response:
+    """What a response was made from, with all of the conversation before it, a page at a time."""
+    store, owner = context_of(request).responses, record_of(request).owner
+    stored = store.get(owner, response_id)
+    items = [*_items(store.chain(owner, stored.previous)), *stored.input]
+    if query.order == "desc":
+        items.reverse()
+    if query.after is not None:
+        ids = [item.id for item in items]
+        if query.after not in ids:
+            raise NotFound(f"Item with id '{query.after[:100]}' not found.", param="after")
+        items = items[ids.index(query.after) + 1 :]
+    page = items[: query.limit]
+    first, last = (page[0].id, page[-1].id) if page else (None, None)
+    more = len(items) > len(page)
+    return _json(ItemList(object="list", data=page, first_id=first, last_id=last, has_more=more))
+
+
+def _context(store: ResponseStore, owner: str, asked: ResponseInput) -> tuple[list[StoredResponse], list[Item]]:
+    """The responses that a request goes on with, and its own items. Raises NotFound for what is not stored."""
+    earlier = store.chain(owner, asked.previous_response_id)
+    new = [store.item(owner, item.id) if isinstance(item, ItemReference) else item for item in asked.items()]
+    return earlier, new
+
+
+def _items(earlier: Sequence[StoredResponse]) -> list[Item]:
+    return [item for stored in earlier for item in (*stored.input, *stored.response.output)]
+
+
+def _session(
+    asked: ResponsesRequest, earlier: Sequence[StoredResponse], new: Sequence[Item], response_id: str
+) -> str | None:
+    """The KV session's name where the client gives none."""
+    if earlier:
+        return earlier[-1].session or earlier[0].id
+    answered = any(item.type != "message" or item.role == "assistant" for item in new)
+    return response_id if asked.stored and not answered else None
+
+
+async def _prepared(
+    request: Request, asked: ResponseInput, items: Sequence[Item]
+) -> tuple[AnswerRules, Prompt, Grammar | None]:
+    """Where functions are strict by default alone and can't be held to, they are not."""
+    conversation = Conversation(
+        messages_of(asked.instructions, items),
+        tools=[tool.template() for tool in asked.functions],
+        reasoning_effort=asked.reasoning.effort if asked.reasoning else None,
+    )
+    rules = asked.rules()
+    try:
+        return rules, *await prepared(request, conversation, rules)
+    except InvalidRequest:
+        if not asked.strict_by_default:
+            raise
+    rules = asked.rules(strict=False)
+    return rules, *await prepared(request, conversation, rules)
+
+
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """Errors name the fields as this API does."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.param in _PARAMS:
+            error.message = error.message.replace(f"'{error.param}'", f"'{_PARAMS[error.param]}'")
+            error.param = _PARAMS[error.param]
+        raise
+
+
+def _blank(asked: ResponsesRequest, rules: AnswerRules, record: RequestRecord, model: str) -> ResponseBody:
+    """The response before anything has come of it: what was asked for, and what holds where nothing was said."""
+    sampling, choice, reasoning = asked.sampling(), asked.tool_choice, asked.reasoning
+    tools = [
+        {
+            "type": "function",
+            "name": tool.name,
+            "description": tool.description,
+            "parameters": tool.parameters,
+            "strict": rule.strict,
+        }
+        for tool, rule in zip(asked.functions, rules.tools, strict=True)
+    ]
+    return ResponseBody(
+        id=record.request_id,
+        object="response",
+        created_at=int(time.time()),
+        status="in_progress",
+        completed_at=None,
+        background=False,
+        error=None,
+        incomplete_details=None,
+        instructions=asked.instructions,
+        max_output_tokens=asked.max_output_tokens,
+        max_tool_calls=asked.max_tool_calls,
+        metadata=asked.metadata or {},
+        model=model,
+        output=[],
+        parallel_tool_calls=rules.parallel,
+        previous_response_id=asked.previous_response_id,
+        prompt_cache_key=asked.prompt_cache_key,
+        reasoning={"effort": reasoning.effort if reasoning else None, "summary": None},
+        safety_identifier=asked.safety_identifier,
+        service_tier="default",
+        store=asked.stored,
+        temperature=sampling.temperature,
+        text={"format": asked.format.model_dump(by_alias=True, exclude_none=True), "verbosity": "medium"},
+        tool_choice=choice.model_dump() if isinstance(choice, BaseModel) else choice or "auto",
+        tools=tools,
+        top_logprobs=asked.top_logprobs or 0,
+        top_p=sampling.top_p,
+        truncation="disabled",
+        usage=None,
+        user=asked.user,
+    )
+
+
+def _json(body: BaseModel) -> Response:
+    return Response(to_json(body), media_type="application/json")

@@ -1,0 +1,102 @@
+"""The `turbocache` command: start the server, show what this machine can run, measure quality, memory, speed."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from turbocache.benchmark import command as benchmark
+from turbocache.evaluation import command as evaluation
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (2 for bad usage, 1 when what was asked for does not work)."""
+    parser = argparse.ArgumentParser(prog="turbocache", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    serve = commands.add_parser(
+        "serve", help="start the server, or under mlx.launch a rank of it (settings: TURBOCACHE_* variables or .env)"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
+    serve.set_defaults(run=_serve)
+
+    probe = commands.add_parser("probe", help="test the backends on this machine and say which one is chosen, and why")
+    default = "default: TURBOCACHE_%s of the environment, else %s"
+    probe.add_argument(
+        "--model",
+        default=os.environ.get("TURBOCACHE_MODEL") or None,
+        help=f"a local directory or a Hugging Face id ({default % ('MODEL', 'the bundled model')})",
+    )
+    probe.add_argument(
+        "--preset",
+        default=os.environ.get("TURBOCACHE_KV_PRESET") or "k4v4",
+        help=f"cache preset to probe for ({default % ('KV_PRESET', 'k4v4')})",
+    )
+    probe.add_argument(
+        "--protect",
+        type=int,
+        default=os.environ.get("TURBOCACHE_KV_PROTECT") or "0",
+        help=f"layers at each end of the model that are stored at 8 bits ({default % ('KV_PROTECT', '0')})",
+    )
+    probe.add_argument(
+        "--backend",
+        default=os.environ.get("TURBOCACHE_BACKEND") or "auto",
+        help=f"auto, metal, cuda, packed or reference ({default % ('BACKEND', 'auto')})",
+    )
+    probe.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    probe.set_defaults(run=_probe)
+
+    evaluation.add_to(commands)
+    benchmark.add_to(commands)
+
+    options = parser.parse_args(arguments)
+    return int(options.run(options))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import uvicorn
+
+    from server.process.watchdog import keep_alive
+    from turbocache.machine.launched import launched_rank
+
+    keep_alive()
+    if launched_rank() > 0:
+        # Here and not above: it loads MLX.
+        from server.follower import follow
+
+        return follow()
+    # uvicorn raises the signal that stopped it once more when it is through. A server that stopped in order has not
+    # failed, and says so.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # The server logs its own line for each request.
+    uvicorn.run("server.app:app", host=options.host, port=options.port, access_log=False)
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    # Here and not above: loading MLX takes a second that `--help` need not wait for.
+    from turbocache.backend import BackendUnavailable, choose_backend
+    from turbocache.mlxlm.model import ModelError, load_model
+    from turbocache.presets import preset
+    from turbocache.probe_report import probe_report
+    from turbocache.store import checked_plans
+
+    try:
+        chosen = replace(preset(options.preset), protect=options.protect)
+        backend = choose_backend(options.backend, checked_plans(load_model(options.model).model), chosen)
+    except (ValueError, ModelError, BackendUnavailable) as error:
+        print(f"turbocache probe: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(backend.summary(), indent=2))
+    else:
+        print(probe_report(backend))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What the engine runs on: the model, the chosen backend and the cache store, loaded by the engine's thread."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from server.engine.warm_up import rehearse
+from server.errors import StartupError
+from server.settings import Settings
+from turbocache.backend import BACKENDS, FUSED, Backend, BackendUnavailable, answered, choose_backend
+from turbocache.cache.ring import RingConfig
+from turbocache.machine import blas
+from turbocache.machine.memory import available_memory, device_memory
+from turbocache.mlxlm.group import Group
+from turbocache.mlxlm.model import LoadedModel, ModelError, load_model
+from turbocache.mlxlm.plan import LayerPlan
+from turbocache.presets import Preset, preset
+from turbocache.store import CacheStore, checked_plans
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_SHARE = 0.25
+"""Share of the device's memory, and twice this share of what is free, that the cache may use unless told otherwise."""
+
+_GIB = 2**30
+_SHORT = (5, 12, 25, 60)
+"""Tokens of the first prompts. MLX on CUDA has kernels for quantised products of up to 16 rows, up to 32 and more, each
+of which an H200's host compiles in 31 s and keeps in a file.
+"""
+_PAGED = 160
+"""Tokens of the longest of them beyond those that are kept raw."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Everything that is fixed from start to stop. `budget` is in bytes."""
+
+    model: LoadedModel
+    backend: Backend
+    store: CacheStore
+    budget: int
+    chunk: int
+    group: Group
+
+    def report(self) -> dict[str, Any]:
+        """The JSON of GET /v1/backend."""
+        ring, library = self.store.spec.ring, blas.report()
+        layers = [
+            {"index": i, "cache": plan.kind, "compressed": plan.compressed, "reason": self.store.reason(i)}
+            for i, plan in enumerate(self.store.plans)
+        ]
+        return {
+            **self.backend.as_json(),
+            "model": self.model.id,
+            "model_notes": list(self.model.notes),
+            "dtype": str(self.model.dtype).removeprefix("mlx.core."),
+            "preset": self.store.preset.name,
+            "layers": layers,
+            "cache": {"keep": ring.keep, "window": ring.window, "max_size": ring.max_size or self.model.max_positions},
+            "kv_memory_bytes": self.budget,
+            "blas": dataclasses.asdict(library),
+        }
+
+
+def load_host(settings: Settings, group: Group) -> Host:
+    """Load, probe and lay out; in a group as all its ranks can. Raises StartupError with a sentence that says what to
+    change.
+    """
+    try:
+        condition, protect = settings.kv_condition == "auto", settings.kv_protect
+        chosen = replace(preset(settings.kv_preset), condition=condition, protect=protect)
+    except ValueError as error:
+        raise StartupError(f"TURBOCACHE_KV_PRESET: {error}.") from error
+    try:
+        model = load_model(settings.model, group)
+    except ModelError as error:
+        raise StartupError(str(error)) from error
+    max_size = settings.max_size
+    if max_size is not None and max_size >= model.max_positions:
+        max_size = None  # the model's own limit comes first, so nothing ever rotates
+    try:
+        ring = RingConfig(settings.keep, settings.window, max_size)
+    except ValueError as error:
+        raise StartupError(f"TURBOCACHE_MAX_SIZE, TURBOCACHE_KEEP, TURBOCACHE_WINDOW: {error}.") from error
+    plans = checked_plans(model.model)
+    backend = _proven_backend(model, plans, chosen, ring, settings, group)
+    budget = min(int(other) for other in group.gather(b"%d" % _budget(settings)))
+    layout = CacheStore(model.model, plans, chosen, backend, ring, n_pages=1)
+    page_nbytes = max(int(other) for other in group.gather(b"%d" % layout.spec.pool.page_nbytes))
+    n_pages = max(1, budget // max(1, page_nbytes))
+    host = Host(
+        model=model,
+        backend=backend,
+        store=CacheStore(model.model, plans, chosen, backend, ring, n_pages),
+        budget=budget,
+        chunk=settings.prefill_chunk,
+        group=group,
+    )
+    smallest = host.store.session_nbytes(ring.raw_slots, host.chunk)
+    if smallest > budget:
+        raise StartupError(
+            f"TURBOCACHE_KV_MEMORY is {budget} bytes, but one session of {ring.raw_slots} tokens needs {smallest}. "
+            "Raise it, or lower TURBOCACHE_KEEP and TURBOCACHE_WINDOW."
+        )
+    return host
+
+
+def _proven_backend(
+    model: LoadedModel,
+    plans: Sequence[LayerPlan],
+    chosen: Preset,
+    ring: RingConfig,
+    settings: Settings,
+    group: Group,
+) -> Backend:
+    """The backend that the probe chooses, once it has answered. One that can't is passed over as after a failed check,
+    in a group by all ranks. Raises StartupError.
+    """
+    failed: dict[str, Exception] = {}
+    while True:
+        backend = _agreed_backend(settings.backend, plans, chosen, failed, group)
+        if backend is None:
+            continue
+        longest = min(ring.raw_slots + _PAGED, model.max_positions // 2)
+        lengths = (*_SHORT, longest) if backend.name in FUSED else _SHORT[:1]
+        if backend.name in FUSED:
+            log.info("first answers over %s: kernels that this device has not run yet are compiled now", backend.name)
+        n_pages = ring.pages_needed(longest, settings.prefill_chunk) + 1
+        try:
+            store = CacheStore(model.model, plans, chosen, backend, ring, n_pages)
+            seconds, failure = rehearse(model, store, settings.prefill_chunk, lengths), None
+        except Exception as error:  # whatever a model or a device throws
+            seconds, failure = 0.0, error
+        if (failure := _first_failure(failure, group)) is None:
+            return answered(backend, seconds) if backend.checks else backend
+        if backend.code == "nothing_to_compress":
+            raise StartupError(f"The model can't answer: {type(failure).__name__}: {failure}.") from failure
+        failed[backend.name] = failure
+
+
+def _agreed_backend(
+    requested: str, plans: Sequence[LayerPlan], chosen: Preset, failed: dict[str, Exception], group: Group
+) -> Backend | None:
+    """The probe's choice if it is that of all ranks. Else None, and what some rank can't use has `failed`. Raises
+    StartupError.
+    """
+    try:
+        backend, refusal = choose_backend(requested, plans, chosen, failed), ""
+    except BackendUnavailable as error:
+        backend, refusal = None, str(error)
+    told = json.dumps([backend.name if backend is not None else "", refusal]).encode()
+    choices = [json.loads(other) for other in group.gather(told)]
+    for rank, (name, why) in enumerate(choices):
+        if not name:
+            raise StartupError(why if group.alone else f"Rank {rank}: {why}")
+    assert backend is not None
+    last = max((name for name, _ in choices), key=BACKENDS.index)
+    if all(name == last for name, _ in choices):
+        return backend
+    if backend.name != last:
+        rank = [name for name, _ in choices].index(last)
+        failed[backend.name] = RuntimeError(f"rank {rank} of the group can only use {last}")
+    return None
+
+
+def _first_failure(own: Exception | None, group: Group) -> Exception | None:
+    """What failed here, or else on the first rank where something did."""
+    if group.alone or own is not None:
+        group.gather(b"" if own is None else f"{type(own).__name__}: {own}".encode())
+        return own
+    others = group.gather(b"")
+    return next((RuntimeError(f"rank {rank}: {why.decode()}") for rank, why in enumerate(others) if why), None)
+
+
+def announce(host: Host) -> None:
+    """The few lines that a person sees at the start."""
+    report = host.report()
+    n_compressed = sum(plan.compressed for plan in host.store.plans)
+    cache, notes = report["cache"], ", ".join(host.model.notes)
+    log.info("model %s, %d positions%s", host.model.id, host.model.max_positions, f" ({notes})" if notes else "")
+    log.info("backend %s on %s (%s)", host.backend.name, host.backend.device, host.backend.reason)
+    log.info(
+        "cache preset %s on %d of %d layers; a session holds %d tokens, %d sink and %d to %d recent ones raw",
+        host.store.preset.name,
+        n_compressed,
+        len(host.store.plans),
+        cache["max_size"],
+        cache["keep"],
+        cache["window"],
+        cache["window"] + 64,
+    )
+    pool = host.store.spec.pool
+    log.info("cache memory budget %.2f GiB, %d pages of %d bytes", host.budget / _GIB, pool.capacity, pool.page_nbytes)
+    blas = report["blas"]
+    log.log(logging.INFO if blas["fast"] else logging.WARNING, "BLAS %s: %s", blas["name"], blas["advice"])
+
+
+def _budget(settings: Settings) -> int:
+    total = device_memory()
+    if settings.kv_memory is not None:
+        return settings.kv_memory.resolve(total)
+    return int(min(_DEFAULT_SHARE * total, 2 * _DEFAULT_SHARE * available_memory()))

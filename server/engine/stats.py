@@ -1,0 +1,232 @@
+"""The state of cache and sessions as gauges and JSON rows, taken by the engine's thread."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from server.engine.budget import Budget
+from server.engine.running import Run
+from server.engine.startup import Host
+from server.group.ranks import Ranks
+from server.metrics import Metrics
+from server.sessions.registry import SessionRegistry
+from server.sessions.session import Session
+from turbocache.cache.ring import PageRing
+from turbocache.machine.memory import device_memory, memory_in_use
+from turbocache.mlxlm.seam import native_calls
+from turbocache.store import native_nbytes, ring_of
+
+_EVERY_SECONDS = 0.25
+
+Rings = Callable[[], Mapping[int, PageRing]]
+"""The rings of what runs, by the uids of `Turns.runs`."""
+
+
+class Gauges:
+    """Writes the cache's state into `Metrics` and keeps the rows of GET /v1/sessions by owner and id, and what
+    GET /v1/status says.
+
+    `session_rows` and `status` are replaced whole, so other threads may read them at any time.
+    """
+
+    def __init__(self, metrics: Metrics, host: Host, ranks: Ranks, registry: SessionRegistry, budget: Budget) -> None:
+        self.session_rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self.status: dict[str, Any] = {}
+        self.memory: dict[str, Any] = {}
+        self._budget = budget
+        self._counted: dict[tuple[str, str], tuple[Any, dict[str, int]]] = {}
+        self._metrics = metrics
+        self._host = host
+        self._ranks = ranks
+        self._registry = registry
+        self._rotated_pages = 0
+        self._device_memory = device_memory()
+        self._page = host.store.spec.rotations.tokens_per_page
+        self._paths = self._attention_paths()
+        self._taken = 0.0
+        backend, spec = host.backend, host.store.spec
+        metrics.backend_info.labels(
+            requested=backend.requested, active=backend.name, reason=backend.code, profile=backend.profile
+        ).set(1)
+        metrics.model_info.labels(
+            model_name=host.model.id,
+            preset=host.store.preset.name,
+            version=version("turbocache"),
+            mlx_version=version("mlx"),
+        ).set(1)
+        n_compressed = sum(plan.compressed for plan in host.store.plans)
+        metrics.layers.labels(storage="compressed").set(n_compressed)
+        metrics.layers.labels(storage="native").set(len(host.store.plans) - n_compressed)
+        metrics.compression_ratio.labels(of="page").set(_ratio(spec.fp16_page_nbytes, spec.pool.page_nbytes))
+        metrics.group_ranks.set(host.group.size)
+        for label, passed in backend.passed().items():
+            metrics.probe_check.labels(check=label).set(passed)
+        for fallback in backend.fallbacks:
+            metrics.fallbacks.labels(**{"from": fallback.source, "to": fallback.target, "reason": fallback.code}).inc()
+        self.refresh(0, {}, dict)
+
+    def refresh_now_and_then(self, n_waiting: int, runs: Mapping[int, Run], rings: Rings) -> None:
+        """`refresh`, unless it was done a moment ago."""
+        if time.monotonic() - self._taken > _EVERY_SECONDS:
+            self.refresh(n_waiting, runs, rings)
+
+    def refresh(self, n_waiting: int, runs: Mapping[int, Run], rings: Rings) -> None:
+        """Read everything anew."""
+        self._taken = time.monotonic()
+        found = rings() if runs else {}
+        running = {run.session.key: (run, found.get(uid)) for uid, run in runs.items()}
+        m, spec = self._metrics, self._host.store.spec
+        m.requests_running.set(len(running))
+        m.requests_waiting.set(n_waiting)
+        m.pages_used.set(spec.pool.n_used)
+        m.pages_free.set(spec.pool.n_free)
+        m.pages_capacity.set(spec.pool.capacity)
+        sessions = list(self._registry)
+        m.raw_shadow_bytes.set(sum(batch.shadow_nbytes for batch in spec.live))
+        spilled = sum(session.spilled for session in sessions)
+        m.sessions.labels(state="resident").set(len(sessions) - len(running) - spilled)
+        m.sessions.labels(state="spilled").set(spilled)
+        m.sessions.labels(state="running").set(len(running))
+        rotated = spec.rotations.pages - self._rotated_pages
+        self._rotated_pages = spec.rotations.pages
+        m.rotations.inc(rotated)
+        m.rotated_tokens.inc(rotated * spec.rotations.tokens_per_page)
+        paths = self._attention_paths()
+        for path, count in paths.items():
+            m.attention_path.labels(path=path).inc(count - self._paths.get(path, 0))
+        self._paths = paths
+        resting = self._host.store.resting_nbytes(self._registry.caches())
+        self._refresh_memory(sessions, resting)
+        m.pressure.set((self._budget.started + resting) / self._budget.total)
+        self._counted = {
+            session.key: self._counted[session.key] for session in sessions if session.key in self._counted
+        }
+        self.session_rows = {
+            session.key: self.row(session, *running.get(session.key, (None, None))) for session in sessions
+        }
+        self.status = self._status(len(running), n_waiting, resting)
+
+    def _refresh_memory(self, sessions: Sequence[Session], resting: int) -> None:
+        """This rank's bytes, and those of the others as they told them last. Shared pages count once."""
+        m, spec = self._metrics, self._host.store.spec
+        rings = [ring for batch in spec.live for ring in batch.rings]
+        pages, fp16 = spec.pool.n_used * spec.pool.page_nbytes, spec.fp16_nbytes(rings)
+        sink, window = (len(rings) * n * spec.raw_token_nbytes for n in (spec.ring.keep, spec.ring.window_slots))
+        recurrent = sum(native_nbytes(session.cache or ()) for session in sessions)
+        promised = self._budget.promised
+        self.memory = {
+            "cache": {"pages": pages, "sink": sink, "window": window, "recurrent": recurrent},
+            "budget": {"total": self._budget.total, "promised": promised, "resting": resting},
+            "device": {"total": self._device_memory, **memory_in_use()},
+            "fp16": fp16,
+        }
+        m.compression_ratio.labels(of="held").set(_ratio(fp16, pages + sink + window))
+        self._tell_rank(self._host.group.rank, 0.0, self.memory)
+        for rank, said in self._ranks.seen.items():
+            if said["memory"]:  # it has started
+                self._tell_rank(rank, said["silent_seconds"], said["memory"])
+
+    def _tell_rank(self, rank: int, silent: float, memory: Mapping[str, Any]) -> None:
+        m = self._metrics
+        m.rank_silent.labels(rank=rank).set(silent)
+        m.cache_fp16_bytes.labels(rank=rank).set(memory["fp16"])
+        for family, part in ((m.cache_bytes, "cache"), (m.budget_bytes, "budget"), (m.device_memory, "device")):
+            for kind, nbytes in memory[part].items():
+                family.labels(kind=kind, rank=rank).set(nbytes)
+
+    def _attention_paths(self) -> dict[str, int]:
+        counted: dict[str, int] = dict(self._host.store.spec.paths.totals.items())
+        return counted | {"native": native_calls()}
+
+    def _status(self, n_running: int, n_waiting: int, resting: int) -> dict[str, Any]:
+        """What GET /v1/status says."""
+        budget, pool = self._budget, self._host.store.spec.pool
+        started, promised = budget.started, budget.promised
+        return {
+            "object": "status",
+            "model": self._host.model.id,
+            "ranks": self._host.group.size,
+            "requests": {"running": n_running, "waiting": n_waiting},
+            "memory": {
+                "budget_bytes": budget.total,
+                "running_bytes": started,
+                "waiting_bytes": max(0, promised - started),  # requests come and go between the two readings
+                "resting_bytes": resting,
+                "pressure_ratio": round((started + resting) / budget.total, 6),
+            },
+            "pages": {"used": pool.n_used, "capacity": pool.capacity, "tokens": self._page, "nbytes": pool.page_nbytes},
+        }
+
+    def row(self, session: Session, run: Run | None = None, ring: PageRing | None = None) -> dict[str, Any]:
+        """One session as GET /v1/sessions shows it. A running session's cache is in the batch, so its `ring` is handed
+        in, and its bytes are not told apart.
+        """
+        if ring is None:
+            ring = ring_of(session.cache or ())
+        seen = len(session.tokens) if run is None else len(run.request.prompt.tokens) + run.generated
+        limit = self._host.store.spec.ring.max_size
+        return {
+            "id": session.id,
+            "object": "session",
+            "name": session.name,
+            "model": self._host.model.id,
+            "state": "running" if session.running else "spilled" if session.spilled else "resident",
+            "tokens_seen": seen,
+            # A running session's ring is ahead of what its client has by the step that is being computed.
+            "tokens_held": min(seen, ring.size()) if ring is not None else seen if limit is None else min(seen, limit),
+            "bytes": None if session.cache is None else self._nbytes(session),
+            "saved": session.stored,
+            "rotations": 0 if ring is None else ring.first,
+            "ring": None if ring is None else _shape(ring, self._page),
+            "centred_heads": None if ring is None else 0 if ring.centre is None else ring.centre.n_heads,
+            "checkpoints": len(session.checkpoints),
+            "turns": session.turns,
+            "last_used": session.last_used,
+        }
+
+    def _nbytes(self, session: Session) -> dict[str, int]:
+        """By kind. A checkpoint's pages that the session has as well are the session's; pages that other sessions share
+        count in full. Counted anew only when the session has changed, because long sessions have thousands of pages.
+        """
+        version = (session.last_used, len(session.tokens), tuple(id(kept) for kept in session.checkpoints))
+        known, nbytes = self._counted.get(session.key, (None, {}))
+        if known == version:
+            return nbytes
+        spec, cache, ring = self._host.store.spec, session.cache or [], ring_of(session.cache or ())
+        pages = set() if ring is None else set(ring.pages)
+        nbytes = {
+            "pages": len(pages) * spec.pool.page_nbytes,
+            "sink": 0,
+            "window": 0,
+            "recurrent": native_nbytes(cache),
+        }
+        if ring is not None:
+            nbytes["sink"] = spec.ring.keep * spec.raw_token_nbytes
+            nbytes["window"] = spec.ring.window_slots * spec.raw_token_nbytes
+        others, held = set[int](), 0
+        for kept in session.checkpoints:
+            held += self._host.store.held_nbytes(kept.cache)
+            if (theirs := ring_of(kept.cache)) is not None:
+                held -= len(theirs.pages) * spec.pool.page_nbytes
+                others.update(theirs.pages)
+        nbytes["checkpoints"] = held + len(others - pages) * spec.pool.page_nbytes
+        self._counted[session.key] = version, nbytes
+        return nbytes
+
+
+def _ratio(whole: float, part: float) -> float:
+    return whole / part if part else 0.0
+
+
+def _shape(ring: PageRing, page_tokens: int) -> dict[str, Any]:
+    """What it takes to draw a ring; counts, whatever its length."""
+    return {
+        "offset": ring.offset,
+        "sink_tokens": min(ring.offset, ring.config.keep),
+        "first_page": ring.first,
+        "pages": len(ring.pages),
+        "page_tokens": page_tokens,
+        "window_tokens": max(0, ring.offset - ring.window_start),
+        "max_size": ring.config.max_size,
+    }

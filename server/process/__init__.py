@@ -1,0 +1,1 @@
+"""The server as a process: signals, supervisor, sockets, event loop."""

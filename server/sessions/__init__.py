@@ -1,0 +1,1 @@
+"""Sessions, their checkpoints, and the folder they are saved in."""

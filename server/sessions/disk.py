@@ -1,0 +1,286 @@
+"""Sessions on disk: which files there are, which go when the disk's budget is full, and what is moved aside.
+
+Other servers may use the same folder. Nothing is written, replaced, moved or deleted without the file's lease
+(`server.sessions.leases`), which is held only meanwhile; reading needs none. So it does not matter which of two
+servers that have gone on with the same session is first: who comes later and finds a file of a later turn leaves it
+there, and its own to be forgotten.
+
+Everything here runs on the engine's thread.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal, cast
+
+from server.metrics import Metrics
+from server.sessions.checkpoints import Checkpoint, Kind
+from server.sessions.folder_watch import FileState, FolderWatch, file_state
+from server.sessions.leases import Leases
+from server.sessions.other_groups import ABOUT, OtherGroups
+from server.sessions.session import Session
+from turbocache.cache.pool import PoolExhausted
+from turbocache.storage.session_codec import SessionFiles, State
+from turbocache.storage.session_file import SUFFIX, SessionFileError, remove_partial
+
+log = logging.getLogger(__name__)
+
+_REFUSED = ".refused"
+Saved = Literal["written", "failed", "leased", "superseded"]
+"""How a write ended. `leased`: another server was at the file; `superseded`: it holds a later turn."""
+
+Event = Literal["found", "taken_up", "leased", "superseded"]
+"""What happens between servers. `found`: another one's session was new here; `taken_up`: one known here was further."""
+
+
+class SessionDisk:
+    """The files of sessions in one folder, mode 0700. File names are hashes of model and session.
+
+    A file that can't be used is counted, moved aside and not asked for again. Raises OSError when the folder can't be
+    used at all, StartupError when it has no locks.
+    """
+
+    def __init__(
+        self, folder: Path, budget: int, files: SessionFiles, metrics: Metrics, others: OtherGroups | None = None
+    ) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        self._folder = folder
+        self._budget = budget
+        self._files = files
+        self._metrics = metrics
+        self._held: Path | None = None
+        self._leases = Leases(folder)
+        self._watch = FolderWatch(folder)
+        self._put_off: set[Path] = set()
+        self._others = others or OtherGroups([], "")
+        metrics.session_disk_limit.set(budget)
+        metrics.session_files_refused.labels(reason="other_group").inc(len(self._others.sessions))
+        if left := remove_partial(folder, self._leases.taken):
+            log.warning("removed %d session files in %s that were not written to their end", left, folder)
+        self._measure()
+
+    def stored(self) -> Iterator[Session]:
+        """The sessions of this model that the folder has, as their manifests say; only loading looks at every byte."""
+        for path in self._paths():
+            found = self._peek(path)
+            if found is not None and path == self._path(found):
+                yield found
+
+    def find(self, owner: str, id: str) -> Session | None:
+        """A session by its id, if there is a file of it."""
+        path = self._path(Session(id, owner=owner))
+        return self._peek(path) if path.exists() else None
+
+    def later(self, session: Session) -> Session | None:
+        """What a session's file has of it now, if another server has gone on with it there."""
+        path = self._path(session)
+        if (state := file_state(path)) is None or state == session.file:
+            return None
+        if (found := self._peek(path, refuse=False)) is not None and found.last_used > session.last_used:
+            return found
+        session.file = state  # somebody has read it, or it is damaged, which is for whoever reads all of it to say
+        return None
+
+    def news(self) -> list[Session] | None:
+        """The sessions of files that others have put into the folder. None if it was not looked at: nothing has
+        happened there, or a second has not passed.
+        """
+        if (changed := self._watch.changed()) is None:
+            return None
+        found = [(path, self._peek(path, refuse=False)) for path in changed]
+        return [session for path, session in found if session is not None and path == self._path(session)]
+
+    def save(self, session: Session) -> Saved:
+        """Write a session at rest with its checkpoints. What kept it from being written is logged and counted."""
+        if (outcome := self._write(session)) != "written":
+            return outcome
+        self._make_room(self._path(session))
+        return "written" if self._path(session).exists() else "failed"
+
+    def _write(self, session: Session) -> Saved:
+        assert session.cache is not None
+        start, path = time.perf_counter(), self._path(session)
+        states = [State("session", session.tokens, session.cache)]
+        states += [State(kept.kind, kept.tokens, kept.cache) for kept in session.checkpoints]
+        about = {name: getattr(session, name) for name in ABOUT}
+        try:
+            with self._leases.taken(path.name) as mine:
+                if not mine:
+                    self._note_put_off(path)
+                    return "leased"
+                if self.later(session) is not None:
+                    self.count("superseded")
+                    return "superseded"
+                n_bytes = self._files.save(path, states, about)
+                session.file = self._watch.note(path)
+        except (OSError, TypeError) as error:
+            log.error("a session of %d tokens could not be written to %s: %s", len(session.tokens), self._folder, error)
+            self._metrics.spill_failures.labels(reason=type(error).__name__).inc()
+            return "failed"
+        self._put_off.discard(path)
+        self._metrics.spills.inc()
+        self._metrics.spilled_bytes.inc(n_bytes)
+        self._metrics.spill_seconds.inc(time.perf_counter() - start)
+        return "written"
+
+    def _note_put_off(self, path: Path) -> None:
+        """Once for each time that a session waits for another server, however often it is tried."""
+        if path not in self._put_off:
+            self._put_off.add(path)
+            log.warning("a session is not written for now: another server is at its file, %s", path.name)
+            self.count("leased")
+
+    def count(self, event: Event) -> None:
+        self._metrics.session_handovers.labels(event=event).inc()
+
+    def load(self, session: Session) -> str | None:
+        """Bring a session's cache and checkpoints back from its file. When that can't be used they stay away, and the
+        file was moved aside; returns why.
+        """
+        start, path = time.perf_counter(), self._path(session)
+        judged = file_state(path)
+        try:
+            own, *others = self._files.load(path)
+            n_bytes = path.stat().st_size
+            path.touch()
+            session.file = self._watch.note(path)
+        except SessionFileError as error:
+            self._refuse(path, error, judged)
+            return str(error)
+        except (OSError, PoolExhausted) as error:
+            log.warning("a session could not be read back from %s: %s", path.name, error)
+            self._metrics.restore_failures.labels(reason=type(error).__name__).inc()
+            return None
+        session.cache, session.tokens = list(own.cache), own.tokens
+        session.checkpoints = [
+            Checkpoint(cast(Kind, o.kind), o.tokens, list(o.cache), session.last_used) for o in others
+        ]
+        self._metrics.restores.inc()
+        self._metrics.restored_bytes.inc(n_bytes)
+        self._metrics.restore_seconds.inc(time.perf_counter() - start)
+        return None
+
+    @contextmanager
+    def held(self, session: Session) -> Iterator[None]:
+        """While others are written, a session's file stays whatever the budget says: it is about to be read."""
+        self._held = self._path(session)
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def has(self, session: Session) -> bool:
+        return self._path(session).exists()
+
+    def missing(self, sessions: Sequence[Session]) -> list[Session]:
+        """Those whose files are gone: the disk's budget may have cost them, or a person has deleted them."""
+        return [session for session in sessions if not self.has(session)]
+
+    def slowest(self, seconds: float) -> float:
+        """What something took here, or longer on another disk of this server's."""
+        return seconds
+
+    def refusal(self, owner: str, id: str) -> str | None:
+        """Why what the disk has of a session is of no use here, None if it has nothing of it."""
+        return self._others.reason(owner, id)
+
+    def others(self) -> Iterator[Session]:
+        """Sessions that a group of another size has written, which are of no use here."""
+        return iter(self._others.sessions.values())
+
+    def remove(self, session: Session) -> bool:
+        """Delete a session's file, if there is one. False, and it stays, while another server is at it."""
+        path = self._path(session)
+        with self._leases.taken(path.name) as mine:
+            if mine:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+        self._measure()
+        return mine
+
+    def close(self) -> None:
+        self._leases.close()
+
+    def _path(self, session: Session) -> Path:
+        name = json.dumps([self._files.model, *session.key])
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:40]}{SUFFIX}"
+
+    def _paths(self) -> list[Path]:
+        """Oldest use first."""
+        return sorted(self._folder.glob(f"*{SUFFIX}"), key=_used)
+
+    def _peek(self, path: Path, refuse: bool = True) -> Session | None:
+        state = self._watch.note(path)
+        try:
+            about, tokens = self._files.peek(path)
+            return Session(tokens=tokens, stored=True, file=state, **{name: about[name] for name in ABOUT})
+        except SessionFileError as error:
+            if refuse and error.code != "other_model":  # another server's, perhaps
+                self._refuse(path, error, state)
+        except OSError as error:  # gone while it was read, from a folder of another machine
+            log.warning("a session file could not be looked at: %s: %s", path.name, error)
+        except (KeyError, TypeError) as error:
+            if refuse:
+                self._refuse(path, SessionFileError("corrupt", f"{path.name}: the manifest has no {error}"), state)
+        return None
+
+    def _refuse(self, path: Path, error: SessionFileError, judged: FileState | None) -> None:
+        """Move a file aside, unless another server has put another one there since it was `judged`, or is about to."""
+        self._metrics.session_files_refused.labels(reason=error.code).inc()
+        if error.code == "missing":
+            return
+        log.warning("a session file is refused (%s): %s; it is now %s", error.code, error, f"{path.name}{_REFUSED}")
+        with suppress(OSError), self._leases.taken(path.name) as mine:
+            if mine and file_state(path) == judged:
+                path.replace(path.with_name(f"{path.name}{_REFUSED}"))
+
+    def _make_room(self, kept: Path) -> None:
+        """Remove what was refused, then the longest unused files, until the rest fits; `kept` last."""
+        self._delete(self._too_many(kept))
+        self._measure()
+
+    def _too_many(self, kept: Path) -> list[str]:
+        """Names of files, in the order in which they should go, as many as are too many."""
+        refused = sorted(self._folder.glob(f"*{SUFFIX}{_REFUSED}"), key=_used)
+        going = [*refused, *(path for path in self._paths() if path not in (kept, self._held)), kept]
+        total, names = self._measure(), list[str]()
+        for path in going:
+            if total <= self._budget:
+                break
+            total -= _size(path)
+            names.append(path.name)
+        return names
+
+    def _delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            with suppress(OSError), self._leases.taken(name) as mine:
+                if mine:
+                    (self._folder / name).unlink()
+                    self._metrics.session_files_dropped.inc()
+
+    def _measure(self) -> int:
+        total = sum(_size(path) for path in self._folder.glob(f"*{SUFFIX}*"))
+        self._metrics.session_disk_bytes.set(total)
+        with suppress(OSError):
+            self._metrics.session_disk_free.set(shutil.disk_usage(self._folder).free)
+        return total
+
+
+def _used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,352 @@
+"""Sessions that go to disk and come back: the same to the last bit, or refused with a reason."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.nn.layers.base import Module
+from safetensors import safe_open
+
+from tests.models.tiny import build
+from turbocache.cache.pool import PoolExhausted
+from turbocache.cache.ring import RingConfig
+from turbocache.mlxlm.model import LoadedModel
+from turbocache.mlxlm.plan import plan_layers
+from turbocache.mlxlm.prompt_cache import leaves
+from turbocache.presets import preset
+from turbocache.storage.session_codec import SessionFiles, State, fingerprint
+from turbocache.storage.session_file import (
+    PARTIAL,
+    SUFFIX,
+    SessionFileError,
+    open_checked,
+    piece,
+    remove_partial,
+    write,
+)
+from turbocache.store import CacheStore, fork, ring_of
+
+RINGS = {
+    "raw only": (RingConfig(8, 64), 40),
+    "pages": (RingConfig(8, 64), 300),
+    "rotated": (RingConfig(8, 64, 200), 500),
+}
+
+
+def some(seed: int, n: int) -> list[int]:
+    return [int(t) for t in np.random.default_rng(seed).integers(1, 90, n)]
+
+
+class Place:
+    """A model's store with files."""
+
+    def __init__(
+        self, bundled: LoadedModel, model: Module, ring: RingConfig, backend: str = "reference", name: str = "k4v4"
+    ) -> None:
+        self.loaded = replace(bundled, model=model)
+        self.store = CacheStore(model, plan_layers(model), preset(name), backend, ring, n_pages=40)
+        self.files = SessionFiles(self.loaded, self.store)
+
+    def save(self, path: Path, cache: list[Any], tokens: list[int]) -> int:
+        return self.files.save(path, [State("session", np.array(tokens), cache)])
+
+    def load(self, path: Path) -> list[Any]:
+        (state,) = self.files.load(path)
+        return list(state.cache)
+
+    def session(self, tokens: list[int]) -> list[Any]:
+        cache = self.store.new_cache()
+        for at in range(0, len(tokens), 120):
+            self.logits(cache, tokens[at : at + 120])
+        return cache
+
+    def logits(self, cache: list[Any], tokens: list[int]) -> np.ndarray:
+        out = self.loaded.model(mx.array([tokens]), cache=cache)[0, -1]
+        mx.eval(out, [leaf.state for leaf in leaves(cache)])
+        return np.array(out.astype(mx.float32))
+
+
+@pytest.mark.parametrize("backend", ["reference", "packed"])
+@pytest.mark.parametrize("name", RINGS)
+def test_a_session_comes_back_the_same(
+    bundled: LoadedModel, tiny_llama: Module, tmp_path: Path, name: str, backend: str
+) -> None:
+    ring, n = RINGS[name]
+    place, path = Place(bundled, tiny_llama, ring, backend), tmp_path / f"a{SUFFIX}"
+    tokens = some(1, n)
+    cache = place.session(tokens)
+    assert place.save(path, cache, tokens) == path.stat().st_size
+    assert path.stat().st_mode & 0o777 == 0o600
+    # To another process's store, as after a restart.
+    there = Place(bundled, tiny_llama, ring, backend)
+    (saved,) = there.files.load(path)
+    assert saved.tokens.tolist() == tokens
+    before, after = ring_of(cache), ring_of(saved.cache)
+    assert before is not None
+    assert after is not None
+    assert (before.offset, before.first, before.flushed) == (after.offset, after.first, after.flushed)
+    there.store.spec.check_integrity()
+    for more in ([5], some(2, 150), [7], [9]):
+        np.testing.assert_array_equal(there.logits(list(saved.cache), more), place.logits(cache, more))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text", "falcon_h1", "deepseek_v3"])
+def test_layers_with_mlx_lms_own_caches_come_back(bundled: LoadedModel, tmp_path: Path, name: str) -> None:
+    """Recurrent states, rotating windows, several caches in a layer, latent attention."""
+    model, path = build(name), tmp_path / f"a{SUFFIX}"
+    place, there = (Place(bundled, model, RingConfig(8, 64)) for _ in range(2))
+    tokens = some(1, 230)
+    cache = place.session(tokens)
+    place.save(path, cache, tokens)
+    back = there.load(path)
+    for more in ([5], some(2, 60), [7]):
+        np.testing.assert_array_equal(there.logits(back, more), place.logits(cache, more))
+
+
+def test_what_is_taken_off_biased_keys_comes_back(
+    bundled: LoadedModel, tiny_llama: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring, path = RingConfig(8, 64), tmp_path / f"a{SUFFIX}"
+    place, there = (Place(bundled, tiny_llama, ring) for _ in range(2))
+    tokens = some(1, 300)
+    cache = place.session(tokens)
+    kept = ring_of(cache)
+    assert kept is not None
+    assert kept.centre is not None
+    kept.centre.settle()
+    # As if this layer's keys had been biased: what is stored is what must come back.
+    kept.centre.means = {1: mx.random.normal((1, 2, 1, 64))}
+    place.save(path, cache, tokens)
+    back = ring_of(there.load(path))
+    assert back is not None
+    assert back.centre is not None
+    assert back.centre.n_heads == kept.centre.n_heads
+    np.testing.assert_array_equal(np.array(back.centre.means[1]), np.array(kept.centre.means[1]))
+
+
+def test_any_reader_of_safetensors_opens_it(bundled: LoadedModel, tiny_llama: Module, tmp_path: Path) -> None:
+    place, path = Place(bundled, tiny_llama, RingConfig(8, 64)), tmp_path / f"a{SUFFIX}"
+    tokens = some(1, 300)
+    place.save(path, place.session(tokens), tokens)
+    with safe_open(str(path), "numpy") as file:
+        assert file.get_tensor("state.0.tokens").tolist() == tokens
+        assert set(file.metadata()) == {"manifest", "head", "digest"}
+
+
+def test_files_of_something_else_are_refused(bundled: LoadedModel, tiny_llama: Module, tmp_path: Path) -> None:
+    ring, path = RingConfig(8, 64), tmp_path / f"a{SUFFIX}"
+    place, tokens = Place(bundled, tiny_llama, ring), some(1, 300)
+    place.save(path, place.session(tokens), tokens)
+    others = {
+        "other_layout": [
+            Place(bundled, tiny_llama, RingConfig(16, 64)),
+            Place(bundled, tiny_llama, RingConfig(8, 64, 256)),
+            Place(bundled, tiny_llama, ring, "packed"),
+            Place(bundled, tiny_llama, ring, name="k8v4"),
+        ],
+        "other_model": [Place(bundled, build("llama"), ring)],
+    }
+    for code, places in others.items():
+        for other in places:
+            with pytest.raises(SessionFileError) as refused:
+                other.files.load(path)
+            assert refused.value.code == code
+            assert other.store.spec.pool.n_used == 0
+    with pytest.raises(SessionFileError) as refused:
+        place.files.load(tmp_path / f"b{SUFFIX}")
+    assert refused.value.code == "missing"
+
+
+def test_one_changed_weight_is_another_model(bundled: LoadedModel, llama_of: Any) -> None:
+    one, two = llama_of(), llama_of()
+    assert fingerprint(replace(bundled, model=one)) == fingerprint(replace(bundled, model=two))
+    two.model.norm.weight = two.model.norm.weight + 1e-3
+    assert fingerprint(replace(bundled, model=one)) != fingerprint(replace(bundled, model=two))
+
+
+def test_a_full_pool_is_told_apart_from_a_bad_file(bundled: LoadedModel, tiny_llama: Module, tmp_path: Path) -> None:
+    place, path = Place(bundled, tiny_llama, RingConfig(8, 64)), tmp_path / f"a{SUFFIX}"
+    tokens = some(1, 300)
+    place.save(path, place.session(tokens), tokens)
+    taken = place.store.spec.pool.take(place.store.spec.pool.n_free - 1)
+    with pytest.raises(PoolExhausted):
+        place.files.load(path)
+    place.store.spec.pool.release(taken)
+    assert place.store.spec.pool.n_used == 0
+
+
+def test_every_damage_is_refused(bundled: LoadedModel, tiny_llama: Module, tmp_path: Path) -> None:
+    """Bits anywhere, more of them in the header than its share; ends anywhere; and bytes too many."""
+    place, path = Place(bundled, tiny_llama, RingConfig(8, 64)), tmp_path / f"a{SUFFIX}"
+    tokens, dice = some(1, 200), random.Random(1)
+    place.save(path, place.session(tokens), tokens)
+    good = path.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    codes: dict[str, int] = {}
+    for i in range(500):
+        bad = bytearray(good)
+        if i % 5 == 4:
+            bad = bad[: dice.randrange(len(bad))]
+        else:
+            at = dice.randrange(header if i % 2 else len(bad))
+            bad[at] ^= 1 << dice.randrange(8)
+        path.write_bytes(bytes(bad))
+        with pytest.raises(SessionFileError) as refused:
+            place.files.load(path)
+        codes[refused.value.code] = codes.get(refused.value.code, 0) + 1
+    assert set(codes) <= {"truncated", "corrupt"}
+    path.write_bytes(good + b"\0")
+    with pytest.raises(SessionFileError):
+        place.files.load(path)
+    path.write_bytes(good)
+    (back,) = place.files.load(path)
+    assert back.tokens.tolist() == tokens
+    del back
+    assert place.store.spec.pool.n_used == 0
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / f"a{SUFFIX}"
+    write(path, {"x": piece(mx.arange(10))}, {"n": 1})
+
+    def fail() -> mx.array:
+        raise OSError("injected")
+
+    with pytest.raises(OSError, match="injected"):
+        write(path, {"x": replace(piece(mx.arange(10)), make=fail)}, {"n": 2})
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert open_checked(path)[0] == {"n": 1}
+
+
+def test_of_a_file_that_is_replaced_while_it_is_read_the_new_one_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another server may do that; the check of one file says nothing of another's arrays."""
+    path, load = tmp_path / f"a{SUFFIX}", mx.load
+    write(path, {"x": piece(mx.full((10,), 1))}, {"n": 1})
+
+    def late(name: str) -> Any:
+        monkeypatch.undo()
+        write(path, {"x": piece(mx.full((10,), 2))}, {"n": 2})
+        return load(name)
+
+    monkeypatch.setattr(mx, "load", late)
+    manifest, arrays = open_checked(path)
+    assert (manifest["n"], arrays["x"].tolist()) == (2, [2] * 10)
+
+
+WRITER = """
+    import sys
+    from pathlib import Path
+    import mlx.core as mx
+    from turbocache.storage.session_file import write, piece
+    path = Path(sys.argv[1])
+    print("ready", flush=True)
+    n = 0
+    while True:
+        n += 1
+        write(path, {f"x{i}": piece(mx.full((50_000,), n)) for i in range(20)}, {"n": n})
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_file_or_none(tmp_path: Path) -> None:
+    """SIGKILL at random moments; the server's own stop and spill use the same write."""
+    path, dice, found = tmp_path / f"a{SUFFIX}", random.Random(2), 0
+    for _ in range(20):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(WRITER), str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        time.sleep(dice.uniform(0, 0.15))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        assert remove_partial(tmp_path) <= 1
+        assert not list(tmp_path.glob(f"*{PARTIAL}"))
+        if path.exists():
+            found += 1
+            manifest, arrays = open_checked(path)
+            for array in arrays.values():
+                assert bool((array == manifest["n"]).all())
+    assert found > 10
+
+
+def test_a_fork_saves_what_it_holds(bundled: LoadedModel, tiny_llama: Module, tmp_path: Path) -> None:
+    place, path = Place(bundled, tiny_llama, RingConfig(8, 64)), tmp_path / f"a{SUFFIX}"
+    tokens = some(1, 300)
+    cache = place.session(tokens)
+    other = fork(cache)
+    place.logits(cache, some(3, 80))
+    place.save(path, other, tokens)
+    back = place.load(path)
+    np.testing.assert_array_equal(place.logits(back, [4]), place.logits(other, [4]))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_checkpoints_come_back_with_their_session(bundled: LoadedModel, tmp_path: Path, name: str) -> None:
+    """After rotation, when what the checkpoint has can't be had from the session any more; shared pages lie there once,
+    also in the pool. Where there are too few pages for all, the session comes back alone.
+    """
+    model, path, ring = build(name), tmp_path / f"a{SUFFIX}", RingConfig(8, 64, 300)
+    place, there = (Place(bundled, model, ring) for _ in range(2))
+    tokens = some(1, 300)
+    cache = place.session(tokens)
+    kept = fork(cache)
+    more = some(2, 120)
+    place.logits(cache, more)
+    states = [State("session", np.array(tokens + more), cache), State("prompt", np.array(tokens), kept)]
+    place.files.save(path, states)
+    used = place.store.spec.pool.n_used
+    back = there.files.load(path)
+    assert [(state.kind, state.tokens.tolist()) for state in back] == [(s.kind, s.tokens.tolist()) for s in states]
+    assert there.store.spec.pool.n_used == used
+    there.store.spec.check_integrity()
+    for state, original in zip(back, states, strict=True):
+        for next_tokens in ([5], some(3, 90)):
+            got = there.logits(list(state.cache), next_tokens)
+            np.testing.assert_array_equal(got, place.logits(list(original.cache), next_tokens))
+    del back, state
+    few = Place(bundled, model, ring)
+    taken = few.store.spec.pool.take(few.store.spec.pool.n_free - used + 1)
+    (alone,) = few.files.load(path)
+    assert alone.kind == "session"
+    few.store.spec.pool.release(taken)
+    few.store.spec.check_integrity()
+
+
+def test_what_is_said_of_a_session_is_checked_without_reading_it_all(
+    bundled: LoadedModel, tiny_llama: Module, tmp_path: Path
+) -> None:
+    """A server that knew a session by the wrong tokens would never ask for it again."""
+    place, path = Place(bundled, tiny_llama, RingConfig(8, 64)), tmp_path / f"a{SUFFIX}"
+    tokens, dice = some(1, 200), random.Random(3)
+    about = {"id": "anna", "turns": 3}
+    place.files.save(path, [State("session", np.array(tokens), place.session(tokens))], about)
+    said, found = place.files.peek(path)
+    assert (said, found.tolist()) == (about, tokens)
+    good = path.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    start, n_whole = good.index(np.array(tokens, dtype=np.int32).tobytes(), header), 0
+    for i in range(200):
+        bad = bytearray(good)
+        at = dice.randrange(header) if i % 2 else start + dice.randrange(4 * len(tokens))
+        bad[at] ^= 1 << dice.randrange(8)
+        path.write_bytes(bytes(bad))
+        try:
+            said, found = place.files.peek(path)
+            assert (said, found.tolist()) == (about, tokens)
+            n_whole += 1
+        except SessionFileError:
+            pass
+    assert n_whole < 20  # the digest of everything is not looked at here, and some bits of JSON say the same

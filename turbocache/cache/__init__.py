@@ -1,0 +1,1 @@
+"""The cache itself: page pool, rings, a batch of them, and the view of one layer. Knows nothing of mlx-lm."""

@@ -1,0 +1,159 @@
+"""The integers of one session's cache: which tokens are sink, in pages, in the window, and which have rotated out.
+
+Positions of one session, oldest first (P = PAGE):
+
+    [0, keep)                        sink        raw, for ever
+    [keep, keep + P*first)           gone        rotated out
+    [keep + P*first, keep + P*flushed)  pages    compressed, `pages[i]` holds block `first + i`
+    [keep + P*flushed, offset)       window      raw, at most `window + P` tokens
+
+A token's block is `(position - keep) // P`. What is compressed depends on the position alone, never on how tokens
+arrived: for a query in block b the blocks up to `b - window/P - 1` are read from pages, later ones raw.
+"""
+
+from dataclasses import dataclass
+
+from kernels.codec.layout import PAGE
+from turbocache.cache.conditioning import KeyCentre
+from turbocache.cache.pool import PagePool
+
+
+@dataclass(frozen=True, slots=True)
+class RingConfig:
+    """Sizes in tokens. `max_size` None never rotates. Raises ValueError for sizes that can't work."""
+
+    keep: int = 64
+    window: int = 128
+    max_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep < 0:
+            raise ValueError(f"keep must be 0 or more tokens, not {self.keep}")
+        if self.window < 0 or self.window % PAGE:
+            raise ValueError(f"window must be a multiple of {PAGE} tokens, not {self.window}")
+        if self.max_size is not None and self.max_size < self.smallest_max_size:
+            raise ValueError(
+                f"max_size must be at least keep + window + {PAGE} = {self.smallest_max_size} tokens, "
+                f"not {self.max_size}"
+            )
+
+    @property
+    def smallest_max_size(self) -> int:
+        return self.keep + self.window + PAGE
+
+    @property
+    def window_slots(self) -> int:
+        """Raw slots behind the sink; a token at position p lies in slot `(p - keep) % window_slots`."""
+        return self.window + PAGE
+
+    @property
+    def raw_slots(self) -> int:
+        return self.keep + self.window_slots
+
+    def first_visible(self, position: int) -> int:
+        """Oldest position behind the sink that a query at `position` sees."""
+        if self.max_size is None:
+            return self.keep
+        return max(self.keep, position + 1 - (self.max_size - self.keep))
+
+    def pages_needed(self, n_tokens: int, chunk: int = 0) -> int:
+        """Most pages that a session of `n_tokens` holds at once when its prompts come in chunks of `chunk` tokens."""
+        in_pages = max(0, n_tokens - self.keep - self.window)
+        if self.max_size is not None:
+            # A page lives while any of its tokens is visible to the chunk's first query; +1 for the partial one.
+            in_pages = min(in_pages, self.max_size - self.keep - self.window + chunk + PAGE)
+        return -(-in_pages // PAGE)
+
+
+class PageRing:
+    """One row's token counts and page list. Owns a reference to each of its pages and gives it back when it goes.
+
+    mlx-lm drops batches without telling their caches, so the references follow the object's life (`__del__`);
+    `close` ends it early. `pages` is another tuple whenever it changes, so that a step sees at once where it has not.
+    `centre` is what is taken off the row's keys, known from its first page on.
+    """
+
+    __slots__ = ("centre", "config", "first", "flushed", "offset", "pages", "pool")
+
+    def __init__(self, config: RingConfig, pool: PagePool) -> None:
+        self.config = config
+        self.pool = pool
+        self.offset = 0
+        self.first = 0
+        self.flushed = 0
+        self.pages: tuple[int, ...] = ()
+        self.centre: KeyCentre | None = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give every page back. The ring is empty afterwards."""
+        pages, self.pages = self.pages, ()
+        self.pool.release(pages)
+        self.offset = self.first = self.flushed = 0
+        self.centre = None
+
+    def fork(self) -> "PageRing":
+        """An independent ring on the same pages: one more reference each, no copy."""
+        other = PageRing(self.config, self.pool)
+        other.offset, other.first, other.flushed = self.offset, self.first, self.flushed
+        self.pool.retain(self.pages)
+        other.pages = self.pages
+        other.centre = self.centre
+        return other
+
+    def block(self, position: int) -> int:
+        """Block of a position; negative within the sink."""
+        return (position - self.config.keep) // PAGE
+
+    @property
+    def window_start(self) -> int:
+        """First position held raw behind the sink."""
+        return self.config.keep + PAGE * self.flushed
+
+    @property
+    def n_raw(self) -> int:
+        """Tokens in the raw sink and window."""
+        return min(self.offset, self.config.keep) + max(0, self.offset - self.window_start)
+
+    @property
+    def evicted(self) -> int:
+        """Tokens that have rotated out so far, whole pages only."""
+        return PAGE * self.first
+
+    def size(self) -> int:
+        """Tokens that the next query sees, itself not counted: as mlx-lm's RotatingKVCache counts them."""
+        limit = self.config.max_size
+        return self.offset if limit is None else min(self.offset, limit)
+
+    def flushed_at(self, position: int) -> int:
+        """Blocks that a query at `position` reads from pages."""
+        return max(self.flushed, self.block(position) - self.config.window // PAGE)
+
+    def append_pages(self, pages: list[int]) -> None:
+        """Take over `pages`, already referenced, as the next blocks."""
+        self.pages += tuple(pages)
+        self.flushed += len(pages)
+
+    def rotate(self) -> int:
+        """Let go of pages that no later query can see. Returns how many."""
+        last_hidden = self.block(self.config.first_visible(self.offset))
+        gone = min(max(0, last_hidden - self.first), len(self.pages))
+        if gone:
+            self.pool.release(self.pages[:gone])
+            self.pages = self.pages[gone:]
+            self.first += gone
+        return gone
+
+    def is_same_after(self, offset: int) -> bool:
+        """Whether going back to `offset` gives what a session of just these tokens holds: no page reaches into what
+        that would have raw.
+        """
+        return self.flushed <= max(0, self.block(offset - 1) - self.config.window // PAGE)
+
+    def can_trim_to(self, offset: int) -> bool:
+        """Whether the state after `offset` tokens can be had: nothing that it could see has rotated out."""
+        if not 0 <= offset <= self.offset:
+            return False
+        return self.first == 0 or self.config.keep + self.evicted <= self.config.first_visible(offset)

@@ -1,0 +1,191 @@
+"""What one forward pass does to the rings of a batch, worked out once and used by every layer.
+
+`plan_decode` and `plan_prefill` are pure integer work on `PageRing`s: they take pages, advance offsets and say which
+slots to write, which blocks to compress and which keys each query sees. `CacheBatch` does the array work.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from kernels.attention.masks import Mask, MaskForm
+from kernels.attention.page_tables import PageIndex, RowIndex
+from kernels.codec.layout import PAGE
+from turbocache.cache.conditioning import KeyCentre
+from turbocache.cache.pool import PagePool
+from turbocache.cache.ring import PageRing
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Compress the block that starts at raw slot `slot` of `row` into `page`."""
+
+    row: int
+    slot: int
+    page: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """One token per row; `rows` is what storing it and attention need to know. The rows in `decides`
+    get their first page, before which their keys' centre is measured.
+    """
+
+    flushes: tuple[Flush, ...]
+    decides: tuple[int, ...]
+    rows: RowIndex
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStep:
+    """`n` tokens of one row, from position `start` on. Its keys, in order: the pages of `index`, `n_sink` sink tokens,
+    then the body.
+
+    The body is the raw window's old tokens (at slots `old_slots`) followed by the chunk's tokens behind the sink; its
+    first `PAGE * len(new_pages)` tokens become pages. `to_slots` says for each window slot which body token it holds
+    afterwards. `mask` is as `Lanes.attend` wants it. `decides` if the row's keys get their centre in this chunk.
+    """
+
+    row: int
+    start: int
+    n: int
+    decides: bool
+    n_sink: int
+    sink_taken: int
+    old_slots: mx.array
+    new_pages: tuple[int, ...]
+    index: PageIndex
+    to_slots: mx.array
+    mask: Mask
+    _masks: dict[tuple[MaskForm, mx.Dtype], Mask] = field(default_factory=dict)
+
+    @property
+    def n_keys(self) -> int:
+        n_body = self.old_slots.size + self.n - self.sink_taken
+        return self.index.n_pages * PAGE + self.n_sink + n_body
+
+    def mask_in(self, form: MaskForm, dtype: mx.Dtype) -> Mask:
+        """`mask` in the form that lanes like best for queries of `dtype`; made once for all layers."""
+        if (form, dtype) not in self._masks:
+            self._masks[form, dtype] = form.of(self.mask, self.n, self.n_keys, dtype)
+        return self._masks[form, dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStep:
+    """One chunk step per row that still has tokens."""
+
+    chunks: tuple[ChunkStep, ...]
+
+
+def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: RowIndex | None) -> tuple[DecodeStep, int]:
+    """Advance every ring by one token; returns the step and the number of pages that rotated out.
+
+    `previous` is the last step's index, whose page table is used again while it does not change. Raises PoolExhausted
+    and then changes nothing.
+    """
+    due = [row for row, ring in enumerate(rings) if ring.flushed_at(ring.offset) > ring.flushed]
+    flushes, decides = [], []
+    for row, page in zip(due, pool.take(len(due)) if due else (), strict=True):
+        ring = rings[row]
+        if _decides(ring):
+            decides.append(row)
+        flushes.append(Flush(row, _window_slot(ring, ring.window_start), page))
+        ring.append_pages([page])
+    config = rings[0].config
+    rows = RowIndex(
+        tables=tuple(ring.pages for ring in rings),
+        offsets=tuple(ring.offset for ring in rings),
+        first=tuple(ring.first for ring in rings),
+        n_queries=1,
+        keep=config.keep,
+        window_slots=config.window_slots,
+        max_size=config.max_size,
+        previous=previous,
+    )
+    for ring in rings:
+        ring.offset += 1
+    rotated = sum(ring.rotate() for ring in rings)
+    return DecodeStep(tuple(flushes), tuple(decides), rows), rotated
+
+
+def plan_prefill(rings: Sequence[PageRing], lengths: Sequence[int], pool: PagePool) -> tuple[PrefillStep, int]:
+    """Advance ring i by `lengths[i]` tokens (0 leaves it); returns the step and the number of pages rotated out.
+
+    Raises PoolExhausted and then changes nothing.
+    """
+    targets = [
+        ring.flushed_at(ring.offset + n - 1) if n else ring.flushed for ring, n in zip(rings, lengths, strict=True)
+    ]
+    fresh = pool.take(sum(target - ring.flushed for target, ring in zip(targets, rings, strict=True)))
+    chunks = []
+    for row, (ring, n, target) in enumerate(zip(rings, lengths, targets, strict=True)):
+        if n:
+            pages, fresh = fresh[: target - ring.flushed], fresh[target - ring.flushed :]
+            chunks.append(_plan_chunk(row, ring, n, pages))
+    rotated = sum(ring.rotate() for ring in rings)
+    return PrefillStep(tuple(chunks)), rotated
+
+
+def _plan_chunk(row: int, ring: PageRing, n: int, new_pages: list[int]) -> ChunkStep:
+    keep, slots = ring.config.keep, ring.config.window_slots
+    start, end, body_start = ring.offset, ring.offset + n, ring.window_start
+    sink_taken = min(max(keep - start, 0), n)
+    old = np.arange(body_start, max(start, body_start))
+    flushed_before = ring.flushed
+    ring.append_pages(new_pages)
+    ring.offset = end
+    held = np.arange(max(ring.window_start, keep), end)
+    to_slots = np.zeros(slots, dtype=np.int32)
+    to_slots[(held - keep) % slots] = held - body_start
+    n_sink = min(keep, end)
+    return ChunkStep(
+        row=row,
+        start=start,
+        n=n,
+        decides=bool(new_pages) and _decides(ring),
+        n_sink=n_sink,
+        sink_taken=sink_taken,
+        old_slots=mx.array((old - keep) % slots + keep, dtype=mx.int32),
+        new_pages=tuple(new_pages),
+        index=PageIndex((ring.pages,)),
+        to_slots=mx.array(to_slots),
+        mask=_chunk_mask(ring, n, n_sink, flushed_before),
+    )
+
+
+def _chunk_mask(ring: PageRing, n: int, n_sink: int, flushed_before: int) -> Mask:
+    """Which keys (pages, sink, body) each of the newest `n` tokens sees. Blocks compressed within the chunk are there
+    twice, once in pages and once raw, and each query sees the form that its position calls for.
+
+    Lazy: the device makes the mask from positions, once for all layers.
+    """
+    keep, window, end = ring.config.keep, ring.config.window, ring.offset
+    pages_start = keep + PAGE * ring.first
+    if ring.flushed == flushed_before and ring.config.first_visible(end - 1) <= pages_start:
+        return "causal" if n > 1 else None
+    paged = mx.arange(pages_start, keep + PAGE * ring.flushed)
+    sink = mx.arange(n_sink)
+    body = mx.arange(keep + PAGE * flushed_before, end)
+    queries = mx.arange(end - n, end)[:, None]
+    boundary = keep + PAGE * mx.maximum(flushed_before, (queries - keep) // PAGE - window // PAGE)
+    in_pages, in_body = paged < boundary, (body >= boundary) & (body <= queries)
+    if ring.config.max_size is not None:
+        oldest = queries + 1 - (ring.config.max_size - keep)
+        in_pages, in_body = in_pages & (paged >= oldest), in_body & (body >= oldest)
+    return mx.concatenate([in_pages, sink <= queries, in_body], axis=1)[None, None]
+
+
+def _decides(ring: PageRing) -> bool:
+    """Whether a ring that gets a page has no centre yet; it has one afterwards, which the layers fill."""
+    if ring.centre is not None:
+        return False
+    ring.centre = KeyCentre()
+    return True
+
+
+def _window_slot(ring: PageRing, position: int) -> int:
+    keep = ring.config.keep
+    return keep + (position - keep) % ring.config.window_slots

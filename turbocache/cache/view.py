@@ -1,0 +1,230 @@
+"""What mlx-lm sees: one cache object per attention layer, all of them views of one `CacheBatch`.
+
+mlx-lm treats a prompt cache as a list of independent layer caches. Here the layers share page lists, so the view of
+the first compressed layer (the leader) does what concerns rows and steps, for all layers; the others follow. mlx-lm
+visits layers in order in every operation, which is all that this relies on.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from kernels.attention.device import constant, resident, steps_on_device
+from kernels.lanes.base import Pair
+from turbocache.cache.batch import CacheBatch
+from turbocache.cache.spec import CacheSpec
+from turbocache.cache.steps import DecodeStep, PrefillStep
+
+
+class PendingAttention:
+    """Returned by `update_and_fetch` in the place of keys and values; the seam asks it for the attention's output."""
+
+    __slots__ = ("_batch", "_layer", "_step", "_tokens")
+
+    def __init__(
+        self, batch: CacheBatch, layer: int, step: DecodeStep | PrefillStep, tokens: Pair | list[Pair]
+    ) -> None:
+        self._batch, self._layer, self._step, self._tokens = batch, layer, step, tokens
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """That of the raw tokens, which models ask their keys or values for."""
+        return self._batch.spec.layers[self._layer].dtype
+
+    def astype(self, dtype: mx.Dtype) -> "PendingAttention":
+        """Itself: some models want attention in float32, and sums are in float32 here anyway."""
+        return self
+
+    def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+        """`[B, n_heads, L, key_dim]` to `[B, n_heads, L, value_dim]` in the queries' dtype.
+
+        Queries that a model has widened go back to the layer's dtype, the one that kernels are made for.
+        """
+        if queries.dtype != self.dtype:
+            return self.attend(queries.astype(self.dtype), scale, sinks).astype(queries.dtype)
+        if isinstance(self._step, DecodeStep):
+            assert isinstance(self._tokens, tuple)
+            return self._batch.attend_decode(self._layer, self._step, self._tokens, queries, scale, sinks)
+        assert isinstance(self._tokens, list)
+        return self._batch.attend_prefill(self._layer, self._step, self._tokens, queries, scale, sinks)
+
+
+class _Shared:
+    """A batch, the step its layers are in, and where batches derived from it by the leader can be found."""
+
+    def __init__(self, batch: CacheBatch) -> None:
+        self.batch = batch
+        self.n_steps = 0
+        self.step: DecodeStep | PrefillStep | None = None
+        self.before: list[int] = []
+        self.trimmed = 0
+        self.derived: dict[Any, weakref.ref[_Shared]] = {}
+        self._offsets: list[int] | None = None
+        self._position: int | mx.array = 0
+
+    def position(self, offsets: list[int]) -> int | mx.array:
+        """What models take for these offsets: made once for all layers of a step."""
+        before = self._offsets
+        if offsets != before:
+            self._offsets = offsets
+            if len(offsets) == 1:
+                self._position = offsets[0]
+            elif before is not None and steps_on_device() and offsets == [offset + 1 for offset in before]:
+                self._position = self._position + constant((1,))
+            else:
+                self._position = resident(mx.array(offsets, dtype=mx.int32))
+        return self._position
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        other = _Shared(self.batch.select(range(self.batch.n_rows)))
+        other.n_steps = self.n_steps
+        memo[id(self)] = other
+        return other
+
+    def follow(self, key: Any) -> "_Shared":
+        found = self.derived[key]() if key in self.derived else None
+        if found is None:
+            raise RuntimeError("a layer's cache was used before the first layer's; layers must be visited in order")
+        return found
+
+
+class PagedKVCache:
+    """One layer of a rotating compressed cache, in the form that mlx-lm's models and BatchGenerator use.
+
+    Create a session's layers with `PagedKVCache.layers(spec)`. As everywhere in mlx-lm, `merge` and `extract` give
+    independent caches, `extend` empties its argument, and `update_and_fetch` may only be followed by the attention
+    that consumes its result. Raises PoolExhausted from `update_and_fetch` when the pool is full.
+    """
+
+    def __init__(self, shared: _Shared, layer: int) -> None:
+        self._shared = shared
+        self._layer = layer
+        self._n_steps = shared.n_steps
+
+    @classmethod
+    def layers(cls, spec: CacheSpec) -> list["PagedKVCache"]:
+        """The compressed layers of a new, empty session of one row."""
+        shared = _Shared(CacheBatch(spec))
+        return [cls(shared, layer) for layer in range(len(spec.layers))]
+
+    @property
+    def batch(self) -> CacheBatch:
+        """The batch behind this layer and its siblings."""
+        return self._shared.batch
+
+    @property
+    def _leads(self) -> bool:
+        return self._layer == 0
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Position of the next token: an int for one row, else int32 `[B]`."""
+        shared = self._shared
+        return shared.position(shared.before if self._n_steps < shared.n_steps else shared.batch.offsets)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PendingAttention, PendingAttention]:
+        """Store `[B, n_kv_heads, L, dim]` and return the handle for their attention, twice."""
+        shared = self._shared
+        if self._leads:
+            shared.before = shared.batch.offsets
+            shared.step = shared.batch.begin_step(keys.shape[2])
+            shared.n_steps += 1
+        self._n_steps += 1
+        if self._n_steps != shared.n_steps or shared.step is None:
+            raise RuntimeError("layers of a cache must be updated once per forward pass, in order")
+        tokens: Pair | list[Pair]
+        if isinstance(shared.step, DecodeStep):
+            tokens = shared.batch.decode(self._layer, shared.step, keys, values)
+        else:
+            tokens = shared.batch.prefill(self._layer, shared.step, keys, values)
+        pending = PendingAttention(shared.batch, self._layer, shared.step, tokens)
+        return pending, pending
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
+        """The cache masks by itself; this only tells the model that attention is causal.
+
+        Raises ValueError for a sliding window or a mask as an array, which this cache does not serve.
+        """
+        if window_size is not None or return_array:
+            raise ValueError("a paged cache serves plain causal attention only")
+        return "causal" if N > 1 else None
+
+    @property
+    def state(self) -> list[mx.array]:
+        """Everything that a step may have left unevaluated."""
+        shared = self._shared
+        return [*shared.batch.raw[self._layer], *shared.batch.spec.pool.pages(self._layer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by this layer: raw buffers, its part of the pages and of the keys' centres; what rows share is
+        counted in each of them.
+        """
+        batch = self._shared.batch
+        raw = sum(array.nbytes for array in batch.raw[self._layer])
+        n_pages = sum(len(ring.pages) for ring in batch.rings)
+        means = [ring.centre.means.get(self._layer) for ring in batch.rings if ring.centre is not None]
+        centres = sum(mean.nbytes for mean in means if mean is not None)
+        return raw + n_pages * batch.spec.pool.layer_nbytes(self._layer) + centres
+
+    def empty(self) -> bool:
+        return not any(self._shared.batch.offsets)
+
+    def size(self) -> int:
+        """Tokens that the next query of the longest row sees."""
+        return max((ring.size() for ring in self._shared.batch.rings), default=0)
+
+    def is_trimmable(self) -> bool:
+        return all(ring.first == 0 for ring in self._shared.batch.rings)
+
+    def trim(self, n: int) -> int:
+        """Forget the newest `n` tokens of every row, at most all of them; returns how many."""
+        shared = self._shared
+        if self._leads:
+            shared.trimmed = min([n, *shared.batch.offsets])
+            shared.batch.trim(shared.trimmed)
+        return shared.trimmed
+
+    @classmethod
+    def merge(cls, caches: Sequence["PagedKVCache"]) -> "PagedKVCache":
+        """This layer of the batch of all the caches' rows."""
+        sources = [cache._shared for cache in caches]
+        key = ("merge", *(id(source) for source in sources))
+        if caches[0]._leads:
+            merged = _Shared(CacheBatch.merged([source.batch for source in sources]))
+            sources[0].derived[key] = weakref.ref(merged)
+        return cls(sources[0].follow(key), caches[0]._layer)
+
+    def extend(self, other: "PagedKVCache") -> None:
+        if self._leads:
+            self._shared.batch.extend(other._shared.batch)
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        if self._leads:
+            self._shared.batch.keep_rows([int(i) for i in batch_indices])
+
+    def extract(self, idx: int) -> "PagedKVCache":
+        """This layer of an independent cache of row `idx`."""
+        if self._leads:
+            extracted = _Shared(self._shared.batch.select([idx]))
+            self._shared.derived[("extract", idx)] = weakref.ref(extracted)
+        return PagedKVCache(self._shared.follow(("extract", idx)), self._layer)
+
+    def prepare(
+        self,
+        *,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+        left_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Announce a right-padded prompt. Raises ValueError for left padding, which rows of pages don't need."""
+        if left_padding is not None and any(left_padding):
+            raise ValueError("a paged cache takes right-padded prompts, not left-padded ones")
+        if self._leads and lengths is not None:
+            self._shared.batch.prepare(lengths)
+
+    def finalize(self) -> None:
+        if self._leads:
+            self._shared.batch.finalize()

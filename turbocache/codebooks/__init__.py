@@ -1,0 +1,1 @@
+"""The levels that codes stand for, and how they were computed."""

@@ -1,0 +1,1 @@
+"""The machine below MLX: its BLAS, its memory, its launcher."""

@@ -1,0 +1,1 @@
+"""Everything that enters mlx-lm: its attention, its models, its generator."""

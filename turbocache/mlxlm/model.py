@@ -1,0 +1,117 @@
+"""Loading a model through mlx-lm, in the form that suits the machine."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+from mlx_lm import load
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import dequantize_model, get_total_parameters
+
+from turbocache.machine.memory import available_memory, on_cpu
+from turbocache.mlxlm.group import Group
+from turbocache.mlxlm.sharding import Unshardable, shard
+
+BUNDLED = Path(__file__).parents[1] / "bundled" / "tiny-recall-4bit"
+"""The model that comes with the package, so that a first run needs no network."""
+
+_SHARE_OF_MEMORY = 0.5
+_NO_LIMIT = 1 << 20
+
+
+class ModelError(RuntimeError):
+    """The model can't be loaded; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to generate. `max_positions` is its own limit in tokens; `notes` say what was done at load."""
+
+    model: Module
+    tokenizer: TokenizerWrapper
+    id: str
+    created: int
+    max_positions: int
+    dtype: mx.Dtype
+    notes: tuple[str, ...]
+
+
+def load_model(source: str | None = None, group: Group | None = None) -> LoadedModel:
+    """Load a local directory or a Hugging Face id (downloaded with a progress bar); None is the bundled model. Of a
+    `group` each rank loads its share.
+
+    On a CPU-only machine the model computes in float32, because half precision is emulated there, and quantised
+    weights are expanded at load if they take at most half of the free memory. Raises ModelError.
+    """
+    path, group = str(BUNDLED) if source is None else source, Group() if group is None else group
+    try:
+        loaded = load(path, lazy=not group.alone, return_config=True)
+    except Exception as error:  # hub, file, config and weight errors have no common base
+        raise ModelError(_load_advice(path, error)) from error
+    model, tokenizer, config = cast(tuple[Module, TokenizerWrapper, dict[str, Any]], loaded)
+    notes = _suit_cpu(model, group) if on_cpu() else []
+    if not group.alone:
+        try:
+            shard(model, group)
+        except Unshardable as error:
+            raise ModelError(f"can't serve the model {path!r} with {group.size} ranks: {error}.") from error
+        notes.append(f"rank {group.rank} of {group.size}: a share of its weights and KV heads")
+    mx.eval(model.parameters())
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        id=Path(path).name if Path(path).is_dir() else path,
+        created=int(time.time()),
+        max_positions=_max_positions(config, tokenizer),
+        dtype=_compute_dtype(model),
+        notes=tuple(notes),
+    )
+
+
+def _suit_cpu(model: Module, group: Group) -> list[str]:
+    notes = []
+    if any(name.endswith(".scales") for name, _ in _parameters(model)):
+        needed = get_total_parameters(model) * mx.float32.size // group.size
+        if group.agree(needed <= available_memory() * _SHARE_OF_MEMORY):
+            dequantize_model(model)
+            notes.append("quantised weights expanded for the CPU")
+        else:
+            notes.append(
+                f"quantised weights kept: expanded they take {needed / 2**30:.1f} GiB, over half of what is free"
+            )
+    model.set_dtype(mx.float32)
+    notes.append("computing in float32 on the CPU")
+    return notes
+
+
+def _max_positions(config: dict[str, Any], tokenizer: TokenizerWrapper) -> int:
+    """The model's position limit from its config, else from its tokenizer."""
+    for part in (config, config.get("text_config") or {}):
+        for key in ("max_position_embeddings", "max_seq_len", "n_positions", "model_max_length"):
+            if isinstance(part.get(key), int):
+                return int(part[key])
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if isinstance(limit, int) and limit < _NO_LIMIT else _NO_LIMIT
+
+
+def _compute_dtype(model: Module) -> mx.Dtype:
+    """The dtype of the norms' weights, which quantisation leaves alone."""
+    floats = [
+        value.dtype for name, value in _parameters(model) if mx.issubdtype(value.dtype, mx.floating) and "norm" in name
+    ]
+    return floats[0] if floats else mx.float32
+
+
+def _parameters(model: Module) -> list[tuple[str, mx.array]]:
+    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+
+
+def _load_advice(path: str, error: Exception) -> str:
+    what = f"can't load the model {path!r}: {type(error).__name__}: {error}"
+    if Path(path).exists():
+        return f"{what}. The directory must hold config.json, safetensors weights and a tokenizer."
+    return f"{what}. Give TURBOCACHE_MODEL a local directory or a Hugging Face id that this machine can reach."

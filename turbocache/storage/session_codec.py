@@ -1,0 +1,258 @@
+"""Sessions on disk: a prompt cache to a file and back, bit by bit the same, layer by layer.
+
+A file is only of use to a server that would have made the same bytes: same model and tokenizer, same lanes and sizes.
+Its manifest says what it was made by, and everything else is refused (turbocache/storage/session_file.py has the form).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from turbocache.cache.batch import CacheBatch
+from turbocache.cache.conditioning import KeyCentre
+from turbocache.cache.pool import PoolExhausted
+from turbocache.cache.view import PagedKVCache
+from turbocache.mlxlm.group import Group
+from turbocache.mlxlm.model import LoadedModel
+from turbocache.mlxlm.prompt_cache import leaves
+from turbocache.storage.session_file import Piece, SessionFileError, open_checked, piece, read_manifest, write
+from turbocache.store import CacheStore, ring_of
+
+VERSION = 3
+"""Of the manifest and of the arrays' names."""
+_SAMPLES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A prompt cache and the tokens that it holds, int32. `kind` says what it is of: `session`, or a checkpoint's."""
+
+    kind: str
+    tokens: np.ndarray
+    cache: Sequence[Any]
+
+
+class SessionFiles:
+    """Writes and reads sessions' caches for one model, store and backend. Used by the thread that owns MLX."""
+
+    def __init__(self, model: LoadedModel, store: CacheStore, group: Group | None = None) -> None:
+        """Of a `group` each rank has files of its own, for its share; the model is what all shares are together."""
+        group = Group() if group is None else group
+        self._store = store
+        self.model = fingerprint(model)
+        self._layout = _layout(store)
+        if not group.alone:
+            self.model = hashlib.sha256(b"".join(group.gather(self.model.encode()))).hexdigest()
+            self._layout["rank"] = [group.rank, group.size]
+
+    def save(self, path: Path, states: Sequence[State], about: Mapping[str, Any] | None = None) -> int:
+        """Write states of one session at rest, itself first, in place of what is at `path`; returns the file's bytes.
+        A page that several of them hold is written once. `about` is for `peek`. Raises OSError.
+        """
+        rings = [ring for state in states if (ring := ring_of(state.cache)) is not None]
+        pages = list(dict.fromkeys(page for ring in rings for page in ring.pages))
+        pieces, said = self._page_pieces(pages), []
+        for n, state in enumerate(states):
+            said.append(self._state_pieces(f"state.{n}", state, {page: i for i, page in enumerate(pages)}, pieces))
+        tokens = np.ascontiguousarray(states[0].tokens, dtype=np.int32).tobytes()
+        manifest = {
+            "version": VERSION,
+            "model": self.model,
+            "layout": self._layout,
+            "about": dict(about or {}),
+            "tokens": hashlib.sha256(tokens).hexdigest(),
+            "n_pages": len(pages),
+            "states": said,
+        }
+        return write(path, pieces, manifest)
+
+    def load(self, path: Path) -> list[State]:
+        """Read a session's states back, the first alone if there are not enough pages for all. Raises SessionFileError
+        when the file is damaged or of something else, PoolExhausted when there are not enough pages for one.
+        """
+        manifest, arrays = open_checked(path)
+        if manifest.get("version") != VERSION:
+            raise SessionFileError("other_version", f"{path.name}: version {manifest.get('version')}, not {VERSION}")
+        if manifest["model"] != self.model:
+            raise SessionFileError("other_model", f"{path.name}: made by another model or tokenizer")
+        if manifest["layout"].get("rank") != self._layout.get("rank"):
+            raise SessionFileError("other_group", f"{path.name}: written by another rank, or another number of them")
+        if manifest["layout"] != self._layout:
+            raise SessionFileError(
+                "other_layout", f"{path.name}: made with another preset, backend, or sizes of sink, window or session"
+            )
+        said = manifest["states"]
+        try:
+            try:
+                return self._states(said, manifest["n_pages"], arrays)
+            except PoolExhausted:
+                return self._states(said[:1], manifest["n_pages"], arrays)
+        except PoolExhausted:
+            raise
+        except RuntimeError as error:  # MLX reads the file now
+            raise SessionFileError("unreadable", f"{path.name}: {error}") from error
+
+    def peek(self, path: Path) -> tuple[dict[str, Any], np.ndarray]:
+        """What was said `about` a session, and its tokens, int32; both are as they were written. Raises
+        SessionFileError.
+        """
+        return tokens_of(path, self.model)
+
+    def _page_pieces(self, pages: list[int]) -> dict[str, Piece]:
+        pool, pieces, index = self._store.spec.pool, {}, mx.array(pages, dtype=mx.int32)
+        for i in range(len(self._store.spec.layers)):
+            for k, array in enumerate(pool.pages(i)):
+
+                def gathered(layer: int = i, part: int = k) -> mx.array:
+                    return mx.take(pool.pages(layer)[part], index, axis=0)
+
+                pieces[f"layer.{i}.pages.{k}"] = Piece((len(pages), *array.shape[1:]), array.dtype, gathered)
+        return pieces
+
+    def _state_pieces(
+        self, name: str, state: State, places: Mapping[int, int], pieces: dict[str, Piece]
+    ) -> dict[str, Any]:
+        """What the manifest says of a state whose arrays go to `pieces`; `places` are those of pages in the file."""
+        pieces[f"{name}.tokens"] = piece(mx.array(np.asarray(state.tokens, dtype=np.int32)))
+        said: dict[str, Any] = {"kind": state.kind, "ring": None, "native": []}
+        if (batch := _batch_of(state.cache)) is not None:
+            ring = batch.rings[0]
+            said["ring"] = {"offset": ring.offset, "first": ring.first, "flushed": ring.flushed}
+            said["pages"] = [places[page] for page in ring.pages]
+            said["centred"] = None if ring.centre is None else [ring.centre.n_heads, sorted(ring.centre.means)]
+            for i, raw in enumerate(batch.raw):
+                for k, array in enumerate(raw):
+                    pieces[f"{name}.layer.{i}.raw.{k}"] = piece(array)
+                if ring.centre is not None and i in ring.centre.means:
+                    pieces[f"{name}.layer.{i}.centre"] = piece(ring.centre.means[i])
+        for i, leaf in enumerate(leaves(state.cache)):
+            if not isinstance(leaf, PagedKVCache):
+                taken = None if leaf.empty() else _taken_apart(f"{name}.native.{i}", leaf.state, pieces)
+                said["native"].append(taken)
+        return said
+
+    def _states(self, said: Sequence[dict[str, Any]], n_pages: int, arrays: Mapping[str, mx.array]) -> list[State]:
+        pool = self._store.spec.pool
+        places = sorted({place for state in said for place in state.get("pages", ())})
+        pages = pool.take(len(places))
+        try:
+            self._write_pages(pages, places, n_pages, arrays)
+            at = dict(zip(places, pages, strict=True))
+            return [self._state(f"state.{n}", state, at, arrays) for n, state in enumerate(said)]
+        finally:
+            pool.release(pages)  # they stay with the rings
+
+    def _write_pages(self, pages: list[int], places: list[int], n_pages: int, arrays: Mapping[str, mx.array]) -> None:
+        if not pages:
+            return
+        pool = self._store.spec.pool
+        mx.synchronize()  # a write under a reader copies the pool
+        for i in range(len(self._store.spec.layers)):
+            parts = tuple(arrays[f"layer.{i}.pages.{k}"] for k in range(len(pool.pages(i))))
+            if len(places) < n_pages:
+                parts = tuple(mx.take(part, mx.array(places, dtype=mx.int32), axis=0) for part in parts)
+            pool.write(i, pages, parts)
+            mx.eval(pool.pages(i))
+
+    def _state(self, name: str, said: dict[str, Any], at: Mapping[int, int], arrays: Mapping[str, mx.array]) -> State:
+        cache = self._store.new_cache()
+        if (batch := _batch_of(cache)) is not None:
+            ring, pages = batch.rings[0], [at[place] for place in said["pages"]]
+            self._store.spec.pool.retain(pages)
+            ring.append_pages(pages)
+            ring.offset, ring.first, ring.flushed = (said["ring"][part] for part in ("offset", "first", "flushed"))
+            raw = []
+            for i in range(len(self._store.spec.layers)):
+                raw.append((arrays[f"{name}.layer.{i}.raw.0"], arrays[f"{name}.layer.{i}.raw.1"]))
+                mx.eval(raw[-1])
+            batch.raw = raw
+            if (centred := said["centred"]) is not None:
+                n_heads, layers = centred
+                means = {layer: arrays[f"{name}.layer.{layer}.centre"] for layer in layers}
+                ring.centre = KeyCentre.known(means, n_heads)
+                mx.eval(list(means.values()))
+        native = iter(said["native"])
+        for leaf in leaves(cache):
+            if not isinstance(leaf, PagedKVCache) and (state := next(native)) is not None:
+                leaf.state = _put_together(state, arrays)
+                mx.eval(leaf.state)
+        return State(said["kind"], np.array(arrays[f"{name}.tokens"]).astype(np.int32).reshape(-1), cache)
+
+
+def tokens_of(path: Path, model: str | None = None) -> tuple[dict[str, Any], np.ndarray]:
+    """What a file says about its session, and its tokens, int32; of a `model`'s files if one is given. Raises
+    SessionFileError.
+    """
+    manifest, data = read_manifest(path, "state.0.tokens")
+    if model is not None and manifest.get("model") != model:
+        raise SessionFileError("other_model", f"{path.name}: made by another model or tokenizer")
+    if manifest.get("tokens") != hashlib.sha256(data).hexdigest():
+        raise SessionFileError("corrupt", f"{path.name}: the tokens are not what was written")
+    return dict(manifest["about"]), np.frombuffer(data, dtype=np.int32)
+
+
+def fingerprint(model: LoadedModel) -> str:
+    """What tells this model with its tokenizer from any other: all weights' names, shapes and samples of their values,
+    its settings (rope among them), the vocabulary and the chat template.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(cast(list[tuple[str, mx.array]], tree_flatten(model.model.parameters()))):
+        flat = weight.reshape(-1)
+        some = flat[:: max(1, flat.size // _SAMPLES)][:_SAMPLES].astype(mx.float32)
+        digest.update(f"{name} {weight.shape} {weight.dtype}".encode())
+        digest.update(np.array(some).tobytes())
+    settings = getattr(model.model, "args", None)
+    vocabulary = model.tokenizer.get_vocab()
+    template = str(getattr(model.tokenizer, "chat_template", None))
+    digest.update(json.dumps([str(settings), vocabulary, template], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _layout(store: CacheStore) -> dict[str, Any]:
+    """Everything that decides what the bytes of a cache mean."""
+    ring = store.spec.ring
+    return {
+        "preset": store.preset.name,
+        "ring": [ring.keep, ring.window, ring.max_size],
+        "layers": [
+            [
+                layer.lanes.name,
+                layer.lanes.codebook,
+                layer.lanes.shape.widths,
+                str(layer.dtype),
+                layer.centre_above,
+                [[list(shape), str(dtype)] for shape, dtype in layer.lanes.page_arrays()],
+            ]
+            for layer in store.spec.layers
+        ],
+        "native": [plan.kind for plan in store.plans if not plan.compressed],
+    }
+
+
+def _batch_of(cache: Sequence[Any]) -> CacheBatch | None:
+    return next((leaf.batch for leaf in leaves(cache) if isinstance(leaf, PagedKVCache)), None)
+
+
+def _taken_apart(name: str, state: Any, pieces: dict[str, Piece]) -> Any:
+    """A state of mlx-lm's own caches as JSON, whose arrays go to `pieces`."""
+    if isinstance(state, mx.array):
+        pieces[name] = piece(state)
+        return {"array": name}
+    if isinstance(state, list | tuple):
+        return [_taken_apart(f"{name}.{i}", part, pieces) for i, part in enumerate(state)]
+    if state is None or isinstance(state, bool | int | float | str):
+        return state
+    raise TypeError(f"a cache's state has a {type(state).__name__} in it")
+
+
+def _put_together(state: Any, arrays: Mapping[str, mx.array]) -> Any:
+    if isinstance(state, dict):
+        return arrays[state["array"]]
+    return [_put_together(part, arrays) for part in state] if isinstance(state, list) else state
