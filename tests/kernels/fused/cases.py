@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from kernels.attention.page_tables import RowIndex
 from kernels.codec.layout import PAGE
 from kernels.codec.rotation import Rotation
-from kernels.fused.lanes import CudaLanes, FusedLanes, MetalLanes
 from kernels.fused import kernel_text
+from kernels.fused.lanes import CudaLanes, FusedLanes, MetalLanes
 from kernels.lanes.base import Codebooks, LaneShape, Pages
 from tests.metal import Kernel, Launches, Mode, emulate, run, why_not
 from tests.oracles import attend_dense, visible_positions
