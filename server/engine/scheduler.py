@@ -258,7 +258,7 @@ class Turns:
         run.generated += 1
         self._metrics.generated_tokens.inc()
         if (interval := run.token_interval()) is not None:
-            self._metrics.inter_token_latency.observe(interval)
+            self._metrics.inter_token_latency_seconds.observe(interval)
         if run.sent_ahead:
             run.sent_ahead = False
         elif response.finish_reason != "stop":

@@ -98,7 +98,7 @@ class Gauges:
         self._paths = paths
         resting = self._host.store.resting_nbytes(self._registry.caches())
         self._refresh_memory(sessions, resting)
-        m.pressure.set((self._budget.started + resting) / self._budget.total)
+        m.pressure_ratio.set((self._budget.started + resting) / self._budget.total)
         self._counted = {
             session.key: self._counted[session.key] for session in sessions if session.key in self._counted
         }
@@ -129,9 +129,9 @@ class Gauges:
 
     def _tell_rank(self, rank: int, silent: float, memory: Mapping[str, Any]) -> None:
         m = self._metrics
-        m.rank_silent.labels(rank=rank).set(silent)
+        m.rank_silent_seconds.labels(rank=rank).set(silent)
         m.cache_fp16_bytes.labels(rank=rank).set(memory["fp16"])
-        for family, part in ((m.cache_bytes, "cache"), (m.budget_bytes, "budget"), (m.device_memory, "device")):
+        for family, part in ((m.cache_bytes, "cache"), (m.budget_bytes, "budget"), (m.device_memory_bytes, "device")):
             for kind, nbytes in memory[part].items():
                 family.labels(kind=kind, rank=rank).set(nbytes)
 

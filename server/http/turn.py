@@ -146,7 +146,7 @@ class Turn:
             self.phase = "answer"
         if isinstance(event, TextDelta | ToolCall) and self._record.first_text_seconds is None:
             self._record.first_text_seconds = self._record.elapsed()
-            self._metrics.time_to_first_token.observe(self._record.first_text_seconds, self._exemplar)
+            self._metrics.time_to_first_token_seconds.observe(self._record.first_text_seconds, self._exemplar)
         if isinstance(event, Failed):
             self._settle("error")
             self._cancel()
@@ -167,9 +167,9 @@ class Turn:
         times = self._record.times
         if self.phase == "waiting":
             self.phase = "prefill"
-            self._metrics.queue_seconds.observe(self._lap("queue"), self._exemplar)
+            self._metrics.request_queue_seconds.observe(self._lap("queue"), self._exemplar)
         if progress.processed == progress.total and "prefill" not in times:
-            self._metrics.prefill_seconds.observe(self._lap("prefill"), self._exemplar)
+            self._metrics.request_prefill_seconds.observe(self._lap("prefill"), self._exemplar)
 
     def _lap(self, name: str) -> float:
         """Seconds since the last lap, which go into the record under `name`."""
@@ -205,9 +205,9 @@ class Turn:
         self.outcome = outcome
         self._record.finish = outcome
         self._metrics.requests_finished.labels(reason=outcome).inc()
-        self._metrics.request_duration.observe(self._record.elapsed(), self._exemplar)
+        self._metrics.request_duration_seconds.observe(self._record.elapsed(), self._exemplar)
         if "prefill" in self._record.times:
-            self._metrics.decode_seconds.observe(self._lap("decode"), self._exemplar)
+            self._metrics.request_decode_seconds.observe(self._lap("decode"), self._exemplar)
 
 
 async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:

@@ -26,11 +26,11 @@ async def watch_loop(metrics: Metrics) -> None:
             await asyncio.sleep(BEAT_SECONDS)
             lag = max(0.0, time.monotonic() - due)
             own = max(0.0, lag - (waited() - waited_before))
-            metrics.event_loop_lag.observe(lag)
+            metrics.event_loop_lag_seconds.observe(lag)
             if lag > longest:
-                metrics.event_loop_longest_lag.set(longest := lag)
+                metrics.event_loop_longest_lag_seconds.set(longest := lag)
             if own > longest_own:
-                metrics.event_loop_longest_own_lag.set(longest_own := own)
+                metrics.event_loop_longest_own_lag_seconds.set(longest_own := own)
 
 
 @contextmanager

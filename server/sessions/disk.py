@@ -59,7 +59,7 @@ class SessionDisk:
         self._watch = FolderWatch(folder)
         self._put_off: set[Path] = set()
         self._others = others or OtherGroups([], "")
-        metrics.session_disk_limit.set(budget)
+        metrics.session_disk_limit_bytes.set(budget)
         metrics.session_files_refused.labels(reason="other_group").inc(len(self._others.sessions))
         if left := remove_partial(folder, self._leases.taken):
             log.warning("removed %d session files in %s that were not written to their end", left, folder)
@@ -268,7 +268,7 @@ class SessionDisk:
         total = sum(_size(path) for path in self._folder.glob(f"*{SUFFIX}*"))
         self._metrics.session_disk_bytes.set(total)
         with suppress(OSError):
-            self._metrics.session_disk_free.set(shutil.disk_usage(self._folder).free)
+            self._metrics.session_disk_free_bytes.set(shutil.disk_usage(self._folder).free)
         return total
 
 

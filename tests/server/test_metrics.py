@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.errors import Phase
 from server.metrics import PREFIX, Family, Metrics
-from server.metrics_table import table
+from server.metrics.__main__ import page
 from server.protocol import FinishReason
 from server.sessions.checkpoints import Kind
 from server.sessions.prefill_reasons import Loss, Reason
@@ -68,13 +68,13 @@ def test_registries_are_apart() -> None:
 
 def test_openmetrics_where_it_is_asked_for_with_exemplars_where_they_are_on() -> None:
     metrics = Metrics()
-    metrics.queue_seconds.observe(0.2, metrics.exemplar("chatcmpl-1"))
+    metrics.request_queue_seconds.observe(0.2, metrics.exemplar("chatcmpl-1"))
     text, content_type = metrics.render(OPENMETRICS)
     assert content_type.startswith("application/openmetrics-text")
     assert text.endswith(b"# EOF\n")
     assert b"chatcmpl" not in text
     metrics.exemplars = True
-    metrics.queue_seconds.observe(0.2, metrics.exemplar("chatcmpl-2"))
+    metrics.request_queue_seconds.observe(0.2, metrics.exemplar("chatcmpl-2"))
     found = parse_openmetrics(metrics.render(OPENMETRICS)[0].decode())
     exemplars = [sample.exemplar for family in found for sample in family.samples if sample.exemplar]
     assert [exemplar.labels for exemplar in exemplars] == [{"request_id": "chatcmpl-2"}]
@@ -82,5 +82,5 @@ def test_openmetrics_where_it_is_asked_for_with_exemplars_where_they_are_on() ->
 
 
 def test_the_page_is_made_of_the_code() -> None:
-    page = Path(__file__).parents[2] / "docs" / "metrics.md"
-    assert page.read_text() == table(), "run: python -m server.metrics_table > docs/metrics.md"
+    path = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert path.read_text() == page(), "run: python -m server.metrics > docs/metrics.md"
