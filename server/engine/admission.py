@@ -2,21 +2,21 @@
 
 from dataclasses import replace
 
-from server.engine.queue import Entry
+from server.engine.queue import QueuedRequest
 from server.engine.running import ANSWER_STEP
 from server.engine.sampling import bearable
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.protocol import Deliver, GenerationRequest, ModelInfo
 
 
-def entry_of(request: GenerationRequest, deliver: Deliver, model: ModelInfo) -> Entry:
+def queued(request: GenerationRequest, deliver: Deliver, model: ModelInfo) -> QueuedRequest:
     """A request as it waits. Raises InvalidRequest for tokens that the model does not have, ContextLengthExceeded."""
     _check_tokens(request, model.n_tokens)
     request = replace(request, sampling=bearable(request.sampling, model.n_tokens))
     limit = _answer_limit(request, model.max_tokens)
     # Without max_tokens the promise starts small and grows as the answer does.
     allowed = limit if request.max_tokens is not None else min(limit, ANSWER_STEP)
-    return Entry(request, _of_choice(request.choice, deliver), limit, allowed)
+    return QueuedRequest(request, _of_choice(request.choice, deliver), limit, allowed)
 
 
 def _of_choice(choice: int, deliver: Deliver) -> Deliver:

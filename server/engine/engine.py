@@ -15,12 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from server.engine.admission import entry_of
+from server.engine.admission import queued
 from server.engine.budget import Budget
-from server.engine.queue import Entry, WaitingRoom
-from server.engine.scheduler import Turns
+from server.engine.queue import QueuedRequest, WaitingQueue
+from server.engine.scheduler import Scheduler
 from server.engine.session_changes import SessionChanges
-from server.engine.startup import Host, announce, load_host
+from server.engine.startup import Runtime, announce, load_runtime
 from server.errors import (
     EngineDead,
     OutOfMemory,
@@ -102,7 +102,7 @@ class MlxEngine:
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._ready = threading.Event()
         self._startup_error: BaseException | None = None
-        self._waiting = WaitingRoom(settings.queue_limit)
+        self._waiting = WaitingQueue(settings.queue_limit)
         self._stopping = False
         self._death: str | None = None
         self._beat = time.monotonic()
@@ -110,13 +110,13 @@ class MlxEngine:
         # Owned by the engine's thread from here on.
         self._clock = StepClock()
         self._ranks = Ranks(self._report, self._end_group)
-        self._host: Host
+        self._runtime: Runtime
         self._prompts: PromptMaker
         self._grammars: GrammarMaker
         self._lexicon: Lexicon
         self._budget: Budget
         self._registry: SessionRegistry
-        self._turns: Turns
+        self._scheduler: Scheduler
         self._changes: SessionChanges
 
     # Called from the event loop.
@@ -155,7 +155,7 @@ class MlxEngine:
 
     @property
     def model(self) -> ModelInfo:
-        model, max_size, n_tokens = self._host.model, self._host.store.spec.ring.max_size, self._prompts.n_tokens
+        model, max_size, n_tokens = self._runtime.model, self._runtime.store.spec.ring.max_size, self._prompts.n_tokens
         if max_size is not None and self._settings.overflow == "error":
             return ModelInfo(model.id, model.created, max_size, n_tokens)
         return ModelInfo(model.id, model.created, model.max_positions, n_tokens, max_size)
@@ -175,13 +175,13 @@ class MlxEngine:
     def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:
         if rules.raw or prompt.begun:
             self._lexicon.tokens  # noqa: B018  (its first use takes a while, and would hold up the engine's thread)
-        return self._grammars.make(rules, opening_state(self._host.model.tokenizer, prompt.tokens) == "reasoning")
+        return self._grammars.make(rules, opening_state(self._runtime.model.tokenizer, prompt.tokens) == "reasoning")
 
     def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         """Accept all requests, or raise and accept none; see `server.protocol.Engine`."""
         self._check_alive()
         model = self.model
-        entries = [entry_of(request, deliver, model) for request in requests]
+        entries = [queued(request, deliver, model) for request in requests]
         self._waiting.enter(len(entries))
         promised: list[str] = []
         try:
@@ -216,18 +216,18 @@ class MlxEngine:
         silent = time.monotonic() - self._beat
         if silent > self._settings.stall_seconds:
             return Health(False, f"the engine thread has not answered for {silent:.0f} s; restart the server")
-        if self._turns.faults.verdict is not None:
-            return Health(False, self._turns.faults.verdict)
+        if self._scheduler.faults.verdict is not None:
+            return Health(False, self._scheduler.faults.verdict)
         return Health(True, "ok")
 
     def backend(self) -> dict[str, Any]:
-        return self._host.report()
+        return self._runtime.report()
 
     def status(self) -> dict[str, Any]:
-        return self._turns.gauges.status
+        return self._scheduler.stats.status
 
     def sessions(self, owner: str = "") -> list[dict[str, Any]]:
-        return [row for (of, _), row in self._turns.gauges.session_rows.items() if of == owner]
+        return [row for (of, _), row in self._scheduler.stats.session_rows.items() if of == owner]
 
     def change_session(
         self, change: SessionChange, owner: str, id: str, new_id: str | None = None
@@ -255,8 +255,8 @@ class MlxEngine:
             self._ready.set()
         try:
             while not self._step():
-                self._turns.refresh_now_and_then()
-            if self._turns.faults.verdict is None:
+                self._scheduler.refresh_now_and_then()
+            if self._scheduler.faults.verdict is None:
                 self._rest_all()
             self._ranks.part()
             self._close(ShuttingDown())
@@ -271,7 +271,7 @@ class MlxEngine:
     def _step(self) -> bool:
         """Decide with the other ranks and do it; whether it was the last step."""
         self._beat = time.monotonic()
-        idle = not self._turns.runs and self._waiting.empty
+        idle = not self._scheduler.runs and self._waiting.empty
         if idle:
             self._ranks.rest()
         decisions = self._ranks.lockstep.next(lambda: self._decide(idle))
@@ -281,39 +281,39 @@ class MlxEngine:
         if decisions.stop:
             self._stopping = True
             return True
-        self._turns.grow(decisions.growth)
-        if self._turns.faults.verdict is not None:
-            self._turns.refuse(self._turns.faults.verdict)
-        self._turns.admit()
-        if self._turns.runs:
+        self._scheduler.grow(decisions.growth)
+        if self._scheduler.faults.verdict is not None:
+            self._scheduler.refuse(self._scheduler.faults.verdict)
+        self._scheduler.admit()
+        if self._scheduler.runs:
             self._ranks.lockstep.send(lambda: self._decide(False))
-            self._turns.step()
+            self._scheduler.step()
             self._changes.save_between_steps()
         elif self._waiting.empty:
             self._changes.tidy()
         if not self._ranks.group.alone:
-            self._ranks.lockstep.note(self._turns.done())
+            self._ranks.lockstep.note(self._scheduler.done())
         return False
 
     def _load(self) -> None:
         self._settings, seed = self._ranks.join(self._settings)
         self._clock.seed(seed)
         mx.random.seed(seed)
-        host = self._host = load_host(self._settings, self._ranks.group)
-        self._prompts = PromptMaker(host.model)
-        lexicon, format = Lexicon(host.model.tokenizer), tool_format(host.model.tokenizer)
+        runtime = self._runtime = load_runtime(self._settings, self._ranks.group)
+        self._prompts = PromptMaker(runtime.model)
+        lexicon, format = Lexicon(runtime.model.tokenizer), tool_format(runtime.model.tokenizer)
         self._lexicon = lexicon
-        self._grammars = GrammarMaker(host.model.tokenizer, format, lambda: lexicon.tokens)
-        store, chunk = host.store, host.chunk
+        self._grammars = GrammarMaker(runtime.model.tokenizer, format, lambda: lexicon.tokens)
+        store, chunk = runtime.store, runtime.chunk
         self._budget = Budget(
-            host.budget, lambda n: store.session_nbytes(n, chunk), lambda n: store.prefill_nbytes(n, chunk)
+            runtime.budget, lambda n: store.session_nbytes(n, chunk), lambda n: store.prefill_nbytes(n, chunk)
         )
         disk = self._disk()
         self._registry = SessionRegistry(store, disk, self._clock)
-        self._turns = Turns(
+        self._scheduler = Scheduler(
             self._settings,
             self._metrics,
-            host,
+            runtime,
             self._ranks,
             self._waiting,
             self._budget,
@@ -323,20 +323,20 @@ class MlxEngine:
             format,
         )
         self._changes = SessionChanges(
-            self._settings, self._metrics, disk, self._budget, self._registry, self._turns, self._clock
+            self._settings, self._metrics, disk, self._budget, self._registry, self._scheduler, self._clock
         )
         # What the start has loaded lives as long as the process: collections need not look at it between tokens.
         gc.collect()
         gc.freeze()
-        announce(host)
+        announce(runtime)
         self._serving = True
 
     def _disk(self) -> SessionDisk | None:
         if (folder := self._settings.session_dir) is None:
             return None
         try:
-            group = self._host.group
-            files, others = SessionFiles(self._host.model, self._host.store, group), other_groups(folder, group)
+            group = self._runtime.group
+            files, others = SessionFiles(self._runtime.model, self._runtime.store, group), other_groups(folder, group)
             folder, budget = rank_folder(folder, group), self._settings.session_disk
             if group.alone:
                 return SessionDisk(folder, budget, files, self._metrics, others)
@@ -346,7 +346,7 @@ class MlxEngine:
 
     def _rest_all(self) -> None:
         """An orderly stop: what has been computed stays with its sessions, and these go to disk."""
-        self._turns.rest_all()
+        self._scheduler.rest_all()
         if self._settings.session_dir is None:
             return
         n_saved = 0
@@ -362,9 +362,9 @@ class MlxEngine:
             if isinstance(command, _Call | Change):
                 if command.done.set_running_or_notify_cancel():
                     command.done.set_exception(error)
-            elif isinstance(command, Entry):
+            elif isinstance(command, QueuedRequest):
                 self._waiting.add(command)
-        self._turns.end_all(error)
+        self._scheduler.end_all(error)
         self._changes.close()
 
     def _decide(self, wait: bool) -> Decisions:
@@ -381,11 +381,11 @@ class MlxEngine:
                 command.run()
             elif command is not None:
                 commands.append(command)
-        return Decisions(time.time(), tuple(commands), self._turns.growth(), self._stopping)
+        return Decisions(time.time(), tuple(commands), self._scheduler.growth(), self._stopping)
 
     def _obey(self, command: Command) -> None:
         if isinstance(command, Cancel):
-            self._turns.cancel(command.request_id)
+            self._scheduler.cancel(command.request_id)
         elif isinstance(command, Change):
             self._change(command)
         elif self._ranks.group.leads:
@@ -411,7 +411,7 @@ class MlxEngine:
 
     def _report(self) -> dict[str, Any]:
         """What the other ranks are told of this one."""
-        memory = self._turns.gauges.memory if self._serving else {}
+        memory = self._scheduler.stats.memory if self._serving else {}
         return {"step": self._ranks.lockstep.step, "silent_seconds": time.monotonic() - self._beat, "memory": memory}
 
     def _end_group(self, reason: str) -> None:
@@ -422,7 +422,7 @@ class MlxEngine:
             self._ready.set()
             return
         failure = EngineDead(f"The group of ranks that computes the answers has ended: {reason}. Please try again.")
-        for run in list(self._turns.runs.values()):
+        for run in list(self._scheduler.runs.values()):
             run.deliver(Failed(failure))
         for entry in self._waiting:
             entry.deliver(Failed(failure))

@@ -9,7 +9,7 @@ from server.protocol import Deliver, GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class QueuedRequest:
     """A request, its event sink, the most answer tokens it may have, and how many of them memory is promised for."""
 
     request: GenerationRequest
@@ -18,7 +18,7 @@ class Entry:
     allowed: int
 
 
-class WaitingRoom:
+class WaitingQueue:
     """Counts requests from their acceptance on, and keeps them in order once the engine's thread has taken them over.
 
     `enter` may be called from any thread; the rest belongs to the engine's.
@@ -28,13 +28,13 @@ class WaitingRoom:
         self._limit = limit
         self._lock = threading.Lock()
         self._n = 0
-        self._entries: list[Entry] = []
+        self._entries: list[QueuedRequest] = []
 
     def __len__(self) -> int:
         """Requests that wait, those on their way to the engine's thread included."""
         return self._n
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[QueuedRequest]:
         """The entries at this moment, oldest first."""
         return iter(list(self._entries))
 
@@ -56,17 +56,17 @@ class WaitingRoom:
         with self._lock:
             self._n -= n
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: QueuedRequest) -> None:
         """Keep a request that has entered."""
         self._entries.append(entry)
 
-    def follow(self, entry: Entry) -> None:
+    def follow(self, entry: QueuedRequest) -> None:
         """Keep a request that has entered at rank 0."""
         with self._lock:
             self._n += 1
         self._entries.append(entry)
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, entry: QueuedRequest) -> None:
         """It runs, or has ended."""
         self._entries.remove(entry)
         self.leave()

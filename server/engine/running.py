@@ -15,7 +15,7 @@ ANSWER_STEP = 1024
 
 
 @dataclass(slots=True, eq=False)
-class Run:
+class RunningRequest:
     """A request, its session, and how far it has come.
 
     Of the prompt's tokens the first `cached` were in the cache, the others are prefilled for the reasons in `prefill`.

@@ -15,11 +15,11 @@ from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 from server.engine.budget import Budget, make_room
 from server.engine.faults import FaultLog
 from server.engine.generator import Generator
-from server.engine.queue import Entry, WaitingRoom
-from server.engine.running import ANSWER_STEP, Run
+from server.engine.queue import QueuedRequest, WaitingQueue
+from server.engine.running import ANSWER_STEP, RunningRequest
 from server.engine.sampling import top_tokens
-from server.engine.startup import Host
-from server.engine.stats import Gauges
+from server.engine.startup import Runtime
+from server.engine.stats import Stats
 from server.errors import (
     EngineDead,
     GrammarFailed,
@@ -56,28 +56,28 @@ _YIELD_SECONDS = 1e-3
 """After a first token the event loop gets the interpreter to itself, to send it before the next step is built."""
 
 
-class Turns:
+class Scheduler:
     """Runs requests from `waiting` in one batch. `runs` are those in it, by the generator's uids."""
 
     def __init__(
         self,
         settings: Settings,
         metrics: Metrics,
-        host: Host,
+        runtime: Runtime,
         ranks: Ranks,
-        waiting: WaitingRoom,
+        waiting: WaitingQueue,
         budget: Budget,
         registry: SessionRegistry,
         lexicon: Lexicon,
         grammars: GrammarMaker,
         format: ToolFormat | None,
     ) -> None:
-        self.runs: dict[int, Run] = {}
-        self.faults = FaultLog(metrics, host.backend.name)
-        self.gauges = Gauges(metrics, host, ranks, registry, budget)
+        self.runs: dict[int, RunningRequest] = {}
+        self.faults = FaultLog(metrics, runtime.backend.name)
+        self.stats = Stats(metrics, runtime, ranks, registry, budget)
         self._settings = settings
         self._metrics = metrics
-        self._host = host
+        self._runtime = runtime
         self._waiting = waiting
         self._budget = budget
         self._registry = registry
@@ -88,18 +88,18 @@ class Turns:
         self.generator = self._new_generator()
 
     def _new_generator(self) -> Generator:
-        return Generator(self._host.model, self._settings.max_batch, self._settings.prefill_chunk)
+        return Generator(self._runtime.model, self._settings.max_batch, self._settings.prefill_chunk)
 
     def done(self) -> bytes:
         """What the last step handed out and what is held since, for ranks to compare."""
-        return repr((self._handed, self._host.store.spec.pool.n_used, len(list(self._waiting)))).encode()
+        return repr((self._handed, self._runtime.store.spec.pool.n_used, len(list(self._waiting)))).encode()
 
     def refresh(self) -> None:
         """Bring gauges and session rows up to date."""
-        self.gauges.refresh(len(self._waiting), self.runs, self.generator.rings)
+        self.stats.refresh(len(self._waiting), self.runs, self.generator.rings)
 
     def refresh_now_and_then(self) -> None:
-        self.gauges.refresh_now_and_then(len(self._waiting), self.runs, self.generator.rings)
+        self.stats.refresh_now_and_then(len(self._waiting), self.runs, self.generator.rings)
 
     # Into the batch.
 
@@ -120,7 +120,7 @@ class Turns:
         reading = any(run.request.request_id == request_id and not run.answering for run in self.runs.values())
         return reading or any(entry.request.request_id == request_id for entry in self._waiting)
 
-    def _start(self, entry: Entry) -> bool:
+    def _start(self, entry: QueuedRequest) -> bool:
         """Begin a turn, or refuse it for good; False when it has to wait."""
         request = entry.request
         self._budget.start(request.request_id)
@@ -142,13 +142,13 @@ class Turns:
         self._insert(entry, claim)
         return True
 
-    def _insert(self, entry: Entry, claim: Claim) -> None:
+    def _insert(self, entry: QueuedRequest, claim: Claim) -> None:
         request, tokens = entry.request, entry.request.prompt.tokens
-        stops = prompt_stops(request.prompt, claim.cached, self._host.store) if request.beside is None else {}
+        stops = prompt_stops(request.prompt, claim.cached, self._runtime.store) if request.beside is None else {}
         grammar = self._grammars.compiled(request.grammar)
         uid = self.generator.insert(tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops, grammar)
         text = TextAssembler(
-            self._host.model.tokenizer,
+            self._runtime.model.tokenizer,
             tokens,
             request.stop,
             request.rules,
@@ -157,7 +157,7 @@ class Turns:
             lexicon=self._lexicon,
         )
         # Not the claim itself: its cache would stay beside the batch's.
-        self.runs[uid] = Run(
+        self.runs[uid] = RunningRequest(
             request, entry.deliver, claim.session, claim.cached, claim.prefill, text, entry.limit, entry.allowed,
             stops=stops,
         )  # fmt: skip
@@ -170,7 +170,7 @@ class Turns:
         if that isn't enough.
         """
         before = request.arrived if request is not None and request.session is None else None
-        room = make_room(self._budget, self._registry, self._host.store, before)
+        room = make_room(self._budget, self._registry, self._runtime.store, before)
         self._metrics.evictions.labels(reason="memory").inc(room.sessions)
         self._metrics.checkpoint_drops.labels(reason="memory").inc(room.checkpoints)
         return room.enough
@@ -184,7 +184,7 @@ class Turns:
         except Exception as error:
             log.error("a step failed; the requests in it are answered with an error", exc_info=error)
             if not isinstance(error, PoolExhausted):
-                if not self._host.group.alone:  # the other ranks may wait for this one, or have lost it
+                if not self._runtime.group.alone:  # the other ranks may wait for this one, or have lost it
                     raise
                 self.faults.note(type(error).__name__)
             self._drop_batch(InternalError if isinstance(error, PoolExhausted) else KernelFault, error)
@@ -221,7 +221,7 @@ class Turns:
             self._count_prefill(run)
             if token is None:
                 bad.append(uid)
-            elif token not in self._host.model.tokenizer.eos_token_ids and not self.generator.grammar_error(uid):
+            elif token not in self._runtime.model.tokenizer.eos_token_ids and not self.generator.grammar_error(uid):
                 self._note(run, token, self.generator.first_logprobs(uid))
                 run.send(run.text.add(token))
                 run.sent_ahead = True
@@ -230,30 +230,30 @@ class Turns:
             self._checkpoint_prompt(uid, self.runs[uid])
         return bad
 
-    def _count_prefill(self, run: Run) -> None:
+    def _count_prefill(self, run: RunningRequest) -> None:
         run.answering = True
         self._budget.prefilled(run.request.request_id)
         self._metrics.prompt_tokens.labels(source="prefilled").inc(len(run.request.prompt.tokens) - run.cached)
         for reason, n in run.prefill.items():
             self._metrics.prefilled_tokens.labels(reason=reason).inc(n)
 
-    def _checkpoint_stop(self, progress: PromptProcessingBatch.Response, run: Run) -> None:
+    def _checkpoint_stop(self, progress: PromptProcessingBatch.Response, run: RunningRequest) -> None:
         """A prompt has come to a place at which it may have to stop."""
         at = run.cached + progress.progress[0]
         if progress.end_of_segment and not progress.end_of_prompt and (kind := run.stops.get(at)):
             self._checkpoint(progress.uid, run, kind, at)
 
-    def _checkpoint_prompt(self, uid: int, run: Run) -> None:
+    def _checkpoint_prompt(self, uid: int, run: RunningRequest) -> None:
         """The prompt is in the cache and nothing of the answer."""
-        if self._host.store.can_checkpoint and self._host.store.can_go_back and run.request.beside is None:
+        if self._runtime.store.can_checkpoint and self._runtime.store.can_go_back and run.request.beside is None:
             self._checkpoint(uid, run, prompt_kind(run.request.prompt), len(run.request.prompt.tokens))
 
-    def _checkpoint(self, uid: int, run: Run, kind: Kind, n_tokens: int) -> None:
+    def _checkpoint(self, uid: int, run: RunningRequest, kind: Kind, n_tokens: int) -> None:
         cache = self.generator.snapshot(uid)
         self._registry.checkpoint(run.session, kind, run.request.prompt.tokens[:n_tokens], cache)
         self.make_room(run.request)
 
-    def _take(self, run: Run, response: GenerationBatch.Response) -> None:
+    def _take(self, run: RunningRequest, response: GenerationBatch.Response) -> None:
         """One token of one run."""
         run.generated += 1
         self._metrics.generated_tokens.inc()
@@ -270,7 +270,7 @@ class Turns:
         elif run.generated == run.allowed:
             self._finish(response.uid, run, "length", None, None)
 
-    def _note(self, run: Run, token: int, logprobs: mx.array) -> None:
+    def _note(self, run: RunningRequest, token: int, logprobs: mx.array) -> None:
         """Keep a token for a client that wants to see what was drawn."""
         if (n := run.request.logprobs) is not None:
             own, best = top_tokens(logprobs, token, n)
@@ -294,12 +294,12 @@ class Turns:
                 if self.make_room(run.request):
                     run.allowed = min(run.limit, run.allowed + ANSWER_STEP)
 
-    def _promise_more(self, run: Run) -> bool:
+    def _promise_more(self, run: RunningRequest) -> bool:
         return self._budget.extend(run.request.request_id, _grown(run))
 
     # Out of the batch.
 
-    def _finish(self, uid: int, run: Run, reason: FinishReason, cache: Any, tokens: Any) -> None:
+    def _finish(self, uid: int, run: RunningRequest, reason: FinishReason, cache: Any, tokens: Any) -> None:
         run.send_rest(run.text.finish())
         if cache is None:
             cache, tokens = self.generator.remove(uid)
@@ -308,7 +308,7 @@ class Turns:
             reason = "tool_calls"
         run.deliver(Finished(reason, run.usage, run.text.stop))
 
-    def _rest(self, uid: int, run: Run, cache: Any, tokens: Any) -> None:
+    def _rest(self, uid: int, run: RunningRequest, cache: Any, tokens: Any) -> None:
         """Give a run's session its cache back and void the run's promise."""
         evaluate(cache)
         del self.runs[uid]
@@ -335,7 +335,7 @@ class Turns:
                 self._rest(uid, run, *self.generator.remove(uid))
                 return
 
-    def _fail_grammar(self, response: GenerationBatch.Response, run: Run, error: str) -> None:
+    def _fail_grammar(self, response: GenerationBatch.Response, run: RunningRequest, error: str) -> None:
         """What the answer has so far keeps to its grammar, but how to go on is not known."""
         log.error("%s: llguidance could not go on: %s", run.request.request_id, error)
         cache, tokens = response.prompt_cache, response.all_tokens
@@ -355,7 +355,7 @@ class Turns:
     def _drop_batch(self, kind: type[InternalError], error: Exception) -> None:
         """A step failed midway: its rows can't be trusted. Fail the runs, forget their sessions' caches, start anew."""
         self.generator = self._new_generator()
-        self._host.store.close_all_but(self._registry.caches())
+        self._runtime.store.close_all_but(self._registry.caches())
         runs, self.runs = self.runs, {}
         for run in runs.values():
             failure = kind.of(run.request.request_id)
@@ -368,7 +368,7 @@ class Turns:
             self.generator = self._new_generator()
         self.end_all(EngineDead(f"The server has stopped answering: {verdict}."))
 
-    def _give_up(self, run: Run, error: ServerError) -> None:
+    def _give_up(self, run: RunningRequest, error: ServerError) -> None:
         """End a run that is out of the batch; its session is forgotten and its promise void."""
         self._registry.put_back(run.session, None, [])
         self._budget.release(run.request.request_id)
@@ -386,6 +386,6 @@ class Turns:
             entry.deliver(Failed(error))
 
 
-def _grown(run: Run) -> int:
+def _grown(run: RunningRequest) -> int:
     """Tokens of the session when its answer has grown by one step."""
     return len(run.request.prompt.tokens) + min(run.limit, run.allowed + ANSWER_STEP)

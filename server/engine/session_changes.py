@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from server.engine.budget import Budget
-from server.engine.scheduler import Turns
+from server.engine.scheduler import Scheduler
 from server.errors import Conflict, InvalidRequest, SessionNotFound, SessionNotSaved
 from server.metrics import Metrics
 from server.protocol import SessionChange
@@ -34,7 +34,7 @@ class SessionChanges:
         disk: SessionDisk | None,
         budget: Budget,
         registry: SessionRegistry,
-        turns: Turns,
+        scheduler: Scheduler,
         clock: StepClock,
     ) -> None:
         self._settings = settings
@@ -42,7 +42,7 @@ class SessionChanges:
         self._disk = disk
         self._budget = budget
         self._registry = registry
-        self._turns = turns
+        self._scheduler = scheduler
         self._clock = clock
         self._next_write = 0.0
 
@@ -61,10 +61,10 @@ class SessionChanges:
                 self._registry.delete(session)
                 return {"id": id, "object": "session.deleted", "deleted": True}
             if change == "fork":
-                return self._turns.gauges.row(self._fork(session, new_id))
-            return self._turns.gauges.row(self._save(session) if change == "save" else self._restore(session))
+                return self._scheduler.stats.row(self._fork(session, new_id))
+            return self._scheduler.stats.row(self._save(session) if change == "save" else self._restore(session))
         finally:
-            self._turns.refresh()
+            self._scheduler.refresh()
 
     def tidy(self) -> None:
         """While nothing is asked for: write one session that has rested for a while to disk, and let one go that has
@@ -76,7 +76,7 @@ class SessionChanges:
             if limit is not None and session.last_used < now - limit:
                 if not self._registry.spill(session):
                     self._metrics.evictions.labels(reason="ttl").inc()
-                self._turns.refresh()
+                self._scheduler.refresh()
                 return
         self._save_rested(resting)
 
@@ -101,7 +101,7 @@ class SessionChanges:
         for session in resting if self._disk is not None else ():
             unsaved = not session.stored and len(session.tokens) >= LEAST_SHARED and not session.unsavable
             if unsaved and session.last_used < before and (self._registry.save(session) or session.unsavable):
-                self._turns.refresh()
+                self._scheduler.refresh()
                 return True
         return False
 
@@ -113,7 +113,7 @@ class SessionChanges:
         other = self._registry.fork(session, id)
         assert other.cache is not None
         evaluate(other.cache)
-        self._turns.make_room()  # one of the two may have to go again
+        self._scheduler.make_room()  # one of the two may have to go again
         return other
 
     def _save(self, session: Session) -> Session:
@@ -133,7 +133,7 @@ class SessionChanges:
         self._budget.promise(promise, len(session.tokens))
         try:
             self._budget.start(promise)
-            refused = self._registry.restore(session, self._turns.make_room)
+            refused = self._registry.restore(session, self._scheduler.make_room)
         finally:
             self._budget.release(promise)
         if session.cache is None:
@@ -143,7 +143,7 @@ class SessionChanges:
         session.last_used = self._clock()
         session.running = True  # what has to go for it now is others, or checkpoints
         try:
-            self._turns.make_room()
+            self._scheduler.make_room()
         finally:
             session.running = False
         return session

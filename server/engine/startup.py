@@ -35,7 +35,7 @@ _PAGED = 160
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
+class Runtime:
     """Everything that is fixed from start to stop. `budget` is in bytes."""
 
     model: LoadedModel
@@ -65,7 +65,7 @@ class Host:
         }
 
 
-def load_host(settings: Settings, group: Group) -> Host:
+def load_runtime(settings: Settings, group: Group) -> Runtime:
     """Load, probe and lay out; in a group as all its ranks can. Raises StartupError with a sentence that says what to
     change.
     """
@@ -91,7 +91,7 @@ def load_host(settings: Settings, group: Group) -> Host:
     layout = CacheStore(model.model, plans, chosen, backend, ring, n_pages=1)
     page_nbytes = max(int(other) for other in group.gather(b"%d" % layout.spec.pool.page_nbytes))
     n_pages = max(1, budget // max(1, page_nbytes))
-    host = Host(
+    runtime = Runtime(
         model=model,
         backend=backend,
         store=CacheStore(model.model, plans, chosen, backend, ring, n_pages),
@@ -99,13 +99,13 @@ def load_host(settings: Settings, group: Group) -> Host:
         chunk=settings.prefill_chunk,
         group=group,
     )
-    smallest = host.store.session_nbytes(ring.raw_slots, host.chunk)
+    smallest = runtime.store.session_nbytes(ring.raw_slots, runtime.chunk)
     if smallest > budget:
         raise StartupError(
             f"TURBOCACHE_KV_MEMORY is {budget} bytes, but one session of {ring.raw_slots} tokens needs {smallest}. "
             "Raise it, or lower TURBOCACHE_KEEP and TURBOCACHE_WINDOW."
         )
-    return host
+    return runtime
 
 
 def _proven_backend(
@@ -175,25 +175,27 @@ def _first_failure(own: Exception | None, group: Group) -> Exception | None:
     return next((RuntimeError(f"rank {rank}: {why.decode()}") for rank, why in enumerate(others) if why), None)
 
 
-def announce(host: Host) -> None:
+def announce(runtime: Runtime) -> None:
     """The few lines that a person sees at the start."""
-    report = host.report()
-    n_compressed = sum(plan.compressed for plan in host.store.plans)
-    cache, notes = report["cache"], ", ".join(host.model.notes)
-    log.info("model %s, %d positions%s", host.model.id, host.model.max_positions, f" ({notes})" if notes else "")
-    log.info("backend %s on %s (%s)", host.backend.name, host.backend.device, host.backend.reason)
+    report = runtime.report()
+    n_compressed = sum(plan.compressed for plan in runtime.store.plans)
+    cache, notes = report["cache"], ", ".join(runtime.model.notes)
+    log.info("model %s, %d positions%s", runtime.model.id, runtime.model.max_positions, f" ({notes})" if notes else "")
+    log.info("backend %s on %s (%s)", runtime.backend.name, runtime.backend.device, runtime.backend.reason)
     log.info(
         "cache preset %s on %d of %d layers; a session holds %d tokens, %d sink and %d to %d recent ones raw",
-        host.store.preset.name,
+        runtime.store.preset.name,
         n_compressed,
-        len(host.store.plans),
+        len(runtime.store.plans),
         cache["max_size"],
         cache["keep"],
         cache["window"],
         cache["window"] + 64,
     )
-    pool = host.store.spec.pool
-    log.info("cache memory budget %.2f GiB, %d pages of %d bytes", host.budget / _GIB, pool.capacity, pool.page_nbytes)
+    pool = runtime.store.spec.pool
+    log.info(
+        "cache memory budget %.2f GiB, %d pages of %d bytes", runtime.budget / _GIB, pool.capacity, pool.page_nbytes
+    )
     blas = report["blas"]
     log.log(logging.INFO if blas["fast"] else logging.WARNING, "BLAS %s: %s", blas["name"], blas["advice"])
 

@@ -6,8 +6,8 @@ from importlib.metadata import version
 from typing import Any
 
 from server.engine.budget import Budget
-from server.engine.running import Run
-from server.engine.startup import Host
+from server.engine.running import RunningRequest
+from server.engine.startup import Runtime
 from server.group.ranks import Ranks
 from server.metrics import Metrics
 from server.sessions.registry import SessionRegistry
@@ -20,63 +20,65 @@ from turbocache.store import native_nbytes, ring_of
 _EVERY_SECONDS = 0.25
 
 Rings = Callable[[], Mapping[int, PageRing]]
-"""The rings of what runs, by the uids of `Turns.runs`."""
+"""The rings of what runs, by the uids of `Scheduler.runs`."""
 
 
-class Gauges:
+class Stats:
     """Writes the cache's state into `Metrics` and keeps the rows of GET /v1/sessions by owner and id, and what
     GET /v1/status says.
 
     `session_rows` and `status` are replaced whole, so other threads may read them at any time.
     """
 
-    def __init__(self, metrics: Metrics, host: Host, ranks: Ranks, registry: SessionRegistry, budget: Budget) -> None:
+    def __init__(
+        self, metrics: Metrics, runtime: Runtime, ranks: Ranks, registry: SessionRegistry, budget: Budget
+    ) -> None:
         self.session_rows: dict[tuple[str, str], dict[str, Any]] = {}
         self.status: dict[str, Any] = {}
         self.memory: dict[str, Any] = {}
         self._budget = budget
         self._counted: dict[tuple[str, str], tuple[Any, dict[str, int]]] = {}
         self._metrics = metrics
-        self._host = host
+        self._runtime = runtime
         self._ranks = ranks
         self._registry = registry
         self._rotated_pages = 0
         self._device_memory = device_memory()
-        self._page = host.store.spec.rotations.tokens_per_page
+        self._page = runtime.store.spec.rotations.tokens_per_page
         self._paths = self._attention_paths()
         self._taken = 0.0
-        backend, spec = host.backend, host.store.spec
+        backend, spec = runtime.backend, runtime.store.spec
         metrics.backend_info.labels(
             requested=backend.requested, active=backend.name, reason=backend.code, profile=backend.profile
         ).set(1)
         metrics.model_info.labels(
-            model_name=host.model.id,
-            preset=host.store.preset.name,
+            model_name=runtime.model.id,
+            preset=runtime.store.preset.name,
             version=version("turbocache"),
             mlx_version=version("mlx"),
         ).set(1)
-        n_compressed = sum(plan.compressed for plan in host.store.plans)
+        n_compressed = sum(plan.compressed for plan in runtime.store.plans)
         metrics.layers.labels(storage="compressed").set(n_compressed)
-        metrics.layers.labels(storage="native").set(len(host.store.plans) - n_compressed)
+        metrics.layers.labels(storage="native").set(len(runtime.store.plans) - n_compressed)
         metrics.compression_ratio.labels(of="page").set(_ratio(spec.fp16_page_nbytes, spec.pool.page_nbytes))
-        metrics.group_ranks.set(host.group.size)
+        metrics.group_ranks.set(runtime.group.size)
         for label, passed in backend.passed().items():
             metrics.probe_check.labels(check=label).set(passed)
         for fallback in backend.fallbacks:
             metrics.fallbacks.labels(**{"from": fallback.source, "to": fallback.target, "reason": fallback.code}).inc()
         self.refresh(0, {}, dict)
 
-    def refresh_now_and_then(self, n_waiting: int, runs: Mapping[int, Run], rings: Rings) -> None:
+    def refresh_now_and_then(self, n_waiting: int, runs: Mapping[int, RunningRequest], rings: Rings) -> None:
         """`refresh`, unless it was done a moment ago."""
         if time.monotonic() - self._taken > _EVERY_SECONDS:
             self.refresh(n_waiting, runs, rings)
 
-    def refresh(self, n_waiting: int, runs: Mapping[int, Run], rings: Rings) -> None:
+    def refresh(self, n_waiting: int, runs: Mapping[int, RunningRequest], rings: Rings) -> None:
         """Read everything anew."""
         self._taken = time.monotonic()
         found = rings() if runs else {}
         running = {run.session.key: (run, found.get(uid)) for uid, run in runs.items()}
-        m, spec = self._metrics, self._host.store.spec
+        m, spec = self._metrics, self._runtime.store.spec
         m.requests_running.set(len(running))
         m.requests_waiting.set(n_waiting)
         m.pages_used.set(spec.pool.n_used)
@@ -96,7 +98,7 @@ class Gauges:
         for path, count in paths.items():
             m.attention_path.labels(path=path).inc(count - self._paths.get(path, 0))
         self._paths = paths
-        resting = self._host.store.resting_nbytes(self._registry.caches())
+        resting = self._runtime.store.resting_nbytes(self._registry.caches())
         self._refresh_memory(sessions, resting)
         m.pressure_ratio.set((self._budget.started + resting) / self._budget.total)
         self._counted = {
@@ -109,7 +111,7 @@ class Gauges:
 
     def _refresh_memory(self, sessions: Sequence[Session], resting: int) -> None:
         """This rank's bytes, and those of the others as they told them last. Shared pages count once."""
-        m, spec = self._metrics, self._host.store.spec
+        m, spec = self._metrics, self._runtime.store.spec
         rings = [ring for batch in spec.live for ring in batch.rings]
         pages, fp16 = spec.pool.n_used * spec.pool.page_nbytes, spec.fp16_nbytes(rings)
         sink, window = (len(rings) * n * spec.raw_token_nbytes for n in (spec.ring.keep, spec.ring.window_slots))
@@ -122,7 +124,7 @@ class Gauges:
             "fp16": fp16,
         }
         m.compression_ratio.labels(of="held").set(_ratio(fp16, pages + sink + window))
-        self._tell_rank(self._host.group.rank, 0.0, self.memory)
+        self._tell_rank(self._runtime.group.rank, 0.0, self.memory)
         for rank, said in self._ranks.seen.items():
             if said["memory"]:  # it has started
                 self._tell_rank(rank, said["silent_seconds"], said["memory"])
@@ -136,17 +138,17 @@ class Gauges:
                 family.labels(kind=kind, rank=rank).set(nbytes)
 
     def _attention_paths(self) -> dict[str, int]:
-        counted: dict[str, int] = dict(self._host.store.spec.paths.totals.items())
+        counted: dict[str, int] = dict(self._runtime.store.spec.paths.totals.items())
         return counted | {"native": native_calls()}
 
     def _status(self, n_running: int, n_waiting: int, resting: int) -> dict[str, Any]:
         """What GET /v1/status says."""
-        budget, pool = self._budget, self._host.store.spec.pool
+        budget, pool = self._budget, self._runtime.store.spec.pool
         started, promised = budget.started, budget.promised
         return {
             "object": "status",
-            "model": self._host.model.id,
-            "ranks": self._host.group.size,
+            "model": self._runtime.model.id,
+            "ranks": self._runtime.group.size,
             "requests": {"running": n_running, "waiting": n_waiting},
             "memory": {
                 "budget_bytes": budget.total,
@@ -158,19 +160,19 @@ class Gauges:
             "pages": {"used": pool.n_used, "capacity": pool.capacity, "tokens": self._page, "nbytes": pool.page_nbytes},
         }
 
-    def row(self, session: Session, run: Run | None = None, ring: PageRing | None = None) -> dict[str, Any]:
+    def row(self, session: Session, run: RunningRequest | None = None, ring: PageRing | None = None) -> dict[str, Any]:
         """One session as GET /v1/sessions shows it. A running session's cache is in the batch, so its `ring` is handed
         in, and its bytes are not told apart.
         """
         if ring is None:
             ring = ring_of(session.cache or ())
         seen = len(session.tokens) if run is None else len(run.request.prompt.tokens) + run.generated
-        limit = self._host.store.spec.ring.max_size
+        limit = self._runtime.store.spec.ring.max_size
         return {
             "id": session.id,
             "object": "session",
             "name": session.name,
-            "model": self._host.model.id,
+            "model": self._runtime.model.id,
             "state": "running" if session.running else "spilled" if session.spilled else "resident",
             "tokens_seen": seen,
             # A running session's ring is ahead of what its client has by the step that is being computed.
@@ -193,7 +195,7 @@ class Gauges:
         known, nbytes = self._counted.get(session.key, (None, {}))
         if known == version:
             return nbytes
-        spec, cache, ring = self._host.store.spec, session.cache or [], ring_of(session.cache or ())
+        spec, cache, ring = self._runtime.store.spec, session.cache or [], ring_of(session.cache or ())
         pages = set() if ring is None else set(ring.pages)
         nbytes = {
             "pages": len(pages) * spec.pool.page_nbytes,
@@ -206,7 +208,7 @@ class Gauges:
             nbytes["window"] = spec.ring.window_slots * spec.raw_token_nbytes
         others, held = set[int](), 0
         for kept in session.checkpoints:
-            held += self._host.store.held_nbytes(kept.cache)
+            held += self._runtime.store.held_nbytes(kept.cache)
             if (theirs := ring_of(kept.cache)) is not None:
                 held -= len(theirs.pages) * spec.pool.page_nbytes
                 others.update(theirs.pages)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from server.engine.queue import Entry
+from server.engine.queue import QueuedRequest
 from server.protocol import Event, GenerationRequest, SessionChange
 
 
@@ -32,7 +32,7 @@ class Change:
     done: Future[dict[str, Any]] = field(default_factory=Future)
 
 
-Command = Entry | Cancel | Change
+Command = QueuedRequest | Cancel | Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def decode(data: bytes) -> Decisions:
 
 
 def _sent(command: Command) -> _Accepted | _Changed | Cancel:
-    if isinstance(command, Entry):
+    if isinstance(command, QueuedRequest):
         return _Accepted(command.request, command.limit, command.allowed)
     if isinstance(command, Change):
         return _Changed(command.change, command.owner, command.id, command.new_id)
@@ -95,7 +95,7 @@ def _sent(command: Command) -> _Accepted | _Changed | Cancel:
 
 def _received(command: _Accepted | _Changed | Cancel) -> Command:
     if isinstance(command, _Accepted):
-        return Entry(command.request, _nowhere, command.limit, command.allowed)
+        return QueuedRequest(command.request, _nowhere, command.limit, command.allowed)
     if isinstance(command, _Changed):
         return Change(command.change, command.owner, command.id, command.new_id)
     return command

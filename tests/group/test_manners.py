@@ -92,7 +92,7 @@ def test_the_memory_of_all_ranks_is_told(group: RunningGroup) -> None:
 
 
 def test_a_rank_that_disagrees_ends_the_group(tmp_path: Path) -> None:
-    other = "import server.engine.scheduler as t; t.Turns.done = lambda self: b'other' if self._handed else b''"
+    other = "import server.engine.scheduler as t; t.Scheduler.done = lambda self: b'other' if self._handed else b''"
     group = start(tmp_path, 2, patches=["", other])
     try:
         group.wait_until_ready()

@@ -94,7 +94,7 @@ class Place:
         self.asks: dict[str, list[dict[str, str]]] = {}
         self.texts: dict[str, str] = {}
         with started(self.settings) as engine:
-            files = SessionFiles(engine._host.model, engine._host.store)
+            files = SessionFiles(engine._runtime.model, engine._runtime.store)
             for i in range(n_sessions):
                 opening = [{"role": "user", "content": f"My locker code is {1009 + 311 * i}. {filler(_SENTENCES, i)}"}]
                 text, _ = Answer(engine, opening, f"session-{i}", max_tokens=MAX_TOKENS).whole()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 from unittest.mock import patch
 
-from server.engine import startup as host
+from server.engine import startup
 from server.engine.engine import MlxEngine
 from server.metrics import Metrics
 from server.settings import Settings
@@ -38,7 +38,7 @@ def started(settings: Settings, metrics: Metrics | None = None) -> Iterator[MlxE
 def loaded_once() -> Iterator[None]:
     """Engines that start in this block share one copy of the bundled model."""
     model = load_model()
-    with patch.object(host, "load_model", lambda source, group: model):
+    with patch.object(startup, "load_model", lambda source, group: model):
         yield
 
 
@@ -51,7 +51,7 @@ def tiny_model(architecture: str, max_positions: int) -> Iterator[None]:
     with patch.dict(OVERRIDES, {architecture: sizes}):
         model = build(architecture)
     tiny = replace(bundled, model=model, id=f"tiny-{architecture}", max_positions=max_positions)
-    with patch.object(host, "load_model", lambda source, group: tiny):
+    with patch.object(startup, "load_model", lambda source, group: tiny):
         yield
 
 
@@ -63,18 +63,18 @@ def on_engine(engine: MlxEngine, work: Callable[[], T]) -> T:
 
 def after_each_step(engine: MlxEngine, check: Callable[[], None]) -> None:
     """From now on the engine's thread calls `check` after every step."""
-    step = engine._turns.step
+    step = engine._scheduler.step
 
     def checked() -> None:
         step()
         check()
 
-    on_engine(engine, lambda: setattr(engine._turns, "step", checked))
+    on_engine(engine, lambda: setattr(engine._scheduler, "step", checked))
 
 
 def is_busy(engine: MlxEngine) -> bool:
     """Whether requests run or wait. To be asked on the engine's thread."""
-    return bool(engine._turns.runs) or len(engine._waiting) > 0
+    return bool(engine._scheduler.runs) or len(engine._waiting) > 0
 
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float:

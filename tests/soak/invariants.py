@@ -49,7 +49,7 @@ class Watch:
     def _check(self) -> None:
         """On the engine's thread, which must not die of what is found."""
         self.checks += 1
-        engine, spec = self._engine, self._engine._host.store.spec
+        engine, spec = self._engine, self._engine._runtime.store.spec
         self.most_pages = max(self.most_pages, spec.pool.n_used)
         try:
             spec.check_integrity()
@@ -61,13 +61,13 @@ class Watch:
         # In this order: whoever is promised memory waits or runs, but may have come a moment ago.
         promised = engine._budget.promised
         if not is_busy(engine):
-            resting = engine._host.store.resting_nbytes(engine._registry.caches())
+            resting = engine._runtime.store.resting_nbytes(engine._registry.caches())
             if promised or resting > engine._budget.total:
                 self._note(f"nothing runs, but {promised} bytes are promised and {resting} rest")
 
     def _check_rest(self) -> None:
         gc.collect()  # pages in a cycle of references are late, not lost
-        pool = self._engine._host.store.spec.pool
+        pool = self._engine._runtime.store.spec.pool
         rings = [ring for cache in self._engine._registry.caches() if (ring := ring_of(cache)) is not None]
         resting = {page for ring in rings for page in ring.pages}
         if pool.n_used != len(resting):

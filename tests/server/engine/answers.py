@@ -42,6 +42,6 @@ class Answer:
 
 
 def owned_by_nobody(engine: MlxEngine) -> bool:
-    spec = engine._host.store.spec
+    spec = engine._runtime.store.spec
     spec.check_integrity()
     return spec.pool.n_used == len({page for batch in spec.live for ring in batch.rings for page in ring.pages})

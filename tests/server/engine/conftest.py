@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server.engine import startup as host
+from server.engine import startup
 from server.engine.engine import MlxEngine
 from server.metrics import Metrics
 from server.settings import MemoryBudget, Settings
@@ -30,8 +30,8 @@ def loaded_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         known = functools.cache(load_model)
-        patch.setattr(host, "load_model", lambda source, group: known(source))
-        patch.setattr(host, "checked_plans", proven)
+        patch.setattr(startup, "load_model", lambda source, group: known(source))
+        patch.setattr(startup, "checked_plans", proven)
         yield
 
 

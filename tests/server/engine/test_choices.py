@@ -132,11 +132,11 @@ def test_a_grammar_that_gives_up_fails_its_row_alone(engine: MlxEngine, monkeypa
     consumed = []
 
     def latest(uid: int) -> int | None:
-        token = type(engine._turns.generator).latest(engine._turns.generator, uid)
+        token = type(engine._scheduler.generator).latest(engine._scheduler.generator, uid)
         consumed.append(token)
         return token if len(consumed) < 4 else 10  # a token that the grammar does not know here
 
-    monkeypatch.setattr(engine._turns.generator, "latest", latest)
+    monkeypatch.setattr(engine._scheduler.generator, "latest", latest)
     group = Group(engine, [base, held]).end()
     assert isinstance(group.ends[0], Finished)
     failed = group.ends[1]

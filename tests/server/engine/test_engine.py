@@ -34,7 +34,7 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
     engine: MlxEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(Answer(engine, "Hello!", "before").end(), Finished)
-    broken = engine._turns.generator
+    broken = engine._scheduler.generator
 
     def fault() -> Any:
         raise RuntimeError("injected")
@@ -50,7 +50,7 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
 
 
 def test_a_step_that_fails_midway_leaves_no_page_behind(engine: MlxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes = type(engine._host.store.spec.layers[3].lanes)
+    lanes = type(engine._runtime.store.spec.layers[3].lanes)
     calls = []
 
     def fault(self: Any, keys: Any, values: Any) -> Any:
@@ -62,7 +62,7 @@ def test_a_step_that_fails_midway_leaves_no_page_behind(engine: MlxEngine, monke
         patch.setattr(lanes, "encode", fault)
         assert isinstance(Answer(engine, long, "midway").end(), Failed)
     assert calls
-    assert engine._host.store.spec.pool.n_used == 0
+    assert engine._runtime.store.spec.pool.n_used == 0
     assert owned_by_nobody(engine)
     assert isinstance(Answer(engine, long, "midway").end(), Finished)
 
@@ -74,7 +74,7 @@ def test_a_dead_engine_ends_its_requests_and_says_so(engine: MlxEngine, monkeypa
     def die() -> None:
         raise SystemError("injected")
 
-    monkeypatch.setattr(engine._turns, "admit", die)
+    monkeypatch.setattr(engine._scheduler, "admit", die)
     end = answer.end()
     assert isinstance(end, Failed)
     assert isinstance(end.error, EngineDead)
@@ -90,17 +90,17 @@ def test_a_stuck_engine_is_unhealthy_and_recovers(
     start: Callable[..., MlxEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start(stall_seconds=1.0)
-    step = engine._turns.step
+    step = engine._scheduler.step
 
     def slow() -> None:
         time.sleep(2.5)
         step()
 
-    monkeypatch.setattr(engine._turns, "step", slow)
+    monkeypatch.setattr(engine._scheduler, "step", slow)
     answer = Answer(engine, "Hello!", "slow", max_tokens=1)
     time.sleep(2.0)
     assert not engine.health().alive
-    monkeypatch.setattr(engine._turns, "step", step)
+    monkeypatch.setattr(engine._scheduler, "step", step)
     assert isinstance(answer.end(), Finished)
     assert engine.health().alive
 
@@ -130,7 +130,7 @@ def test_what_waits_for_the_engine_ends_with_it(engine: MlxEngine, monkeypatch: 
         assert waiting[1].cancel()  # its client is gone
         raise SystemError("injected")
 
-    monkeypatch.setattr(engine._turns, "admit", die)
+    monkeypatch.setattr(engine._scheduler, "admit", die)
     engine._thread.join(30)
     with pytest.raises(EngineDead):
         waiting[0].result(10)
@@ -208,7 +208,7 @@ def test_what_does_not_fit_a_session_rotates_or_is_refused(overflow: str) -> Non
             with pytest.raises(ContextLengthExceeded, match="maximum context length is 320 tokens"):
                 Answer(engine, asked, "b", max_tokens=n)
         ban = SamplingParams(
-            temperature=0, logit_bias=tuple((i, -100.0) for i in engine._host.model.tokenizer.eos_token_ids)
+            temperature=0, logit_bias=tuple((i, -100.0) for i in engine._runtime.model.tokenizer.eos_token_ids)
         )
         end = Answer(engine, fits, "c", max_tokens=None, sampling=ban).end()
         assert isinstance(end, Finished)

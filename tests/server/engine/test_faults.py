@@ -32,7 +32,7 @@ class Poison:
     def __init__(self, engine: MlxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: Callable[[int], list[int]] = lambda n_rows: []
         self.times = 0
-        model = engine._host.model.model
+        model = engine._runtime.model.model
         call = type(model).__call__
 
         def poisoned(this: Any, inputs: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -143,14 +143,14 @@ def test_failing_steps_count_and_a_full_pool_does_not(engine: MlxEngine, monkeyp
             failing.set()
             raise raised
 
-        monkeypatch.setattr(engine._turns.generator, "next", fault)
+        monkeypatch.setattr(engine._scheduler.generator, "next", fault)
         error = error_of(Answer(engine, "Hello!", f"step-{i}").end())
         assert failing.is_set()
         assert type(error) is (InternalError if isinstance(raised, PoolExhausted) else KernelFault)
         assert error.__cause__ is raised
     assert n_faults(engine) == 2
     assert engine.health().alive
-    monkeypatch.setattr(engine._turns.generator, "next", fault)
+    monkeypatch.setattr(engine._scheduler.generator, "next", fault)
     assert isinstance(error_of(Answer(engine, "Hello!", "third").end()), KernelFault)
     deadline = time.monotonic() + 5
     while engine.health().alive and time.monotonic() < deadline:

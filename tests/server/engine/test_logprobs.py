@@ -28,8 +28,8 @@ def test_they_are_those_of_a_forward_pass(engine: MlxEngine) -> None:
     text, tokens = drawn(answer)
     assert b"".join(token.token for token in tokens).decode().strip() == text.strip()
     assert len(tokens) > 3
-    model = engine._host.model
-    ids = {bytes(engine._turns._lexicon.token_bytes(i)): i for i in range(len(model.tokenizer))}
+    model = engine._runtime.model
+    ids = {bytes(engine._scheduler._lexicon.token_bytes(i)): i for i in range(len(model.tokenizer))}
     cache, fed = make_prompt_cache(model.model), list(answer.request.prompt.tokens)
     for token in tokens:
         logits = engine.call(lambda fed=fed: _last_logits(model.model, fed, cache)).result(60)

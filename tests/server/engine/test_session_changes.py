@@ -32,10 +32,10 @@ def follow_up(engine: MlxEngine, name: str | None, text: str, more: str = "And t
 def test_a_fork_shares_until_it_diverges(start: Callable[..., MlxEngine]) -> None:
     engine = start()
     text = Answer(engine, ASKED, "a", max_tokens=20).text()
-    pages = engine._host.store.spec.pool.n_used
+    pages = engine._runtime.store.spec.pool.n_used
     row = change(engine, "fork", "a", "b")
     assert (row["id"], row["state"], row["tokens_seen"]) == ("b", "resident", engine.sessions()[0]["tokens_seen"])
-    assert engine._host.store.spec.pool.n_used == pages
+    assert engine._runtime.store.spec.pool.n_used == pages
     one, prefilled = follow_up(engine, "a", text)
     assert prefilled < 15
     two, prefilled = follow_up(engine, "b", text, "Where is the mill?")
@@ -51,7 +51,7 @@ def test_bytes_are_told_by_kind(start: Callable[..., MlxEngine]) -> None:
     engine = start()
     text = Answer(engine, [of("user", TEXT * 40)], "a", max_tokens=20).text()
     Answer(engine, [of("user", TEXT * 40), of("assistant", text), of("user", "And then?")], "a", max_tokens=5).text()
-    store, (session,) = engine._host.store, list(engine._registry)
+    store, (session,) = engine._runtime.store, list(engine._registry)
     (row,) = engine.sessions()
     assert row["checkpoints"] == len(session.checkpoints) > 1
     assert all(row["bytes"][kind] > 0 for kind in ("pages", "sink", "window", "checkpoints"))
@@ -77,7 +77,7 @@ def test_a_deleted_session_is_gone_from_memory_and_disk(start: Callable[..., Mlx
     assert set(states(engine)) == {"b"}
     assert len(files(tmp_path)) == 1
     change(engine, "delete", "b")
-    assert engine._host.store.spec.pool.n_used == 0
+    assert engine._runtime.store.spec.pool.n_used == 0
     _, usage = Answer(engine, ASKED, "a", max_tokens=5).whole()
     assert usage.cached_tokens == 0
     assert metric(engine, "prefilled_tokens_total", reason="evicted") == 0
@@ -168,7 +168,7 @@ def test_a_restore_that_does_not_fit_is_refused_and_loses_nothing(start: Callabl
     text = Answer(one, ASKED, "a", max_tokens=20).text()
     one.stop()
     two = start()
-    needed = two._host.store.session_nbytes(300, two._host.chunk)
+    needed = two._runtime.store.session_nbytes(300, two._runtime.chunk)
     two._budget.promise("somebody", 300)
     while two._budget.total - two._budget.promised >= needed:
         two._budget.extend("somebody", 300)
@@ -224,7 +224,7 @@ def test_a_server_that_is_never_idle_writes_sessions_too_at_a_bounded_cost(
     engine = start(session_save_after=0.1)
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.02), sync(descriptor))[1])
-    ends = tuple((token, -100.0) for token in engine._host.model.tokenizer.eos_token_ids)
+    ends = tuple((token, -100.0) for token in engine._runtime.model.tokenizer.eos_token_ids)
     endless = SamplingParams(temperature=0, logit_bias=ends)
     answers = [Answer(engine, [of("user", f"{name}: {TEXT * 12}")], name, max_tokens=5) for name in "ab"]
     busy = Answer(engine, "Please continue.", "busy", max_tokens=3000, sampling=endless)
@@ -235,7 +235,7 @@ def test_a_server_that_is_never_idle_writes_sessions_too_at_a_bounded_cost(
         if metric(engine, "spills_total") > len(written):
             written.append((time.monotonic(), metric(engine, "spill_seconds_total")))
         busy.events.get(timeout=60)
-    assert engine._turns.runs
+    assert engine._scheduler.runs
     assert engine.sessions()[-1]["state"] == "running"
     (first, took), (second, _) = written
     assert 15 * took < second - first < 60 * took
@@ -250,7 +250,7 @@ def test_a_session_that_nobody_uses_leaves_memory(start: Callable[..., MlxEngine
     deadline = time.monotonic() + 30
     while states(engine) != ({"a": "spilled"} if disk else {}) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert engine._host.store.spec.pool.n_used == 0
+    assert engine._runtime.store.spec.pool.n_used == 0
     _, prefilled = follow_up(engine, "a", text)
     assert (prefilled < 15) is disk
     lost = metric(engine, "prefilled_tokens_total", reason="evicted")

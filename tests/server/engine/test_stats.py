@@ -28,7 +28,7 @@ def small() -> Iterator[MlxEngine]:
 
 def endless(engine: MlxEngine, name: str, n_tokens: int) -> Answer:
     """An answer of just so many tokens."""
-    ends = engine._host.model.tokenizer.eos_token_ids
+    ends = engine._runtime.model.tokenizer.eos_token_ids
     sampling = SamplingParams(temperature=0, logit_bias=tuple((token, -100.0) for token in ends))
     return Answer(engine, ASKED, name, max_tokens=n_tokens, sampling=sampling)
 

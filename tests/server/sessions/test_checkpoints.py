@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.engine import startup as host
+from server.engine import startup
 from server.engine.engine import MlxEngine
 from server.metrics import Metrics
 from server.protocol import Conversation
@@ -32,7 +32,7 @@ def hybrid(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     vocabulary = {**OVERRIDES.get("qwen3_next", {}), "vocab_size": len(bundled.tokenizer.get_vocab()) + 64}
     monkeypatch.setitem(OVERRIDES, "qwen3_next", vocabulary)
     loaded = replace(bundled, model=build("qwen3_next"), id="tiny-hybrid")
-    monkeypatch.setattr(host, "load_model", lambda source, group: loaded)
+    monkeypatch.setattr(startup, "load_model", lambda source, group: loaded)
     engines: list[MlxEngine] = []
 
     def start(**settings: Any) -> MlxEngine:
@@ -47,7 +47,7 @@ def hybrid(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
 
 def test_a_recurrent_model_goes_back_to_the_end_of_the_messages(hybrid: Callable[..., MlxEngine]) -> None:
     engine = hybrid()
-    assert not engine._host.store.can_go_back
+    assert not engine._runtime.store.can_go_back
     first = [of("user", "Tell me about rivers, mills and the weather of the day. " * 12)]
     _, usage = Answer(engine, first, "a", max_tokens=30).whole()
     assert usage.cached_tokens == 0
@@ -100,5 +100,5 @@ def test_sessions_share_a_system_message(engine: MlxEngine) -> None:
     text, usage = Answer(engine, yours, "again", max_tokens=12).whole()
     assert (text, usage.cached_tokens) == (alone, engine.tokenize(Conversation(yours)).system_end)
     engine._registry.delete(engine._registry._sessions["", "again"])
-    assert engine._host.store.spec.pool.n_used == 0
+    assert engine._runtime.store.spec.pool.n_used == 0
     assert owned_by_nobody(engine)

@@ -67,7 +67,7 @@ def test_a_running_answer_rests_at_an_orderly_stop(start: Callable[..., MlxEngin
     one = start()
     asked = [of("user", "Please continue: " + TEXT * 12)]
     answer = Answer(one, asked, "a", max_tokens=3000)
-    while not one._turns.runs or next(iter(one._turns.runs.values())).generated < 5:
+    while not one._scheduler.runs or next(iter(one._scheduler.runs.values())).generated < 5:
         answer.events.get(timeout=60)
     one.stop()
     two = start()
@@ -89,7 +89,7 @@ def test_sessions_that_do_not_fit_wait_on_disk(start: Callable[..., MlxEngine]) 
         assert usage.prompt_tokens - usage.cached_tokens < 15, name
         assert owned_by_nobody(engine)
     assert metric(engine, "restores_total") == len(spilled)
-    held = engine._host.store.resting_nbytes(engine._registry.caches())
+    held = engine._runtime.store.resting_nbytes(engine._registry.caches())
     assert held + engine._budget.promised <= 20 << 20
 
 
@@ -186,9 +186,9 @@ def test_a_session_that_fails_goes_on_from_what_the_disk_has(
     text = Answer(one, asked, "a", max_tokens=20).text()
     one.stop()
     two, more = start(), [*asked, of("assistant", text), of("user", "And then?")]
-    step = two._turns.generator.next
+    step = two._scheduler.generator.next
     with monkeypatch.context() as patch:
-        patch.setattr(two._turns.generator, "next", lambda: step() and 1 / 0)
+        patch.setattr(two._scheduler.generator, "next", lambda: step() and 1 / 0)
         assert isinstance(Answer(two, more, "a", max_tokens=20).end(), Failed)
     assert states(two)["a"] == "spilled"
     _, usage = Answer(two, more, "a", max_tokens=20).whole()
