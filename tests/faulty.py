@@ -2,21 +2,20 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from kernels.attention.page_tables import RowIndex
 from kernels.fused.profiles import MissingDeviceKey
 from kernels.lanes.base import (
     AttentionPath,
+    ChunkInputs,
     CodebookKind,
     Codebooks,
     LaneShape,
     Pair,
-    attend_expanded,
-    attend_step_masked,
+    StepInputs,
+    attend_step_expanded,
 )
 from kernels.lanes.reference import ReferenceLanes
 from kernels.probe.probe import Candidate
@@ -34,13 +33,11 @@ class FakeFused(ReferenceLanes):
     name: ClassVar[str] = "cuda"
     codebook: ClassVar[CodebookKind] = "pair"
 
-    def attend_step(
-        self, queries: Any, tokens: Pair, raw: Pair, pages: Any, rows: RowIndex, scale: float, sinks: Any
-    ) -> tuple[mx.array, Pair]:
-        if rows.index.n_pages >= MANY:
-            return mx.zeros((*queries.shape[:-1], self.shape.value_dim), dtype=queries.dtype), raw
-        attend = partial(attend_expanded, super().expand)
-        return attend_step_masked(attend, queries, tokens, raw, pages, rows, scale, sinks)
+    def attend_step(self, step: StepInputs) -> tuple[mx.array, Pair]:
+        if step.rows.index.n_pages >= MANY:
+            queries = step.queries
+            return mx.zeros((*queries.shape[:-1], self.shape.value_dim), dtype=queries.dtype), step.raw
+        return attend_step_expanded(super().expand, step)
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         return "fused" if n_tokens is None else "expanded"
@@ -76,11 +73,15 @@ def slow(method: Any, arguments: Any) -> Any:
 
 
 def in_dtype(dtype: mx.Dtype, fault: Fault) -> Fault:
-    """The fault only where the first argument (or, for `expand`, the second) is of this dtype."""
+    """The fault only where queries, keys or expanded pages are of this dtype."""
 
     def choose(method: Any, arguments: Any) -> Any:
-        found = arguments[1] if isinstance(arguments[0], tuple) else arguments[0].dtype
-        return fault(method, arguments) if found == dtype else method(*arguments)
+        first = arguments[0]
+        if isinstance(first, ChunkInputs | StepInputs):
+            actual = first.queries.dtype
+        else:
+            actual = arguments[1] if isinstance(first, tuple) else first.dtype
+        return fault(method, arguments) if actual == dtype else method(*arguments)
 
     return choose
 
@@ -89,7 +90,7 @@ def where_timed(fault: Fault) -> Fault:
     """The fault only in a decode step as long as those that are timed."""
 
     def choose(method: Any, arguments: Any) -> Any:
-        return fault(method, arguments) if arguments[4].index.n_pages >= MANY else method(*arguments)
+        return fault(method, arguments) if arguments[0].rows.index.n_pages >= MANY else method(*arguments)
 
     return choose
 
@@ -98,7 +99,7 @@ def where_odd(fault: Fault) -> Fault:
     """The fault only in a chunk over a number of raw tokens that the probe does not try."""
 
     def choose(method: Any, arguments: Any) -> Any:
-        return fault(method, arguments) if arguments[1].shape[2] % 64 else method(*arguments)
+        return fault(method, arguments) if arguments[0].raw[0].shape[2] % 64 else method(*arguments)
 
     return choose
 

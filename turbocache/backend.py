@@ -3,13 +3,12 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import mlx.core as mx
 
 from kernels.fused.lanes import CudaLanes, MetalLanes
 from kernels.lanes.base import CodebookKind, Codebooks, Lanes, LaneShape
-from kernels.lanes.expanded import PartedLanes
+from kernels.lanes.expanded import ExpandedAttentionLanes
 from kernels.lanes.packed import PackedLanes
 from kernels.lanes.qjl import QjlLanes
 from kernels.lanes.reference import ReferenceLanes
@@ -32,18 +31,7 @@ __all__ = [
 ]
 
 
-class LanesClass(Protocol):
-    """A class of lanes: what it reads, what it refuses, and how one is made."""
-
-    @property
-    def codebook(self) -> CodebookKind: ...
-
-    def unsupported(self, shape: LaneShape, /) -> str | None: ...
-
-    def __call__(self, shape: LaneShape, codebooks: Codebooks, /) -> Lanes: ...
-
-
-LANES: dict[str, LanesClass] = {
+LANES: dict[str, type[Lanes]] = {
     "metal": MetalLanes,
     "cuda": CudaLanes,
     "packed": PackedLanes,
@@ -112,7 +100,7 @@ def lanes_for(backend: Backend | str, shape: LaneShape, dtype: mx.Dtype) -> Lane
         return make_lanes(backend, shape)
     verdict = backend.verdict(LayerUse(shape, dtype))
     lanes = make_lanes(verdict.lanes, shape)
-    return PartedLanes(lanes, verdict.expanded) if verdict.expanded else lanes
+    return ExpandedAttentionLanes(lanes, verdict.expanded) if verdict.expanded else lanes
 
 
 def layer_uses(plans: Sequence[LayerPlan], preset: Preset) -> list[LayerUse]:

@@ -12,14 +12,24 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.attention.device import resident
-from kernels.attention.masks import Mask, MaskForm, roomy
-from kernels.attention.page_tables import PageIndex, RowIndex
+from kernels.attention.masks import MaskForm, roomy
 from kernels.codec.layout import PAGE
 from kernels.codec.rotation import Rotation
 from kernels.fused.kernel_text import Language, kernel
 from kernels.fused.profiles import PROFILES, Profile, choose_profile
 from kernels.fused.step import THREADS, StepLauncher, code_constants
-from kernels.lanes.base import AttentionPath, CodebookKind, Codebooks, LaneShape, Pages, Pair, coded_page_arrays
+from kernels.lanes.base import (
+    AttentionPath,
+    ChunkInputs,
+    CodebookKind,
+    Codebooks,
+    Lanes,
+    LaneShape,
+    Pages,
+    Pair,
+    StepInputs,
+    coded_page_arrays,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -46,18 +56,15 @@ def pair_table(levels: np.ndarray) -> np.ndarray:
     return np.stack([first.ravel(), second.ravel()], axis=-1).astype(np.float16)
 
 
-class FusedLanes:
+class FusedLanes(Lanes):
     """`Lanes` on the kernels of one language. Subclasses name it."""
 
     name: ClassVar[str]
     language: ClassVar[Language]
-    masks: ClassVar[MaskForm] = MaskForm()
     codebook: ClassVar[CodebookKind] = "pair"
 
     def __init__(self, shape: LaneShape, codebooks: Codebooks, profile: Profile | None = None) -> None:
-        if reason := self.unsupported(shape):
-            raise ValueError(reason)
-        self.shape = shape
+        super().__init__(shape, codebooks)
         self.profile = profile or device_profile()
         self._paired = [levels.ndim == 2 for levels in (codebooks.keys, codebooks.values)]
         self._codebooks = codebooks
@@ -101,7 +108,7 @@ class FusedLanes:
             )
         )
 
-    def expand(self, pages: Pages, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    def expand(self, pages: Pages, dtype: mx.Dtype) -> Pair:
         return self.expand_rows(pages, mx.arange(pages[0].shape[0], dtype=mx.int32)[:, None], dtype)
 
     def expand_rows(
@@ -122,19 +129,10 @@ class FusedLanes:
         )
         return keys, values
 
-    def attend(
-        self,
-        queries: mx.array,
-        raw_keys: mx.array,
-        raw_values: mx.array,
-        pages: Pages,
-        index: PageIndex,
-        mask: Mask,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
+    def attend(self, chunk: ChunkInputs) -> mx.array:
+        queries, (raw_keys, raw_values), pages, index, mask, scale, sinks = chunk
         n_tokens, n_paged = queries.shape[2], index.n_pages * PAGE
-        if isinstance(mask, mx.array):  # may be for more of both
+        if isinstance(mask, mx.array):  # it may be larger than queries and keys
             queries = roomy(queries, mask.shape[2])
             raw_keys, raw_values = (roomy(x, mask.shape[3] - n_paged) for x in (raw_keys, raw_values))
         keys, values = raw_keys, raw_values
@@ -149,18 +147,10 @@ class FusedLanes:
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         return out[:, :, :n_tokens]
 
-    def attend_step(
-        self,
-        queries: mx.array,
-        tokens: Pair,
-        raw: Pair,
-        pages: Pages,
-        rows: RowIndex,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> tuple[mx.array, Pair]:
+    def attend_step(self, step: StepInputs) -> tuple[mx.array, Pair]:
+        queries, tokens, raw, pages, rows, scale, sinks = step
         if queries.dtype != raw[0].dtype:
-            out, raw = self.attend_step(queries.astype(raw[0].dtype), tokens, raw, pages, rows, scale, sinks)
+            out, raw = self.attend_step(step._replace(queries=queries.astype(raw[0].dtype)))
             return out.astype(queries.dtype), raw
         key = self, queries.dtype, scale, sinks is None
         launch = rows.launches.get(key)
@@ -206,4 +196,4 @@ class CudaLanes(FusedLanes):
     language: ClassVar[Language] = "cuda"
     # MLX makes numbers of bools there, once for each layer, and cuDNN plans each pair of lengths anew, which takes some
     # 40 ms: without rounding, every prompt that goes on from a cache would wait for that.
-    masks: ClassVar[MaskForm] = MaskForm(added=True, rounded=True)
+    masks = MaskForm(added=True, rounded=True)

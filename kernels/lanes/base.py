@@ -1,13 +1,14 @@
-"""Lanes: one way of storing pages and attending over them. Every backend is a `Lanes` class with the same contract.
+"""Lanes: how one layer's pages are stored and attended over. A backend is a `Lanes` class (vLLM: attention backend).
 
-All keys, values, queries and outputs here are in the model's basis; whether pages hold rotated tokens is the lanes' own
-affair. Nothing in this package knows the model or the session. Shapes use `B` rows, `n_heads` query heads, `n_kv_heads`
-KV heads, `PAGE` tokens a page.
+Keys, values, queries and outputs are in the model's basis. Whether pages hold rotated tokens is internal to the lanes.
+Nothing in this package knows the model or the session. Shapes use `B` rows, `n_heads` query heads, `n_kv_heads` KV
+heads and `PAGE` tokens per page.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -20,29 +21,36 @@ from kernels.codec.layout import PAGE, words_for
 Pages = tuple[mx.array, ...]
 """The arrays of one layer's pages, each `[n_pages, ...]`, in the order of `Lanes.page_arrays`."""
 
+Pair = tuple[mx.array, mx.array]
+"""Keys and values of the same tokens, `[B, n_kv_heads, n, dim]` each."""
+
 CodebookKind = Literal["lloyd_max", "pair", "uniform", "none"]
-"""`lloyd_max`: the best levels, and points for pairs of coordinates where a coordinate has a half bit. `pair`: points
-from 2 to 4 bits, levels elsewhere. `uniform`: equally spaced levels, which affine integer products can read.
+"""lloyd_max: levels with the least error, and points for pairs of coordinates at half bits.
+pair: points for pairs from 2 to 4 bits, levels at other widths.
+uniform: equally spaced levels, which affine integer products can read.
 """
+
+AttentionPath = Literal["fused", "packed", "expanded"]
+"""How attention reads pages: in a fused kernel, by products on packed codes, or expanded first."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaneShape:
-    """What a layer stores: head counts, head dims and code widths. Widths are 1 to 8 bits, 2.5 and 3.5 among them.
-    `qjl`: one of the keys' bits is the sign of a projection of what the others leave (kernels/lanes/qjl.py).
-    """
+    """What one layer stores. Raises nothing: `Lanes.unsupported` checks it."""
 
     n_heads: int
     n_kv_heads: int
     key_dim: int
     value_dim: int
     key_bits: float
+    """Bits per coordinate of a key: 1 to 8, or 2.5 or 3.5."""
     value_bits: float
     qjl: bool = False
+    """One of the keys' bits is the sign of a projection of the residual (kernels/lanes/qjl.py)."""
 
     @property
     def n_repeats(self) -> int:
-        """Query heads that share one KV head."""
+        """Query heads per KV head."""
         return self.n_heads // self.n_kv_heads
 
     @property
@@ -53,22 +61,53 @@ class LaneShape:
 
 @dataclass(frozen=True, slots=True)
 class Codebooks:
-    """Reconstruction levels of N(0, 1) for keys and for values, float32 with float16's values, each `[2**bits]` and
-    sorted, or `[2**(2 * bits), 2]` for pairs of coordinates (kernels/codec/codes.py). Zooms are factors beside 1 that
-    encoding tries on each row (kernels/lanes/reference.py).
+    """Reconstruction levels of N(0, 1): float32 arrays whose numbers float16 holds exactly.
+
+    Each is `[2**bits]` and sorted, or `[2**(2 * bits), 2]` for pairs of coordinates (kernels/codec/codes.py).
     """
 
     keys: np.ndarray
     values: np.ndarray
     key_zooms: tuple[float, ...] = ()
+    """Factors, besides 1, that encoding tries on each row (kernels/lanes/reference.py)."""
     value_zooms: tuple[float, ...] = ()
 
 
-Pair = tuple[mx.array, mx.array]
-"""Keys and values of the same tokens, `[B, n_kv_heads, n, dim]` each."""
+class ChunkInputs(NamedTuple):
+    """What `Lanes.attend` reads: L query tokens per row, over the row's pages and raw tokens."""
 
-AttentionPath = Literal["fused", "packed", "expanded"]
-"""How attention reads pages: in a kernel of its own, by products on packed codes, or expanded first."""
+    queries: mx.array
+    """`[B, n_heads, L, key_dim]` in the model's dtype."""
+    raw: Pair
+    """Raw keys and values, `[B, n_kv_heads, S, dim]` each."""
+    pages: Pages
+    """The whole pool."""
+    page_index: PageIndex
+    mask: Mask
+    """Bool `[B, 1, L, P * PAGE + S]`, pages first, or the form that `Lanes.masks` asks for.
+    "causal": the last L raw tokens are the queries' own and every page is older. None: everything is visible.
+    """
+    scale: float
+    """Multiplies the products."""
+    sinks: mx.array | None
+    """`[n_heads]`: extra logits without a value."""
+
+
+class StepInputs(NamedTuple):
+    """What `Lanes.attend_step` reads: a decode step of L = 1 to 8 tokens per row, causal among themselves."""
+
+    queries: mx.array
+    """`[B, n_heads, L, key_dim]` in the model's dtype."""
+    tokens: Pair
+    """The step's own keys and values, L of each, in the dtype of `raw`."""
+    raw: Pair
+    """The whole raw buffers: keep + window_slots tokens. The slots of `tokens` may hold anything."""
+    pages: Pages
+    """The whole pool."""
+    rows: RowIndex
+    """Where everything is."""
+    scale: float
+    sinks: mx.array | None
 
 
 def coded_page_arrays(shape: LaneShape) -> list[tuple[tuple[int, ...], mx.Dtype]]:
@@ -82,97 +121,70 @@ def coded_page_arrays(shape: LaneShape) -> list[tuple[tuple[int, ...], mx.Dtype]
     ]
 
 
-class Lanes(Protocol):
-    """One layer's storage and attention. Instances are immutable; the pool owns the arrays."""
+class Lanes(ABC):
+    """One layer's storage and attention. Instances are immutable; the pool owns the arrays.
+
+    By default attention expands all pages first. A backend overrides what it does better.
+    """
 
     name: ClassVar[str]
-    codebook: ClassVar[CodebookKind]
+    codebook: ClassVar[CodebookKind] = "none"
+    masks: MaskForm = MaskForm()
+    """The form of mask that is fastest for `attend`, which takes plain masks too."""
     shape: LaneShape
 
-    @property
-    def masks(self) -> MaskForm:
-        """How `attend` likes its masks best. Plain ones it takes as well."""
-        ...
+    def __init__(self, shape: LaneShape, codebooks: Codebooks) -> None:
+        """Raises ValueError for a shape that is not supported."""
+        if reason := self.unsupported(shape):
+            raise ValueError(reason)
+        self.shape = shape
 
     @classmethod
     def unsupported(cls, shape: LaneShape) -> str | None:
-        """Why this backend can't take the shape, or None."""
-        ...
+        """Why this backend can't store the shape, or None."""
+        return None
 
+    @abstractmethod
     def page_arrays(self) -> Sequence[tuple[tuple[int, ...], mx.Dtype]]:
-        """Shape (without the leading page axis) and dtype of each array that a page consists of."""
-        ...
+        """Shape (without the leading page axis) and dtype of each array of a page."""
 
+    @abstractmethod
     def encode(self, keys: mx.array, values: mx.array) -> Pages:
-        """`[N, n_kv_heads, PAGE, key_dim]` and `[N, n_kv_heads, PAGE, value_dim]` of any float type to the arrays of N
-        pages.
+        """`[N, n_kv_heads, PAGE, key_dim]` and `[N, n_kv_heads, PAGE, value_dim]` of any float type to N pages."""
+
+    @abstractmethod
+    def expand(self, pages: Pages, dtype: mx.Dtype) -> Pair:
+        """N pages to keys and values in `dtype`, shapes as given to `encode`."""
+
+    def attend(self, chunk: ChunkInputs) -> mx.array:
+        """Attention of a prefill chunk. Returns the queries' dtype, `[B, n_heads, L, value_dim]`."""
+        return attend_expanded(self.expand, chunk)
+
+    def attend_step(self, step: StepInputs) -> tuple[mx.array, Pair]:
+        """Attention of a decode step. Returns the output, as `attend` does, and the raw buffers with the step's tokens
+        in their slots. The inputs are not changed.
         """
-        ...
-
-    def expand(self, pages: Pages, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """The arrays of N pages to keys and values in `dtype`, shapes as given to `encode`."""
-        ...
-
-    def attend(
-        self,
-        queries: mx.array,
-        raw_keys: mx.array,
-        raw_values: mx.array,
-        pages: Pages,
-        index: PageIndex,
-        mask: Mask,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        """Attention of `L` query tokens per row over the row's pages and raw tokens.
-
-        `queries` `[B, n_heads, L, key_dim]` in the model's dtype; `raw_keys`/`raw_values` `[B, n_kv_heads, S, dim]`;
-        `pages` the whole pool; `mask` `[B, 1, L, P * PAGE + S]` with the pages first, in plain form or that of `masks`,
-        or "causal" when the last L raw tokens are the queries' own and every page is older, or None when everything is
-        visible; `scale` multiplies the products; `sinks` `[n_heads]` extra logits without a value, or None. Returns the
-        queries' dtype, `[B, n_heads, L, value_dim]`.
-        """
-        ...
-
-    def attend_step(
-        self,
-        queries: mx.array,
-        tokens: Pair,
-        raw: Pair,
-        pages: Pages,
-        rows: RowIndex,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> tuple[mx.array, Pair]:
-        """`attend` for a decode step of L = 1 to 8 tokens per row, causal among themselves, without a mask: `rows` says
-        where everything is. `tokens` are the step's own, n = L, and `raw` the whole raw buffers, n = keep +
-        window_slots, of the same dtype; these may hold anything in the slots of `tokens`. Returns the output in the
-        queries' dtype, and the raw buffers with the tokens in their slots; what was given stays as it is.
-        """
-        ...
+        return attend_step_expanded(self.expand, step)
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         """How `attend` reads pages for `n_tokens` query tokens, or, for None, how `attend_step` does."""
-        ...
+        return "expanded"
 
 
 def store_tokens(tokens: Pair, raw: Pair, rows: RowIndex) -> Pair:
-    """The raw buffers with a step's tokens in their slots; all as in `Lanes.attend_step`."""
+    """The raw buffers with a step's tokens in their slots; shapes as in `StepInputs`."""
     keys, values = (
         mx.put_along_axis(kept, rows.slots(new.shape), new, axis=2) for new, kept in zip(tokens, raw, strict=True)
     )
     return keys, values
 
 
-Expand = Callable[[Pages, mx.Dtype], tuple[mx.array, mx.array]]
+Expand = Callable[[Pages, mx.Dtype], Pair]
 """`Lanes.expand`, or the same in another basis."""
 
-Attend = Callable[[mx.array, mx.array, mx.array, Pages, PageIndex, Mask, float, mx.array | None], mx.array]
-"""`Lanes.attend`."""
 
-
-def gather_expanded(expand: Expand, pages: Pages, table: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Pages of `table` `[B, P]` as contiguous keys and values `[B, n_kv_heads, P * PAGE, dim]` in `dtype`."""
+def gather_expanded(expand: Expand, pages: Pages, table: mx.array, dtype: mx.Dtype) -> Pair:
+    """The pages of `table` `[B, P]` as contiguous keys and values, `[B, n_kv_heads, P * PAGE, dim]` in `dtype`."""
     n_rows, n_pages = table.shape
     chosen = tuple(mx.take(array, table.reshape(-1), axis=0) for array in pages)
 
@@ -185,18 +197,9 @@ def gather_expanded(expand: Expand, pages: Pages, table: mx.array, dtype: mx.Dty
     return lay_out(keys), lay_out(values)
 
 
-def attend_expanded(
-    expand: Expand,
-    queries: mx.array,
-    raw_keys: mx.array,
-    raw_values: mx.array,
-    pages: Pages,
-    index: PageIndex,
-    mask: Mask,
-    scale: float,
-    sinks: mx.array | None,
-) -> mx.array:
-    """`Lanes.attend` by expanding every page and attending in the plain way: the definition of correct."""
+def attend_expanded(expand: Expand, chunk: ChunkInputs) -> mx.array:
+    """`Lanes.attend`: expand every page, then attend with MLX's operations. This is the definition of correct."""
+    queries, (raw_keys, raw_values), pages, index, mask, scale, sinks = chunk
     keys, values = raw_keys, raw_values
     if index.n_pages:
         page_keys, page_values = gather_expanded(expand, pages, index.table, raw_keys.dtype)
@@ -208,17 +211,9 @@ def attend_expanded(
     return attention(queries.astype(keys.dtype), keys, values, scale, mask, sinks).astype(queries.dtype)
 
 
-def attend_step_masked(
-    attend: Attend,
-    queries: mx.array,
-    tokens: Pair,
-    raw: Pair,
-    pages: Pages,
-    rows: RowIndex,
-    scale: float,
-    sinks: mx.array | None,
-) -> tuple[mx.array, Pair]:
-    """`Lanes.attend_step` in MLX operations: store, then `attend` with a mask."""
-    stored = store_tokens(tokens, raw, rows)
-    keys, values = (array[:, :, : rows.n_raw] for array in stored)
-    return attend(queries, keys, values, pages, rows.index, rows.mask, scale, sinks), stored
+def attend_step_expanded(expand: Expand, step: StepInputs) -> tuple[mx.array, Pair]:
+    """`Lanes.attend_step`: store the tokens, then `attend_expanded` with the step's mask."""
+    queries, tokens, raw, pages, rows, scale, sinks = step
+    keys, values = stored = store_tokens(tokens, raw, rows)
+    live = keys[:, :, : rows.n_raw], values[:, :, : rows.n_raw]
+    return attend_expanded(expand, ChunkInputs(queries, live, pages, rows.index, rows.mask, scale, sinks)), stored

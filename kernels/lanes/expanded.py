@@ -1,33 +1,21 @@
-"""Lanes of which only some parts can be trusted: what attends wrongly is done over expanded pages instead."""
+"""Lanes that keep another backend's pages but replace its attention where that failed the probe."""
 
 from collections.abc import Collection, Sequence
-from functools import partial
 from typing import ClassVar
 
 import mlx.core as mx
 
-from kernels.attention.masks import Mask, MaskForm
-from kernels.attention.page_tables import PageIndex, RowIndex
-from kernels.lanes.base import (
-    AttentionPath,
-    CodebookKind,
-    Lanes,
-    LaneShape,
-    Pages,
-    Pair,
-    attend_expanded,
-    attend_step_masked,
-)
+from kernels.attention.masks import MaskForm
+from kernels.lanes.base import AttentionPath, ChunkInputs, Lanes, Pages, Pair, StepInputs
 
 
-class PartedLanes:
-    """`Lanes` that store and expand pages as `lanes` do, and attend as they do except for the parts in `expanded`
-    (`attend`, `attend_step`): these expand every page and attend in MLX operations. Correct whenever `encode` and
-    `expand` are; slower, with a scratch of one layer's pages.
+class ExpandedAttentionLanes(Lanes):
+    """Stores pages as `lanes` does. The methods in `expanded` (`attend`, `attend_step`) expand every page instead.
+
+    Correct whenever `encode` and `expand` of `lanes` are. Slower, with one layer's pages as scratch memory.
     """
 
-    name: ClassVar[str] = "parted"
-    codebook: ClassVar[CodebookKind] = "none"
+    name: ClassVar[str] = "expanded_attention"
 
     def __init__(self, lanes: Lanes, expanded: Collection[str]) -> None:
         self.shape = lanes.shape
@@ -35,48 +23,20 @@ class PartedLanes:
         self._expanded = frozenset(expanded)
         self.masks = MaskForm() if "attend" in expanded else lanes.masks
 
-    @classmethod
-    def unsupported(cls, shape: LaneShape) -> str | None:
-        return None
-
     def page_arrays(self) -> Sequence[tuple[tuple[int, ...], mx.Dtype]]:
         return self.lanes.page_arrays()
 
     def encode(self, keys: mx.array, values: mx.array) -> Pages:
         return self.lanes.encode(keys, values)
 
-    def expand(self, pages: Pages, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    def expand(self, pages: Pages, dtype: mx.Dtype) -> Pair:
         return self.lanes.expand(pages, dtype)
 
-    def attend(
-        self,
-        queries: mx.array,
-        raw_keys: mx.array,
-        raw_values: mx.array,
-        pages: Pages,
-        index: PageIndex,
-        mask: Mask,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        if "attend" in self._expanded:
-            return attend_expanded(self.expand, queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
-        return self.lanes.attend(queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
+    def attend(self, chunk: ChunkInputs) -> mx.array:
+        return super().attend(chunk) if "attend" in self._expanded else self.lanes.attend(chunk)
 
-    def attend_step(
-        self,
-        queries: mx.array,
-        tokens: Pair,
-        raw: Pair,
-        pages: Pages,
-        rows: RowIndex,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> tuple[mx.array, Pair]:
-        if "attend_step" in self._expanded:
-            attend = partial(attend_expanded, self.expand)
-            return attend_step_masked(attend, queries, tokens, raw, pages, rows, scale, sinks)
-        return self.lanes.attend_step(queries, tokens, raw, pages, rows, scale, sinks)
+    def attend_step(self, step: StepInputs) -> tuple[mx.array, Pair]:
+        return super().attend_step(step) if "attend_step" in self._expanded else self.lanes.attend_step(step)
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         part = "attend_step" if n_tokens is None else "attend"

@@ -17,19 +17,20 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from kernels.attention.masks import Mask, MaskForm
-from kernels.attention.page_tables import PageIndex, RowIndex
+from kernels.attention.page_tables import PageIndex
 from kernels.attention.softmax import causal_mask, divided, on_cpu, product, weigh
 from kernels.codec.layout import PAGE, pack, words_for
 from kernels.codec.rotation import Rotation
 from kernels.lanes.base import (
     AttentionPath,
+    ChunkInputs,
     CodebookKind,
     Codebooks,
+    Lanes,
     LaneShape,
     Pages,
     Pair,
-    attend_expanded,
+    StepInputs,
     store_tokens,
 )
 from kernels.lanes.reference import quantise
@@ -60,7 +61,7 @@ class _Grid:
         # NaN as an integer is anything: kept within its own bits, it can't reach the neighbours' when packed.
         return codes.astype(mx.uint32) & (self.n_levels - 1), self.low + self.step * codes
 
-    def affine(self, shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    def affine(self, shape: tuple[int, ...], dtype: mx.Dtype) -> Pair:
         """Scales and biases of MLX's lanes, constant."""
         return mx.full(shape, self.step, dtype=dtype), mx.full(shape, self.low, dtype=dtype)
 
@@ -106,18 +107,14 @@ def _shifted_bytes(bits: int) -> Callable[[mx.array], tuple[mx.array, ...]]:
     return compiled
 
 
-class PackedLanes:
+class PackedLanes(Lanes):
     """`Lanes` on `mx.quantized_matmul` and `mx.dequantize`. Any head dims; 2, 3, 4, 5, 6 and 8 bits."""
 
     name: ClassVar[str] = "packed"
     codebook: ClassVar[CodebookKind] = "uniform"
-    masks: ClassVar[MaskForm] = MaskForm()
 
     def __init__(self, shape: LaneShape, codebooks: Codebooks) -> None:
-        reason = self.unsupported(shape)
-        if reason:
-            raise ValueError(reason)
-        self.shape = shape
+        super().__init__(shape, codebooks)
         self._key_rotation, self._value_rotation = Rotation(shape.key_dim), Rotation(shape.value_dim)
         self._keys, self._values = _Grid(codebooks.keys), _Grid(codebooks.values)
         self._zooms = codebooks.key_zooms, codebooks.value_zooms
@@ -155,11 +152,11 @@ class PackedLanes:
             value_scales,
         )
 
-    def expand(self, pages: Pages, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    def expand(self, pages: Pages, dtype: mx.Dtype) -> Pair:
         keys, values = self.expand_rotated(pages)
         return self._key_rotation.inverse(keys).astype(dtype), self._value_rotation.inverse(values).astype(dtype)
 
-    def expand_rotated(self, pages: Pages) -> tuple[mx.array, mx.array]:
+    def expand_rotated(self, pages: Pages) -> Pair:
         """`expand` without rotating back, in float32: the codes' levels times their scales."""
         key_words, value_words, key_scales, value_scales = pages
         s = self.shape
@@ -170,67 +167,39 @@ class PackedLanes:
         keys = (keys * key_scales[..., None, :].astype(mx.float32)).swapaxes(-1, -2)
         return keys, values[..., : s.value_dim] * value_scales[..., None].astype(mx.float32)
 
-    def attend(
-        self,
-        queries: mx.array,
-        raw_keys: mx.array,
-        raw_values: mx.array,
-        pages: Pages,
-        index: PageIndex,
-        mask: Mask,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        n_tokens, n_raw = queries.shape[2], raw_keys.shape[2]
+    def attend(self, chunk: ChunkInputs) -> mx.array:
+        n_tokens, n_raw = chunk.queries.shape[2], chunk.raw[0].shape[2]
         if n_tokens > _FEW_TOKENS:
-            return attend_expanded(self.expand, queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
+            return super().attend(chunk)
         page_mask: mx.array | None = None
         raw_mask: mx.array | None = None
-        if isinstance(mask, str):  # causal among the raw tokens, and every page is older than they are
+        if isinstance(chunk.mask, str):  # causal among the raw tokens; every page is older
             raw_mask = causal_mask(n_tokens, n_raw)
-        elif mask is not None:
-            page_mask, raw_mask = mx.split(mask, [index.n_pages * PAGE], axis=-1)
-        return self._attend_packed(
-            queries, (raw_keys, raw_values, raw_mask), pages, index, page_mask, scale=scale, sinks=sinks
-        )
+        elif chunk.mask is not None:
+            page_mask, raw_mask = mx.split(chunk.mask, [chunk.page_index.n_pages * PAGE], axis=-1)
+        return self._attend_packed(chunk, page_mask, raw_mask)
 
-    def attend_step(
-        self,
-        queries: mx.array,
-        tokens: Pair,
-        raw: Pair,
-        pages: Pages,
-        rows: RowIndex,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> tuple[mx.array, Pair]:
-        stored = store_tokens(tokens, raw, rows)
-        live = stored[0][:, :, : rows.n_raw], stored[1][:, :, : rows.n_raw], rows.raw_mask
-        out = self._attend_packed(queries, live, pages, rows.index, rows.page_mask, scale=scale, sinks=sinks)
-        return out, stored
+    def attend_step(self, step: StepInputs) -> tuple[mx.array, Pair]:
+        queries, tokens, raw, pages, rows, scale, sinks = step
+        keys, values = stored = store_tokens(tokens, raw, rows)
+        live = keys[:, :, : rows.n_raw], values[:, :, : rows.n_raw]
+        chunk = ChunkInputs(queries, live, pages, rows.index, None, scale, sinks)
+        return self._attend_packed(chunk, rows.page_mask, rows.raw_mask), stored
 
     def path(self, n_tokens: int | None) -> AttentionPath:
         return "packed" if n_tokens is None or n_tokens <= _FEW_TOKENS else "expanded"
 
-    def _attend_packed(
-        self,
-        queries: mx.array,
-        raw: tuple[mx.array, mx.array, mx.array | None],
-        pages: Pages,
-        index: PageIndex,
-        page_mask: mx.array | None,
-        *,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        """One softmax over raw tokens (keys, values, mask), which meet the queries as they are, and pages, which meet
-        them rotated; the pages' part of the output is rotated back.
+    def _attend_packed(self, chunk: ChunkInputs, page_mask: mx.array | None, raw_mask: mx.array | None) -> mx.array:
+        """One softmax over raw tokens and pages, with a mask for each part instead of the chunk's.
+
+        Raw tokens meet the queries as they are. Pages meet them rotated, and their part of the output is rotated back.
         """
+        queries, raw, pages, index, _, scale, sinks = chunk
         n_rows, n_heads, n_tokens, key_dim = queries.shape
         n_kv_heads, n_repeats = self.shape.n_kv_heads, n_heads // self.shape.n_kv_heads
         # All query heads of a KV head, and all their tokens, are rows of one product.
         grouped = queries.astype(mx.float32).reshape(n_rows, n_kv_heads, n_repeats * n_tokens, key_dim) * scale
-        keys, values, raw_mask = raw[0].astype(mx.float32), raw[1].astype(mx.float32), raw[2]
+        keys, values = raw[0].astype(mx.float32), raw[1].astype(mx.float32)
         parts = [(product(grouped, keys.swapaxes(-1, -2)), raw_mask)]
         if index.n_pages:
             parts.append((self._page_scores(self._key_rotation.apply(grouped), pages, index), page_mask))

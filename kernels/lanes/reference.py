@@ -29,22 +29,10 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from kernels.attention.masks import Mask, MaskForm
-from kernels.attention.page_tables import PageIndex, RowIndex
 from kernels.codec.codes import Code, Nearest, down_columns
 from kernels.codec.layout import PAGE
 from kernels.codec.rotation import Rotation
-from kernels.lanes.base import (
-    AttentionPath,
-    CodebookKind,
-    Codebooks,
-    LaneShape,
-    Pages,
-    Pair,
-    attend_expanded,
-    attend_step_masked,
-    coded_page_arrays,
-)
+from kernels.lanes.base import CodebookKind, Codebooks, Lanes, LaneShape, Pages, Pair, coded_page_arrays
 
 _FLOAT16_MAX = 65504.0
 
@@ -86,18 +74,14 @@ def _best_zoom(units: mx.array, zooms: Sequence[float], nearest: Nearest) -> mx.
     return best
 
 
-class ReferenceLanes:
+class ReferenceLanes(Lanes):
     """`Lanes` in plain MLX operations, for any head dim and any codebook; codes for pairs need an even key dim."""
 
     name: ClassVar[str] = "reference"
     codebook: ClassVar[CodebookKind] = "pair"
-    masks: ClassVar[MaskForm] = MaskForm()
 
     def __init__(self, shape: LaneShape, codebooks: Codebooks) -> None:
-        reason = self.unsupported(shape)
-        if reason:
-            raise ValueError(reason)
-        self.shape = shape
+        super().__init__(shape, codebooks)
         self._key_rotation, self._value_rotation = Rotation(shape.key_dim), Rotation(shape.value_dim)
         self._keys, self._values = Code(codebooks.keys, shape.key_bits), Code(codebooks.values, shape.value_bits)
         self._zooms = codebooks.key_zooms, codebooks.value_zooms
@@ -118,41 +102,13 @@ class ReferenceLanes:
         value_codes, value_scales = quantise(values, down, unbiased=False, zooms=self._zooms[1])
         return self._keys.pack(key_codes), self._values.pack(value_codes), key_scales, value_scales
 
-    def expand(self, pages: Pages, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    def expand(self, pages: Pages, dtype: mx.Dtype) -> Pair:
         keys, values = self.expand_rotated(pages)
         return self._key_rotation.inverse(keys).astype(dtype), self._value_rotation.inverse(values).astype(dtype)
 
-    def expand_rotated(self, pages: Pages) -> tuple[mx.array, mx.array]:
+    def expand_rotated(self, pages: Pages) -> Pair:
         """`expand` without rotating back, in float32: the codes' levels times their scales."""
         key_words, value_words, key_scales, value_scales = pages
         keys, values = self._keys.read(key_words, self.shape.key_dim), self._values.read(value_words, PAGE)
         values = values.swapaxes(-1, -2)
         return keys * key_scales[..., None].astype(mx.float32), values * value_scales[..., None].astype(mx.float32)
-
-    def attend(
-        self,
-        queries: mx.array,
-        raw_keys: mx.array,
-        raw_values: mx.array,
-        pages: Pages,
-        index: PageIndex,
-        mask: Mask,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        return attend_expanded(self.expand, queries, raw_keys, raw_values, pages, index, mask, scale, sinks)
-
-    def attend_step(
-        self,
-        queries: mx.array,
-        tokens: Pair,
-        raw: Pair,
-        pages: Pages,
-        rows: RowIndex,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> tuple[mx.array, Pair]:
-        return attend_step_masked(self.attend, queries, tokens, raw, pages, rows, scale, sinks)
-
-    def path(self, n_tokens: int | None) -> AttentionPath:
-        return "expanded"

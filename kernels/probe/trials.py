@@ -15,7 +15,7 @@ import numpy as np
 from kernels.attention.masks import Mask
 from kernels.attention.page_tables import PageIndex, RowIndex
 from kernels.codec.layout import PAGE
-from kernels.lanes.base import Lanes, LaneShape, Pages, Pair, attend_expanded, store_tokens
+from kernels.lanes.base import ChunkInputs, Lanes, LaneShape, Pages, Pair, StepInputs, attend_expanded, store_tokens
 
 T = TypeVar("T")
 
@@ -152,12 +152,11 @@ class Trial:
             columns = mx.arange(5 * PAGE)
             visible = mx.stack([columns >= 5, (columns < PAGE) | (columns >= 3 * PAGE)])[:, None, None]
             mask = mx.repeat(visible, n_tokens, axis=2)
-        scale = self._shape.key_dim**-0.5
-        pages = self._pages
-        got, microseconds = timed(lambda: self.lanes.attend(queries, keys, values, pages, index, mask, scale, None))
+        chunk = ChunkInputs(queries, (keys, values), self._pages, index, mask, self._shape.key_dim**-0.5, None)
+        got, microseconds = timed(lambda: self.lanes.attend(chunk))
         with mx.stream(mx.cpu):
             q, k, v = (x.astype(mx.float32) for x in (queries, keys, values))
-            want = attend_expanded(self._judge.expand, q, k, v, pages, index, mask, scale, None)
+            want = attend_expanded(self._judge.expand, chunk._replace(queries=q, raw=(k, v)))
             return Measured(self._error(got, want), self._limits.attend, microseconds)
 
     def attend_step(self, rows: RowIndex, with_sinks: bool = False) -> Measured:
@@ -165,18 +164,16 @@ class Trial:
         # Slots that no query may see hold random numbers as well, and so do those of the step's own tokens.
         queries, keys, values = random_step(self._shape, self.dtype, 30, n_rows, rows.n_queries, n_raw)
         tokens = random_step(self._shape, self.dtype, 33, n_rows, rows.n_queries, rows.n_queries)[1:]
-        raw = keys, values
         sinks = mx.linspace(-1, 2, self._shape.n_heads).astype(self.dtype) if with_sinks else None
-        scale = self._shape.key_dim**-0.5
-        pages = self._pages
-        (got, kept), microseconds = timed(
-            lambda: self.lanes.attend_step(queries, tokens, raw, pages, rows, scale, sinks)
-        )
+        step = StepInputs(queries, tokens, (keys, values), self._pages, rows, self._shape.key_dim**-0.5, sinks)
+        (got, kept), microseconds = timed(lambda: self.lanes.attend_step(step))
         with mx.stream(mx.cpu):
-            stored = store_tokens(tokens, raw, rows)
-            q = queries.astype(mx.float32)
+            stored = store_tokens(tokens, step.raw, rows)
             k, v = (x[:, :, : rows.n_raw].astype(mx.float32) for x in stored)
-            want = attend_expanded(self._judge.expand, q, k, v, pages, rows.index, rows.mask, scale, sinks)
+            chunk = ChunkInputs(
+                queries.astype(mx.float32), (k, v), step.pages, rows.index, rows.mask, step.scale, sinks
+            )
+            want = attend_expanded(self._judge.expand, chunk)
             error = self._error(got, want)
             if not all(bool(mx.array_equal(a, b)) for a, b in zip(kept, stored, strict=True)):
                 error = float("inf")
@@ -238,7 +235,8 @@ def decode_microseconds(lanes: Lanes, dtype: mx.Dtype) -> float:
 
     def calls() -> list[tuple[mx.array, Pair]]:
         return [
-            lanes.attend_step(q, tokens, raw, pages, rows, scale, None) for q, rows in zip(queries, steps, strict=True)
+            lanes.attend_step(StepInputs(q, tokens, raw, pages, rows, scale, None))
+            for q, rows in zip(queries, steps, strict=True)
         ]
 
     mx.eval(calls())

@@ -11,7 +11,7 @@ import mlx.core as mx
 from kernels.attention.page_tables import RowIndex
 from kernels.codec.layout import PAGE
 from kernels.fused.profiles import Profile
-from kernels.lanes.base import LaneShape
+from kernels.lanes.base import LaneShape, StepInputs
 from tests.gpu.lanes import fused
 
 CHAIN = 32
@@ -97,7 +97,11 @@ def step_of(case: Case, profile: Profile | None = None) -> tuple[Callable[[mx.ar
     tokens, raw = (keys, values), (raw_keys, raw_values)
     mx.eval(pages, tokens, raw, rows.table, rows.rows)
     n_bytes = sum(p.nbytes for p in pages) + sum(r.nbytes for r in raw)
-    return lambda q: lanes.attend_step(q, tokens, raw, tuple(pages), rows, case.dim**-0.5, None)[0], n_bytes
+
+    def run(q: mx.array) -> mx.array:
+        return lanes.attend_step(StepInputs(q, tokens, raw, tuple(pages), rows, case.dim**-0.5, None))[0]
+
+    return run, n_bytes
 
 
 def mlx_step(case: Case) -> Callable[[mx.array], mx.array]:

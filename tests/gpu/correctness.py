@@ -10,7 +10,7 @@ import numpy as np
 
 from kernels.attention.page_tables import RowIndex
 from kernels.codec.layout import PAGE
-from kernels.lanes.base import LaneShape, Pair, store_tokens
+from kernels.lanes.base import LaneShape, Pair, StepInputs, store_tokens
 from tests.gpu.lanes import fused, reference
 
 TYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -143,7 +143,7 @@ def check(case: Case, seed: int = 0) -> dict[str, Any]:
     tokens = own_tokens(stored, rows)
     # What lies in these tokens' slots must not be read.
     before = store_tokens((tokens[0] * mx.nan, tokens[1] * mx.nan), stored, rows)
-    got, after = lanes.attend_step(queries, tokens, before, pages, rows, scale, sinks)
+    got, after = lanes.attend_step(StepInputs(queries, tokens, before, pages, rows, scale, sinks))
     stores = all(bool(mx.array_equal(a, b)) for a, b in zip(after, stored, strict=True))
     arrays = {
         name: np.array(x.astype(mx.float32), dtype=np.float64)

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from kernels.attention.page_tables import RowIndex
 from kernels.codec.layout import PAGE
-from kernels.lanes.base import Pair, gather_expanded, store_tokens
+from kernels.lanes.base import ChunkInputs, Pair, StepInputs, gather_expanded, store_tokens
 from turbocache.cache.chunks import body_of, centred, page_blocks, raw_after
 from turbocache.cache.conditioning import RowCentres
 from turbocache.cache.ring import PageRing
@@ -239,7 +239,8 @@ class CacheBatch:
     ) -> mx.array:
         """`[B, n_heads, 1, key_dim]` to `[B, n_heads, 1, value_dim]` in the queries' dtype; stores the tokens."""
         lanes, pages = self.spec.layers[layer].lanes, self.spec.pool.pages(layer)
-        out, self._raw[layer] = lanes.attend_step(queries, tokens, self._raw[layer], pages, step.rows, scale, sinks)
+        inputs = StepInputs(queries, tokens, self._raw[layer], pages, step.rows, scale, sinks)
+        out, self._raw[layer] = lanes.attend_step(inputs)
         self._unstored.pop(layer, None)
         return out
 
@@ -283,7 +284,7 @@ class CacheBatch:
             )
             chosen = queries[here, :, : chunk.n]
             mask = chunk.mask_in(lanes.masks, queries.dtype)
-            out = lanes.attend(chosen, keys, values, pages, chunk.index, mask, scale, sinks)
+            out = lanes.attend(ChunkInputs(chosen, (keys, values), pages, chunk.index, mask, scale, sinks))
             if chunk.n < n_columns:
                 out = mx.pad(out, [(0, 0), (0, 0), (0, n_columns - chunk.n), (0, 0)])
             outs[chunk.row] = out

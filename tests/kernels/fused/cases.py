@@ -16,7 +16,7 @@ from kernels.codec.layout import PAGE
 from kernels.codec.rotation import Rotation
 from kernels.fused import kernel_text
 from kernels.fused.lanes import CudaLanes, FusedLanes, MetalLanes
-from kernels.lanes.base import Codebooks, LaneShape, Pages
+from kernels.lanes.base import Codebooks, LaneShape, Pages, StepInputs
 from tests.metal import Kernel, Launches, Mode, emulate, run, why_not
 from tests.oracles import attend_dense, visible_positions
 from turbocache.codebooks.scalar import levels_for
@@ -187,7 +187,8 @@ class Step:
         pages: Pages = tuple(mx.array(x) for x in self.pages)
         sinks = None if self.sinks is None else mx.array(self.sinks).astype(dtype)
         buffers = before[0], before[1]
-        out, after = lanes.attend_step(queries, (keys, values), buffers, pages, self.rows, self.setting.scale, sinks)
+        step = StepInputs(queries, (keys, values), buffers, pages, self.rows, self.setting.scale, sinks)
+        out, after = lanes.attend_step(step)
         assert out.dtype == dtype
         for got, want in zip(after, (self.raw_keys, self.raw_values), strict=True):
             np.testing.assert_array_equal(np.array(got.astype(mx.float32)), want)

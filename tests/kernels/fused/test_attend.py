@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kernels.attention.page_tables import PageIndex
 from kernels.codec.layout import PAGE
+from kernels.lanes.base import ChunkInputs
 from kernels.probe.trials import random_step
 from tests.kernels.fused.cases import (
     BY_NAME,
@@ -238,8 +239,7 @@ def test_a_chunk_s_mask_may_be_for_more_queries_and_keys(language: Language, n_t
     for mask in (some, "causal", None):
         form = lanes.masks.of(mask, n_tokens, n_keys, setting.dtype)
         with emulated("plain"):
-            got, want = (
-                lanes.attend(queries, keys, values, pages, index, m, 0.1, None).astype(mx.float32) for m in (form, mask)
-            )
+            chunks = [ChunkInputs(queries, (keys, values), pages, index, m, 0.1, None) for m in (form, mask)]
+            got, want = (lanes.attend(chunk).astype(mx.float32) for chunk in chunks)
             assert got.shape == want.shape
             assert mx.allclose(got, want, rtol=0, atol=2e-3)

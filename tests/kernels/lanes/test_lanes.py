@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kernels.attention.page_tables import RowIndex
 from kernels.codec.layout import PAGE
-from kernels.lanes.base import Lanes, LaneShape, Pair
+from kernels.lanes.base import Lanes, LaneShape, Pair, StepInputs
 from kernels.lanes.identity import IdentityLanes
 from kernels.lanes.packed import PackedLanes
 from tests.oracles import attend_dense, visible_positions
@@ -129,7 +129,8 @@ def test_a_step_sees_exactly_the_tokens_it_should(
     sinks = rng.normal(size=(4,)).astype(np.float32) if with_sinks else None
     given_sinks = None if sinks is None else mx.array(sinks)
     index = step.index()
-    out, raw = lanes_of(name).attend_step(mx.array(queries), *step.pairs(), step.pages, index, 0.125, given_sinks)
+    inputs = StepInputs(mx.array(queries), *step.pairs(), step.pages, index, 0.125, given_sinks)
+    out, raw = lanes_of(name).attend_step(inputs)
     assert out.dtype == mx.float32
     for got, want in zip(raw, step.stored(), strict=True):
         np.testing.assert_array_equal(np.array(got), want)
@@ -195,7 +196,8 @@ def test_outputs_have_the_queries_dtype(name: str, dtype: mx.Dtype) -> None:
     queries = mx.random.normal((2, 4, 1, 64)).astype(dtype)
     for raw in step.raw:
         raw.clip(-9, 9, out=raw)
-    out, kept = lanes_of(name).attend_step(queries, *step.pairs(dtype), step.pages, step.index(), 0.125, None)
+    inputs = StepInputs(queries, *step.pairs(dtype), step.pages, step.index(), 0.125, None)
+    out, kept = lanes_of(name).attend_step(inputs)
     assert {out.dtype, *(x.dtype for x in kept)} == {dtype}
 
 
@@ -212,6 +214,6 @@ def test_without_pages_nothing_is_rotated(monkeypatch: pytest.MonkeyPatch) -> No
         for n in (1, 60):
             index = index_of(((),), offsets=(20,), first=(0,), n_queries=n)
             tokens = mx.ones((1, 2, n, 64)), mx.ones((1, 2, n, 32))
-            out, _ = lanes.attend_step(mx.ones((1, 4, n, 64)), tokens, raw, pages, index, 0.125, None)
+            out, _ = lanes.attend_step(StepInputs(mx.ones((1, 4, n, 64)), tokens, raw, pages, index, 0.125, None))
             assert out.shape == (1, 4, n, 32)
     assert isinstance(lanes, PackedLanes)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernels.attention.page_tables import PageIndex
 from kernels.codec.layout import PAGE
 from kernels.codec.rotation import Rotation
-from kernels.lanes.base import Codebooks, Lanes, LaneShape, Mask
+from kernels.lanes.base import ChunkInputs, Codebooks, Lanes, LaneShape, Mask
 from kernels.lanes.packed import PackedLanes
 from tests.oracles import attend_dense, quantise_row
 from turbocache.backend import make_lanes
@@ -114,16 +114,9 @@ def attend_case(
     for lanes in both(shape):
         pages = lanes.encode(keys, values)
         page_keys, page_values = (np.array(x) for x in lanes.expand(pages, mx.float32))
-        out = lanes.attend(
-            mx.array(queries),
-            mx.array(raw_keys),
-            mx.array(raw_values),
-            pages,
-            index,
-            mask,
-            scale,
-            None if sinks is None else mx.array(sinks),
-        )
+        raw = mx.array(raw_keys), mx.array(raw_values)
+        given_sinks = None if sinks is None else mx.array(sinks)
+        out = lanes.attend(ChunkInputs(mx.array(queries), raw, pages, index, mask, scale, given_sinks))
         assert out.dtype == mx.float32
         assert out.shape == (n_rows, shape.n_heads, n_tokens, shape.value_dim)
         got = np.array(out)
@@ -199,7 +192,8 @@ def test_attention_is_as_exact_as_float32_allows(bits: int) -> None:
             visible = np.zeros((1, 1, 1, PAGE + 1), dtype=bool)
             visible[..., [token, PAGE]] = True
             raw = mx.zeros((1, 2, 1, 128))
-            out = lanes.attend(mx.array(queries), raw, raw, pages, PageIndex(((page,),)), mx.array(visible), 1.0, None)
+            index, mask = PageIndex(((page,),)), mx.array(visible)
+            out = lanes.attend(ChunkInputs(mx.array(queries), (raw, raw), pages, index, mask, 1.0, None))
             weight = float(out[0, 0, 0, 0]) / float(lanes.expand(pages, mx.float32)[1][page, 0, token, 0])
             assert np.log(weight / (1 - weight)) == pytest.approx(1, abs=2e-4)
 
@@ -242,7 +236,7 @@ def test_a_broken_page_stays_in_its_row(backend: str, tables: tuple[tuple[int, .
         visible[row, ..., PAGE * len(table) : n_paged] = False
     queries = mx.array(rng.normal(size=(2, 4, 1, 64)).astype(np.float32))
     raw = mx.array(rng.normal(size=(2, 2, 4, 64)).astype(np.float32))
-    out = np.array(lanes.attend(queries, raw, raw, pages, index, mx.array(visible), 0.125, None))
+    out = np.array(lanes.attend(ChunkInputs(queries, (raw, raw), pages, index, mx.array(visible), 0.125, None)))
     for row, table in enumerate(tables):
         assert np.isnan(out[row]).any() == (0 in table)
 

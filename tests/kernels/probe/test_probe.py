@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 
 from kernels.attention.page_tables import PageIndex, RowIndex
-from kernels.lanes.base import LaneShape, attend_expanded, store_tokens
-from kernels.lanes.expanded import PartedLanes
+from kernels.lanes.base import ChunkInputs, LaneShape, Pair, StepInputs, attend_expanded, store_tokens
+from kernels.lanes.expanded import ExpandedAttentionLanes
 from kernels.lanes.packed import PackedLanes
 from kernels.lanes.reference import ReferenceLanes
 from kernels.probe.probe import BackendUnavailable, Candidate, probe
@@ -193,12 +193,13 @@ def subtle(change: Callable[[RowIndex], RowIndex], sinks: bool = True, own: bool
     """`FakeFused` that misreads where a step's tokens are, or forgets the sinks or the step's own tokens."""
 
     class Subtle(FakeFused):
-        def attend_step(self, q: Any, tokens: Any, raw: Any, pages: Any, rows: RowIndex, scale: Any, extra: Any) -> Any:
-            kept = store_tokens(tokens, raw, rows)
-            rows = change(rows)
-            live = (x[:, :, : rows.n_raw] for x in (kept if own else raw))
-            extra = extra if sinks else None
-            return attend_expanded(self.expand, q, *live, pages, rows.index, rows.mask, scale, extra), kept
+        def attend_step(self, step: StepInputs) -> tuple[mx.array, Pair]:
+            kept = store_tokens(step.tokens, step.raw, step.rows)
+            rows = change(step.rows)
+            keys, values = (x[:, :, : rows.n_raw] for x in (kept if own else step.raw))
+            extra = step.sinks if sinks else None
+            chunk = ChunkInputs(step.queries, (keys, values), step.pages, rows.index, rows.mask, step.scale, extra)
+            return attend_expanded(self.expand, chunk), kept
 
     return Subtle
 
@@ -268,16 +269,18 @@ def test_correct_lanes_stay_far_below_the_limits(make: Candidate, shape: LaneSha
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_a_chunk_that_misses_one_token_or_page_is_found(dtype: mx.Dtype) -> None:
     class OneColumnLess(FakeFused):
-        def attend(self, q: Any, k: Any, v: Any, pages: Any, index: Any, mask: Any, *rest: Any) -> Any:
-            if isinstance(mask, str):
-                k, v = mx.roll(k, 1, axis=2), mx.roll(v, 1, axis=2)
-            else:
-                mask = mask & (mx.arange(mask.shape[-1]) != mask.shape[-1] - 1)
-            return super().attend(q, k, v, pages, index, mask, *rest)
+        def attend(self, chunk: ChunkInputs) -> mx.array:
+            if not isinstance(chunk.mask, mx.array):
+                keys, values = chunk.raw
+                return super().attend(chunk._replace(raw=(mx.roll(keys, 1, axis=2), mx.roll(values, 1, axis=2))))
+            n_keys = chunk.mask.shape[-1]
+            return super().attend(chunk._replace(mask=chunk.mask & (mx.arange(n_keys) != n_keys - 1)))
 
     class OtherPage(FakeFused):
-        def attend(self, q: Any, k: Any, v: Any, pages: Any, index: Any, *rest: Any) -> Any:
-            return super().attend(q, k, v, pages, PageIndex(tuple((*t[:-1], 4) for t in index.tables)), *rest)
+        def attend(self, chunk: ChunkInputs) -> mx.array:
+            return super().attend(
+                chunk._replace(page_index=PageIndex(tuple((*t[:-1], 4) for t in chunk.page_index.tables)))
+            )
 
     for lanes in (OneColumnLess, OtherPage):
         cuda = candidate("cuda", lanes)
@@ -315,18 +318,18 @@ def test_the_fallback_is_timed_like_the_candidate() -> None:
 
 
 @pytest.mark.parametrize("expanded", [("attend",), ("attend_step",), ("attend", "attend_step")])
-def test_parted_lanes_attend_correctly_without_the_failed_parts(expanded: tuple[str, ...]) -> None:
+def test_expanded_attention_lanes_attend_correctly_without_the_failed_parts(expanded: tuple[str, ...]) -> None:
     broken = faulty("attend", nan)
     both = type("Both", (broken,), {"attend_step": faulty("attend_step", nan).attend_step})
     kept = {"attend": "attend_step", "attend_step": "attend"}
     lanes = both if len(expanded) == 2 else faulty(expanded[0], nan)
     cuda = candidate("cuda", lanes)
-    parted = PartedLanes(cuda.build(SHAPE), expanded)
-    for part, form, run in Trial(parted, cuda.oracle(SHAPE), mx.float32, shared=True).parts():
+    expanding = ExpandedAttentionLanes(cuda.build(SHAPE), expanded)
+    for part, form, run in Trial(expanding, cuda.oracle(SHAPE), mx.float32, shared=True).parts():
         assert run().passed, (part, form)
-    assert parted.path(5 if "attend" in expanded else None) == "expanded"
+    assert expanding.path(5 if "attend" in expanded else None) == "expanded"
     if len(expanded) == 1 and kept[expanded[0]] == "attend_step":
-        assert parted.path(None) == "fused"
+        assert expanding.path(None) == "fused"
 
 
 def test_the_answer_is_plain_json_of_the_agreed_form() -> None:

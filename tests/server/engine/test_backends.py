@@ -201,7 +201,7 @@ def test_a_kernel_that_breaks_while_serving_ends_in_an_unhealthy_server(
 def test_two_kinds_of_layers_get_lanes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the probe decided for a dtype is what its layers are made with."""
     from kernels.lanes.base import LaneShape
-    from kernels.lanes.expanded import PartedLanes
+    from kernels.lanes.expanded import ExpandedAttentionLanes
     from kernels.probe.verdict import Backend, LayerUse, LayerVerdict
 
     monkeypatch.setitem(backends.LANES, "cuda", FakeFused)
@@ -216,7 +216,7 @@ def test_two_kinds_of_layers_get_lanes_of_their_own(monkeypatch: pytest.MonkeyPa
     assert type(whole) is FakeFused
     assert whole.path(None) == "fused"
     parted = backends.lanes_for(backend, shape, mx.bfloat16)
-    assert isinstance(parted, PartedLanes)
+    assert isinstance(parted, ExpandedAttentionLanes)
     assert parted.path(None) == "expanded"
     assert backends.lanes_for(backend, other, mx.float16).name == "packed"
     assert type(backends.lanes_for("reference", other, mx.float16)) is ReferenceLanes

@@ -3,7 +3,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from kernels.attention.page_tables import RowIndex
-from kernels.lanes.base import LaneShape, Pages, Pair, store_tokens
+from kernels.lanes.base import LaneShape, Pair, StepInputs, store_tokens
 from kernels.lanes.identity import IdentityLanes
 from turbocache.cache.batch import CacheBatch
 from turbocache.cache.pool import PagePool
@@ -17,12 +17,10 @@ class _Integers(IdentityLanes):
 
     steps: ClassVar[list[RowIndex]] = []
 
-    def attend_step(
-        self, queries: mx.array, tokens: Pair, raw: Pair, pages: Pages, rows: RowIndex, *rest: object
-    ) -> tuple[mx.array, Pair]:
-        mx.eval(rows.rows, rows.table)
-        self.steps.append(rows)
-        return queries, store_tokens(tokens, raw, rows)
+    def attend_step(self, step: StepInputs) -> tuple[mx.array, Pair]:
+        mx.eval(step.rows.rows, step.rows.table)
+        self.steps.append(step.rows)
+        return step.queries, store_tokens(step.tokens, step.raw, step.rows)
 
 
 def test_a_decode_step_is_planned_once_and_masks_are_never_built_for_lanes_that_take_integers() -> None:
