@@ -70,7 +70,8 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
         engine = (engine_factory or _build_engine)(chosen, metrics)
         with closing(open_store(chosen.session_dir)) as responses:
             engine.start()
-            app.state.context = AppContext(engine, chosen, metrics, responses)
+            app.state.context = AppContext(engine, chosen, metrics)
+            app.state.responses = responses
             requests.deadline = chosen.deadline
             try:
                 async with _beside(watch_loop(metrics), warn_when_exposed(chosen)):

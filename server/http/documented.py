@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from server.api.anthropic.answer import AnthropicErrorEnvelope
-from server.api.own.bodies import ErrorEnvelope
 from server.errors import EngineDead, NotFound, OutOfMemory, QueueFull, ServerError
+from server.http.envelopes import AnthropicErrorEnvelope, ErrorEnvelope
 from server.http.session_name import HEADER_PATTERN, MAX_LENGTH, SESSION_HEADERS
 
 KEY = "documented"

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from server.errors import InvalidRequest, MethodNotAllowed, NotFound, ServerError, UnsupportedField
-from server.http import anthropic_errors
+from server.http.envelopes import anthropic_envelope, is_anthropic_path
 from server.http.wire import UNSUPPORTED_PARAMETER, UNSUPPORTED_VALUE
 
 # nginx's number for "the client closed the connection"; nobody reads it but the log and the metrics.
@@ -49,9 +49,9 @@ def error_response(error: ServerError, scope: Scope, status: int | None = None) 
     headers.
     """
     status, body = status or error.status, error.envelope()
-    if anthropic_errors.is_anthropics(scope["path"]):
+    if is_anthropic_path(scope["path"]):
         record = scope.get("state", {}).get("record")
-        body = anthropic_errors.envelope(error, status, None if record is None else record.request_id)
+        body = anthropic_envelope(error, status, None if record is None else record.request_id)
     return JSONResponse(body, status_code=status, headers=error.headers())
 
 

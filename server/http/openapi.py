@@ -7,12 +7,12 @@ from typing import Any
 
 from fastapi import APIRouter, Depends
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
 from pydantic_core import core_schema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.api.own.bodies import Document
 from server.errors import (
     DeadlineExceeded,
     InternalError,
@@ -43,6 +43,14 @@ _HEADERS: dict[int, Schema] = {
     503: {"Retry-After": {"schema": _RETRY, "description": "in seconds, if it is worth another try"}},
 }
 """Of errors."""
+
+
+class Document(BaseModel):
+    """An OpenAPI document."""
+
+    model_config = {"extra": "allow"}
+
+    openapi: str
 
 
 def openapi_router(others: Sequence[APIRouter]) -> APIRouter:

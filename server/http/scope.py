@@ -11,10 +11,9 @@ from typing import cast
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.responses.store import ResponseStore
 from server.errors import InternalError, ServerError, ShuttingDown, Unauthorized
-from server.http.anthropic_errors import MESSAGES_PATH, is_anthropics
 from server.http.cors import check_origin
+from server.http.envelopes import MESSAGES_PATH, is_anthropic_path
 from server.http.error_handlers import error_response
 from server.http.open_requests import OpenRequests
 from server.http.record import RequestRecord
@@ -40,7 +39,6 @@ class AppContext:
     engine: Engine
     settings: Settings
     metrics: Metrics
-    responses: ResponseStore
 
 
 def context_of(request: Request) -> AppContext:
@@ -100,7 +98,7 @@ class RequestScope:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = [*message.get("headers", []), (b"x-request-id", record.request_id.encode())]
-                if is_anthropics(scope["path"]):
+                if is_anthropic_path(scope["path"]):
                     headers.append((b"request-id", record.request_id.encode()))
                 if record.session_name is not None:
                     headers.append((b"x-session-id", record.session_name.encode()))

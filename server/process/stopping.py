@@ -15,9 +15,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Protocol
 
-from server.errors import ShuttingDown
-from server.http.open_requests import OpenRequests
+from server.errors import ServerError, ShuttingDown
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,22 @@ _LAST_WORDS_SECONDS = 2.0
 _Handler = Callable[[int, FrameType | None], object]
 
 
+class Stoppable(Protocol):
+    """The open requests."""
+
+    def __len__(self) -> int: ...
+
+    def end_all(self, error: ServerError) -> None:
+        """End those that are open, and every later one at once."""
+        ...
+
+
 class Stopping:
     """Listens for signals in front of the ASGI server's own handlers. `stop_engine` is called in a thread where the
     ASGI server would not let the application come to its end.
     """
 
-    def __init__(self, requests: OpenRequests, grace_seconds: float, stop_engine: Callable[[], None]) -> None:
+    def __init__(self, requests: Stoppable, grace_seconds: float, stop_engine: Callable[[], None]) -> None:
         self._requests = requests
         self._grace = grace_seconds
         self._stop_engine = stop_engine

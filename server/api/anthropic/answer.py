@@ -146,16 +146,3 @@ StreamEvent = MessageStart | Ping | BlockStart | BlockDelta | BlockStop | Messag
 
 class StreamEventBody(RootModel[StreamEvent]):
     """The data of any of them."""
-
-
-class ErrorBody(BaseModel):
-    type: str
-    message: str
-
-
-class AnthropicErrorEnvelope(BaseModel):
-    """Every error on the addresses of Anthropic's API, in its shape."""
-
-    type: Literal["error"]
-    error: ErrorBody
-    request_id: str | None

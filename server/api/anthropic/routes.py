@@ -8,7 +8,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.anthropic.answer import (
-    AnthropicErrorEnvelope,
     CacheMiss,
     ContentBlock,
     DiagnosticsBody,
@@ -28,8 +27,8 @@ from server.api.anthropic.answer import (
 from server.api.anthropic.blocks import Blocks, whole_blocks
 from server.api.anthropic.request import CountTokensRequest, MessagesRequest
 from server.errors import NotFound, ServerError
-from server.http.anthropic_errors import MESSAGES_PATH, envelope
 from server.http.documented import answering, documented
+from server.http.envelopes import MESSAGES_PATH, AnthropicErrorEnvelope, anthropic_envelope
 from server.http.exchange import Answer, check_model, name_session, parsed, prepared, respond, to_json
 from server.http.scope import context_of, record_of, require_key
 from server.http.sse import data
@@ -108,7 +107,7 @@ class MessagesForm:
         return [_sent(MessageStop(type="message_stop"))]
 
     def fail(self, error: ServerError) -> Sequence[bytes]:
-        return [data(json.dumps(envelope(error, error.status, self._id), ensure_ascii=False), "error")]
+        return [data(json.dumps(anthropic_envelope(error, error.status, self._id), ensure_ascii=False), "error")]
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> MessageBody:
         [answer] = answers

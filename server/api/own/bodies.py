@@ -1,4 +1,4 @@
-"""The small bodies: errors, models, sessions, and what the server says about itself."""
+"""The small bodies: models, sessions, and what the server says about itself."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,21 +8,6 @@ from server.http.session_name import MAX_LENGTH, NAME_PATTERN
 from server.http.wire import Wire
 
 SessionName = Annotated[str, Field(json_schema_extra={"maxLength": MAX_LENGTH, "pattern": NAME_PATTERN})]
-
-
-class ErrorDetail(BaseModel):
-    """`param` is the field that is wrong, `code` a stable word for programs."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorEnvelope(BaseModel):
-    """Every error, in OpenAI's shape."""
-
-    error: ErrorDetail
 
 
 class ForkRequest(Wire):
@@ -159,11 +144,3 @@ class BackendBody(BaseModel):
     requested: str
     reason: str
     layers: list[dict[str, Any]]
-
-
-class Document(BaseModel):
-    """An OpenAPI document."""
-
-    model_config = {"extra": "allow"}
-
-    openapi: str

@@ -20,7 +20,7 @@ from server.api.responses.form import ResponseForm
 from server.api.responses.input import ItemReference
 from server.api.responses.items import Item, messages_of
 from server.api.responses.request import InputTokensRequest, ResponseInput, ResponsesRequest
-from server.api.responses.store import ResponseStore, StoredResponse
+from server.api.responses.store import ResponseStore, StoredResponse, store_of
 from server.errors import ContextLengthExceeded, InvalidRequest, NotFound
 from server.http.documented import answering, documented
 from server.http.exchange import check_model, name_session, parsed, prepared, respond, to_json
@@ -72,13 +72,13 @@ async def create_response(request: Request) -> Response:
     context, record = context_of(request), record_of(request)
     asked = await parsed(request, ResponsesRequest)
     check_model(asked.model, context.engine.model)
-    earlier, new = _context(context.responses, record.owner, asked)
+    earlier, new = _context(store_of(request), record.owner, asked)
     chain = _session(asked, earlier, new, record.request_id)
     session = name_session(request, asked.prompt_cache_key, bool(asked.stream), default=chain)
 
     def keep(body: ResponseBody) -> None:
         if asked.stored:
-            context.responses.add(StoredResponse(owner=record.owner, session=session, input=new, response=body))
+            store_of(request).add(StoredResponse(owner=record.owner, session=session, input=new, response=body))
 
     with _own_names():
         rules, prompt, grammar = await _prepared(request, asked, [*_items(earlier), *new])
@@ -112,7 +112,7 @@ async def input_tokens(request: Request) -> Response:
     asked = await parsed(request, InputTokensRequest)
     if asked.model is not None:
         check_model(asked.model, context.engine.model)
-    earlier, new = _context(context.responses, record.owner, asked)
+    earlier, new = _context(store_of(request), record.owner, asked)
     with _own_names():
         _, prompt, _ = await _prepared(request, asked, [*_items(earlier), *new])
     return _json(InputTokens(object="response.input_tokens", input_tokens=len(prompt.tokens)))
@@ -121,20 +121,20 @@ async def input_tokens(request: Request) -> Response:
 @router.get("/{response_id}", openapi_extra=_documented(ResponseBody, query=RetrieveQuery))
 async def retrieve_response(request: Request, response_id: str, query: Annotated[RetrieveQuery, Query()]) -> Response:
     """A response that is stored. 404 when there is none, or it is another key's."""
-    return _json(context_of(request).responses.get(record_of(request).owner, response_id).response)
+    return _json(store_of(request).get(record_of(request).owner, response_id).response)
 
 
 @router.delete("/{response_id}", openapi_extra=_documented(DeletedResponse))
 async def delete_response(request: Request, response_id: str) -> Response:
     """Forget a response, in memory and on disk. Its KV session stays."""
-    context_of(request).responses.remove(record_of(request).owner, response_id)
+    store_of(request).remove(record_of(request).owner, response_id)
     return _json(DeletedResponse(id=response_id, object="response", deleted=True))
 
 
 @router.get("/{response_id}/input_items", openapi_extra=_documented(ItemList, query=ItemsQuery))
 async def input_items(request: Request, response_id: str, query: Annotated[ItemsQuery, Query()]) -> Response:
     """What a response was made from, with all of the conversation before it, a page at a time."""
-    store, owner = context_of(request).responses, record_of(request).owner
+    store, owner = store_of(request), record_of(request).owner
     stored = store.get(owner, response_id)
     items = [*_items(store.chain(owner, stored.previous)), *stored.input]
     if query.order == "desc":

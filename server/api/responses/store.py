@@ -9,8 +9,10 @@ there since is read when it is asked for.
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
 
 from server.api.responses.answer import ResponseBody
 from server.api.responses.files import ResponseFiles
@@ -188,3 +190,8 @@ def open_store(session_dir: Path | None) -> ResponseStore:
     except OSError as error:
         raise StartupError(f"TURBOCACHE_SESSION_DIR: {folder} can't be used: {error.strerror}.") from error
     return ResponseStore(files)
+
+
+def store_of(request: Request) -> ResponseStore:
+    """The server's store, which the application puts on its state."""
+    return cast(ResponseStore, request.app.state.responses)

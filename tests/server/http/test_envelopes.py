@@ -1,11 +1,11 @@
-"""server.http.anthropic_errors: types by status, and the words that Claude Code acts on."""
+"""server.http.envelopes: types by status, and the words that Claude Code acts on."""
 
 import re
 
 import pytest
 
 from server import errors
-from server.http.anthropic_errors import envelope, is_anthropics
+from server.http.envelopes import anthropic_envelope, is_anthropic_path
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from server.http.anthropic_errors import envelope, is_anthropics
 )
 def test_types(error: errors.ServerError, kind: str) -> None:
     body = {"type": "error", "error": {"type": kind, "message": "m"}, "request_id": "r"}
-    assert envelope(error, error.status, "r") == body
+    assert anthropic_envelope(error, error.status, "r") == body
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_types(error: errors.ServerError, kind: str) -> None:
 )
 def test_the_message_names_the_field(message: str, param: str | None, said: str) -> None:
     error = errors.InvalidRequest(message, param=param)
-    assert envelope(error, 400, None)["error"]["message"] == said
+    assert anthropic_envelope(error, 400, None)["error"]["message"] == said
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_message_names_the_field(message: str, param: str | None, said: str)
     [(403, "permission_error"), (504, "timeout_error"), (418, "invalid_request_error"), (529, "overloaded_error")],
 )
 def test_other_statuses(status: int, kind: str) -> None:
-    assert envelope(errors.ServerError("m"), status, None)["error"]["type"] == kind
+    assert anthropic_envelope(errors.ServerError("m"), status, None)["error"]["type"] == kind
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def test_other_statuses(status: int, kind: str) -> None:
     ],
 )
 def test_addresses(path: str, ours: bool) -> None:
-    assert is_anthropics(path) is ours
+    assert is_anthropic_path(path) is ours
 
 
 @pytest.mark.parametrize(("prompt", "wanted"), [(4012, 256), (99, 1)])
 def test_too_much_is_asked_for(prompt: int, wanted: int) -> None:
     error = errors.ContextLengthExceeded(limit=4097, prompt_tokens=prompt, max_tokens=wanted)
-    message = envelope(error, 400, None)["error"]["message"]
+    message = anthropic_envelope(error, 400, None)["error"]["message"]
     # As Claude Code looks for it, to ask for fewer tokens.
     found = re.search(r"input length and `max_tokens` exceed context limit: (\d+) \+ (\d+) > (\d+)", message)
     assert found is not None
@@ -75,4 +75,5 @@ def test_too_much_is_asked_for(prompt: int, wanted: int) -> None:
 @pytest.mark.parametrize(("prompt", "wanted"), [(4097, 256), (5000, 1), (4097, None)])
 def test_a_prompt_that_leaves_no_room(prompt: int, wanted: int | None) -> None:
     error = errors.ContextLengthExceeded(limit=4097, prompt_tokens=prompt, max_tokens=wanted)
-    assert envelope(error, 400, None)["error"]["message"] == f"prompt is too long: {prompt} tokens > 4096 maximum"
+    message = anthropic_envelope(error, 400, None)["error"]["message"]
+    assert message == f"prompt is too long: {prompt} tokens > 4096 maximum"
