@@ -1,6 +1,6 @@
-"""The one error tree of the server: what a client may be told, as plain data (no web framework here).
+"""The server's error tree: what a client may be told, as plain data without a web framework.
 
-Every `ServerError` becomes OpenAI's envelope `{"error": {"message", "type", "param", "code"}}` with `status` as its
+Every `ServerError` becomes OpenAI's envelope `{"error": {"message", "type", "param", "code"}}` with `status` as the
 HTTP status. Foreign errors are translated where they enter and keep their cause (`raise X from error`).
 """
 
@@ -8,19 +8,20 @@ import math
 from typing import Any, ClassVar, Literal
 
 Phase = Literal["arriving", "waiting", "prefill", "answer"]
-"""How far a request has come: its body is read, it waits for the batch, its prompt is read, it is answered."""
+"""How far a request is: its body arrives, it waits for the batch, its prompt is prefilled, it is answered."""
 
 
 class StartupError(Exception):
-    """The server cannot start. `str()` is complete sentences for a person at a terminal; no traceback is shown."""
+    """The server cannot start. `str()` gives full sentences for a person at a terminal. No traceback is shown."""
 
 
 class ServerError(Exception):
-    """An error with an answer for the client.
+    """An error that is sent to the client.
 
-    `message` is one or two sentences, `param` the offending field in OpenAI's style ("messages[0].role"), `code` a
-    stable word for programs, `retry_after` the seconds (at least 1 when sent) after which the same request may be worth
-    sending again.
+    message: one or two sentences.
+    param: the offending field in OpenAI's style, such as "messages[0].role".
+    code: a stable word for programs.
+    retry_after: seconds after which the same request may succeed.
     """
 
     status: ClassVar[int] = 500
@@ -46,31 +47,30 @@ class ServerError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Extra response headers. Retry-After is in whole seconds, rounded up, at least 1."""
+        """Extra response headers. Retry-After is whole seconds, rounded up, at least 1."""
         if self.retry_after is None:
             return {}
         return {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
 
 class InvalidRequest(ServerError):
-    """400: the request itself is wrong; sending it again unchanged is useless."""
+    """400: the request is wrong, and wrong again if it is sent unchanged."""
 
     status = 400
     type = "invalid_request_error"
 
 
 class UnsupportedField(InvalidRequest):
-    """400: a field (or value) of OpenAI's API that this version does not honour. Never ignored in silence."""
+    """400: a field or value of the API that this version does not support. It is never ignored in silence."""
 
     default_code = "unsupported_parameter"
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """400: prompt plus asked-for completion do not fit the model's own positions.
+    """400: the prompt and the requested completion exceed the model's positions.
 
-    `limit`, `prompt_tokens` and `max_tokens` count tokens; `max_tokens` is None when the request named no limit.
-    `param` is where the prompt stands. The words are OpenAI's, because clients recognise them to shorten the
-    conversation.
+    All counts are tokens. `max_tokens` is None when the request has no limit. `param` is where the prompt stands. The
+    words are OpenAI's: clients recognise them and shorten the conversation.
     """
 
     default_code = "context_length_exceeded"
@@ -89,7 +89,7 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class Unauthorized(ServerError):
-    """401: no API key, or not one of ours."""
+    """401: the API key is missing or unknown."""
 
     status = 401
     type = "invalid_request_error"
@@ -100,7 +100,7 @@ class Unauthorized(ServerError):
 
 
 class OriginNotAllowed(ServerError):
-    """403: a page in a browser, from an origin that is not in TURBOCACHE_CORS_ORIGINS, wants something done."""
+    """403: a browser sends a request for a page whose origin is not in TURBOCACHE_CORS_ORIGINS."""
 
     status = 403
     type = "invalid_request_error"
@@ -114,21 +114,21 @@ class OriginNotAllowed(ServerError):
 
 
 class NotFound(ServerError):
-    """404: no such address, or no such model (code "model_not_found")."""
+    """404: the address or the model (code "model_not_found") does not exist."""
 
     status = 404
     type = "invalid_request_error"
 
 
 class SessionNotFound(NotFound):
-    """404: there is no such session, or it is another API key's."""
+    """404: the session does not exist, or it belongs to another API key."""
 
     def __init__(self, id: str) -> None:
         super().__init__(f"There is no session '{id}'.", param="session_id", code="session_not_found")
 
 
 class MethodNotAllowed(ServerError):
-    """405: the address exists, the HTTP method does not."""
+    """405: the address does not have this HTTP method."""
 
     status = 405
     type = "invalid_request_error"
@@ -136,14 +136,11 @@ class MethodNotAllowed(ServerError):
 
 
 class Conflict(ServerError):
-    """409: a session is not in a state for what is asked. `retry` in seconds if it soon may be."""
+    """409: the state of a session does not allow the change."""
 
     status = 409
     type = "invalid_request_error"
     default_code = "conflict"
-
-    def __init__(self, message: str, *, code: str, param: str | None = None, retry: float | None = None) -> None:
-        super().__init__(message, param=param, code=code, retry_after=retry)
 
 
 class PayloadTooLarge(ServerError):
@@ -155,25 +152,20 @@ class PayloadTooLarge(ServerError):
 
 
 class QueueFull(ServerError):
-    """429: TURBOCACHE_QUEUE_LIMIT requests wait already. Always carries Retry-After (seconds)."""
+    """429: TURBOCACHE_QUEUE_LIMIT requests wait already. Always has Retry-After."""
 
     status = 429
     type = "requests"
     default_code = "rate_limit_exceeded"
 
     def __init__(
-        self,
-        message: str = "The server's queue is full. Please try again later.",
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: float = 1.0,
+        self, message: str = "The server's queue is full. Please try again later.", *, retry_after: float = 1.0
     ) -> None:
-        super().__init__(message, param=param, code=code, retry_after=retry_after)
+        super().__init__(message, retry_after=retry_after)
 
 
 class OutOfMemory(ServerError):
-    """503: the request does not fit the cache's memory budget now. Always carries Retry-After (seconds)."""
+    """503: the request does not fit the cache's memory budget now. Always has Retry-After."""
 
     status = 503
     default_code = "out_of_memory"
@@ -182,27 +174,25 @@ class OutOfMemory(ServerError):
         self,
         message: str = "The request does not fit the cache's memory budget right now. Please try again later.",
         *,
-        param: str | None = None,
-        code: str | None = None,
         retry_after: float = 5.0,
     ) -> None:
-        super().__init__(message, param=param, code=code, retry_after=retry_after)
+        super().__init__(message, retry_after=retry_after)
 
 
 class SessionNotSaved(ServerError):
-    """503: a session could not be written to disk or read back; nothing is lost."""
+    """503: a session could not be written to disk or read back. Nothing is lost."""
 
     status = 503
     default_code = "session_not_saved"
 
 
 class DeadlineExceeded(ServerError):
-    """504: TURBOCACHE_DEADLINE seconds have passed since the request arrived, which had come to `phase`.
+    """504: TURBOCACHE_DEADLINE seconds have passed since the request arrived. `phase`: how far it was.
 
-    504 is what gRPC's DEADLINE_EXCEEDED is over HTTP. 408 would blame the client's sending and makes browsers repeat a
-    request on an old connection by themselves; 503 says that the server is overloaded. SDKs send a 504 again, which is
-    right while a request waits or its prompt is read: the next attempt goes on from what is cached by then. An answer
-    is begun anew each time, so they are told not to.
+    gRPC's DEADLINE_EXCEEDED is 504 over HTTP. 408 would blame the client, and browsers repeat such a request by
+    themselves. 503 would mean that the server is overloaded. SDKs repeat a request after a 504. That helps while the
+    request waits or is prefilled, because the next attempt continues from the cached part. An answer starts anew each
+    time, so `X-Should-Retry: false` tells SDKs not to repeat it.
     """
 
     status = 504
@@ -233,14 +223,14 @@ class ShuttingDown(ServerError):
 
 
 class EngineDead(ServerError):
-    """503: the engine thread is dead or stuck; the server must be restarted."""
+    """503: the engine's thread is dead or stuck. The server must be restarted."""
 
     status = 503
     default_code = "engine_dead"
 
 
 class InternalError(ServerError):
-    """500: a fault of the server. The message names the request, never what went wrong inside."""
+    """500: a fault of the server. The message names the request, never the internal cause."""
 
     status = 500
     default_code = "internal_error"
@@ -251,7 +241,7 @@ class InternalError(ServerError):
 
 
 class GrammarFailed(InternalError):
-    """500: an answer could not be held to its schema or its calls any further."""
+    """500: the grammar could no longer hold the answer to its schema or calls."""
 
     default_code = "grammar_failed"
 
@@ -264,7 +254,7 @@ class GrammarFailed(InternalError):
 
 
 class KernelFault(InternalError):
-    """500: a step failed, or its result is not a number. Nothing that it computed was sent."""
+    """500: a step failed, or its result is not a number. None of its results was sent."""
 
     default_code = "kernel_fault"
 

@@ -1,7 +1,8 @@
-"""What the HTTP rooms and the engine say to each other: plain data, no MLX and no FastAPI.
+"""The interface between the HTTP side and the engine: plain data, no MLX and no FastAPI.
 
-The HTTP side turns a wire request into a `GenerationRequest` and submits it; the engine answers by calling `deliver`
-with zero or more `PrefillProgress` and `TextDelta` events and then exactly one terminal event: `Finished` or `Failed`.
+The HTTP side turns a wire request into a `GenerationRequest` and submits it. The engine answers by calling `deliver`
+with any number of `PrefillProgress`, `TextDelta` and `ToolCall` events and then exactly one terminal event: `Finished`
+or `Failed`.
 """
 
 import time
@@ -18,151 +19,154 @@ SessionChange = Literal["delete", "fork", "save", "restore"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn: `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 switch a filter off.
-
-    `logit_bias` is added to the logits of token ids. Presence and frequency penalties are taken off the logits of the
-    answer's tokens so far; `repetition_penalty` divides those of all earlier tokens, 1 switches it off. `seed` makes
-    draws repeat.
-    """
+    """How the next token is drawn. The defaults of all fields but `temperature` switch them off."""
 
     temperature: float = 1.0
+    """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer has so far."""
     frequency_penalty: float = 0.0
+    """The same, times the token's count in the answer."""
     repetition_penalty: float = 1.0
+    """Divides the logits of all earlier tokens, the prompt's too."""
     logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids with what is added to their logits."""
     seed: int | None = None
+    """Makes draws repeat."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a chat template renders: `messages` and `tools` as it takes them, with `options` for it. `go_on`: the answer
-    continues the last message, which is the assistant's, instead of beginning one. `opened`: what opens an answer
-    follows the messages.
-
-    `thinking` lets the model think or forbids it, where the template has a switch for that. A `reasoning_effort` that
-    the template knows nothing of is refused, or passed over if `lenient`.
-    """
+    """The input of a chat template."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    """Variables for the template."""
     reasoning_effort: str | None = None
     thinking: bool | None = None
-    lenient: bool = False
-    go_on: bool = False
-    opened: bool = True
+    """Whether the model may think, for templates that have a switch."""
+    ignore_unknown_effort: bool = False
+    """Ignore a `reasoning_effort` that the template doesn't know, instead of refusing it."""
+    continue_final_message: bool = False
+    """The answer continues the last message, which is the assistant's."""
+    add_generation_prompt: bool = True
+    """Whether the opening of an answer follows the messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call. `parameters` is the JSON schema of its arguments, None for any object.
-    `strict`: calls must satisfy it. `param` is where in the request the schema stands.
-    """
+    """A function that the model may call."""
 
     name: str
     parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments. None allows any object."""
     strict: bool = False
+    """Calls must satisfy the schema."""
     param: str = "tools"
+    """Where in the request the schema stands."""
 
     @property
     def template(self) -> dict[str, Any]:
-        """As parsers and most templates take it, without its description."""
+        """The form that parsers and most templates take, without a description."""
         return {"type": "function", "function": {"name": self.name, "parameters": self.parameters or {}}}
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerRules:
-    """What an answer may be. Without rules it is text.
-
-    With `choice` "none" no tool is called, with "auto" the model decides, with "required" the answer is a call, or with
-    `parallel` several. Only tools in `allowed` are called, None for all. `schema` is the JSON schema that the content
-    must satisfy; `param` is where in the request it stands. `raw`: the answer goes on with the prompt's text, so that
-    no mark in it means anything and its leading space belongs to it.
-    """
+    """What an answer may be. Without rules it is text."""
 
     tools: tuple[Tool, ...] = ()
-    choice: ToolChoice = "auto"
-    allowed: frozenset[str] | None = None
+    tool_choice: ToolChoice = "auto"
+    """none: no tool is called. auto: the model decides. required: the answer is a call."""
+    allowed_tools: frozenset[str] | None = None
+    """The names that may be called. None allows all."""
     parallel: bool = True
+    """The answer may have several calls."""
     schema: dict[str, Any] | None = None
+    """JSON schema that the content must satisfy."""
     param: str = "response_format"
+    """Where in the request the schema stands."""
     raw: bool = False
+    """The answer continues plain text: it has no marks of thoughts or calls, and its leading space belongs to it."""
 
     @property
     def calls(self) -> bool:
-        """Whether the answer may hold calls."""
-        return bool(self.tools) and self.choice != "none"
+        """Whether the answer may have calls."""
+        return bool(self.tools) and self.tool_choice != "none"
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """Rules of an answer, made by the engine. `source` is its text, for llguidance."""
+    """The engine's grammar for an answer."""
 
     source: str
+    """Text for llguidance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation or a text as token ids (never empty). `system_end` and `messages_end` are numbers of tokens: what
-    a system message begins, and all messages without the answer's opening; later conversations often leave each other
-    there. 0 where that is not known. `tool`: the last message is a tool's result, so the turn that a user began goes
-    on. `begun`: the answer goes on with the text at the prompt's end, and a space that it begins with belongs to it.
-    `param` is where in the request the prompt stands.
-    """
+    """A conversation or a text as token ids. Later conversations often diverge at `system_end` or `messages_end`."""
 
     tokens: Sequence[int]
+    """Never empty."""
     system_end: int = 0
+    """Number of tokens up to the end of the system message. 0 if unknown."""
     messages_end: int = 0
-    tool: bool = False
-    begun: bool = False
+    """Number of tokens up to the end of the messages, before the opening of the answer. 0 if unknown."""
+    after_tool_result: bool = False
+    """The last message is a tool's result, so the user's turn continues."""
+    continued: bool = False
+    """The answer continues the text at the prompt's end, so its leading space belongs to it."""
     param: str = "messages"
+    """Where in the request the prompt stands."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One answer to be given, its prompt tokenised.
-
-    `prompt` is the whole conversation. `max_tokens` is None for "as far as the model's positions reach". `session` is
-    the client's name for the conversation, None for an unnamed one. Sessions of one `owner` are nobody else's.
-    `arrived` is a time as `time.time` gives it. `logprobs` asks for the tokens with so many alternatives each, None for
-    none. `rules` say how calls are read, and `grammar` holds the answer to them, None where nothing must. `choice` is
-    the answer's place among several of one HTTP request; all its events carry it. `beside` is the id of a request with
-    the same prompt: this one waits until that has been read, starts from there, and leaves no session behind.
-    """
+    """One answer to generate."""
 
     request_id: str
     prompt: Prompt
+    """The whole conversation."""
     max_tokens: int | None
+    """None: up to the model's last position."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     session: str | None = None
+    """The client's name for the conversation, if it gave one."""
     owner: str = ""
+    """Requests of one owner never see another owner's sessions."""
     logprobs: int | None = None
+    """Number of alternatives to report for each token. None reports no tokens."""
     rules: AnswerRules = field(default_factory=AnswerRules)
     grammar: Grammar | None = None
+    """Holds the answer to its rules, where something must be held."""
     choice: int = 0
-    beside: str | None = None
+    """Index of the answer among those of one HTTP request. All its events carry it."""
+    shares_prompt_of: str | None = None
+    """Id of a request with the same prompt. This one waits for that prefill, starts from it and leaves no session."""
     arrived: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one turn. `cached_tokens` of the prompt were found in the session's cache, the rest prefilled;
-    `reasoning_tokens` of the completion are of a thought.
-    """
+    """Token counts of one turn."""
 
     prompt_tokens: int
     cached_tokens: int
+    """Prompt tokens found in the cache. The others were prefilled."""
     completion_tokens: int
     reasoning_tokens: int = 0
+    """Completion tokens that belong to a thought."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """`processed` of `total` new prompt tokens are in the cache. The first one, with none, says that it has begun."""
+    """`processed` of `total` new prompt tokens are in the cache. The first event has 0: the prefill begins."""
 
     processed: int
     total: int
@@ -171,56 +175,59 @@ class PrefillProgress:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, as bytes because one may be half a character, and the natural logarithm of its probability."""
-
     token: bytes
+    """Bytes, because a token may be a part of a character."""
     logprob: float
+    """Natural logarithm of the probability."""
 
 
 @dataclass(frozen=True, slots=True)
 class DrawnToken(TokenLogprob):
-    """A token of the answer, and the likeliest tokens in its place, best first."""
+    """A token of the answer."""
 
     top: tuple[TokenLogprob, ...] = ()
+    """The likeliest tokens in its place, best first."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that is safe to send (never half a character, never part of a stop string). `tokens`, where they were asked
-    for, are those drawn since the delta before.
-    """
+    """Text that is safe to send: never a part of a character or of a stop string."""
 
     text: str
     channel: Channel = "content"
     tokens: tuple[DrawnToken, ...] = ()
+    """The tokens drawn since the delta before, if the request asked for them."""
     choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A whole call. `arguments` is JSON text of an object."""
+    """A complete call."""
 
     id: str
     name: str
     arguments: str
+    """JSON text of an object."""
     choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Terminal: the answer is complete. `stop` is the stop string that ended it, if one did."""
+    """Terminal event: the answer is complete."""
 
     finish_reason: FinishReason
     usage: Usage
     stop: str | None = None
+    """The stop string that ended the answer, if one did."""
     choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Terminal: the request ended with an error; `error` is one of server.errors' classes."""
+    """Terminal event: the request ended with an error."""
 
     error: Exception
+    """A `server.errors.ServerError`."""
     choice: int = 0
 
 
@@ -230,68 +237,76 @@ Deliver = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`alive` is False when the engine thread is dead or stuck; `detail` says which and what to do."""
-
     alive: bool
+    """False when the engine's thread is dead or stuck."""
     detail: str
+    """What is wrong and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The loaded model as clients see it. A conversation has at most `max_tokens` tokens: the model's own positions, or
-    fewer where sessions may not rotate. One that is longer than `rotates_at` has lost its oldest tokens, None: never.
-    Token ids are below `n_tokens`.
-    """
+    """The loaded model as clients see it."""
 
     id: str
     created: int
     max_tokens: int
+    """Longest conversation that is accepted: the model's positions, or fewer where sessions may not rotate."""
     n_tokens: int
+    """Size of the vocabulary. Token ids are below it."""
     rotates_at: int | None = None
+    """A longer conversation loses its oldest tokens. None: sessions never rotate."""
 
 
 class Engine(Protocol):
-    """What the HTTP rooms need of the engine. All methods may be called from the event loop and return at once,
-    except `tokenize`, `encode`, `decode`, `spell` and `constrain`, which are called from worker threads and take as
-    long as they need."""
+    """What the HTTP side needs from the engine.
+
+    All methods may be called from the event loop and return at once, except `tokenize`, `encode`, `decode`,
+    `token_strings` and `constrain`. Those are called from worker threads and may take long.
+    """
 
     @property
     def model(self) -> ModelInfo: ...
 
     def tokenize(self, conversation: Conversation) -> Prompt:
-        """A conversation through the model's chat template. Raises server.errors.InvalidRequest when that refuses it,
-        UnsupportedField for an option that it doesn't know."""
-        ...
+        """Apply the model's chat template.
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Plain text as token ids, with those that the tokenizer puts around a text if `special`."""
-        ...
-
-    def decode(self, tokens: Sequence[int], param: str = "tokens") -> str:
-        """Token ids as text. `param` is where in the request they stand. Raises server.errors.InvalidRequest for an id
-        that the model doesn't have.
+        Raises server.errors.InvalidRequest when the template refuses the conversation, UnsupportedField for an option
+        that it doesn't know.
         """
         ...
 
-    def spell(self, tokens: Sequence[int]) -> list[str]:
-        """Each token as the tokenizer's vocabulary has it. Raises as `decode` does."""
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Plain text as token ids. `special` adds the tokens that the tokenizer puts around a text."""
+        ...
+
+    def decode(self, tokens: Sequence[int], param: str = "tokens") -> str:
+        """Token ids as text. `param` is where they stand in the request.
+
+        Raises server.errors.InvalidRequest for an id that the model doesn't have.
+        """
+        ...
+
+    def token_strings(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as the tokenizer's vocabulary spells it. Raises as `decode` does."""
         ...
 
     def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:
-        """The grammar that holds an answer to its rules; None where nothing needs to be held.
+        """The grammar that holds an answer to its rules, or None where no rule needs one.
 
-        Raises server.errors.InvalidRequest for a schema with anything that can't be held to, and UnsupportedField where
-        the model's own form of calls can't be.
+        Raises server.errors.InvalidRequest for a schema that a grammar can't enforce, and UnsupportedField if the
+        model's format of calls can't be enforced.
         """
         ...
 
     def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
-        """Queue requests, all or none. `deliver` is called from the engine's thread. Raises server.errors.QueueFull,
-        OutOfMemory, ContextLengthExceeded or EngineDead; after a raise nothing was queued."""
+        """Queue all requests or none. The engine's thread calls `deliver`.
+
+        Raises server.errors.QueueFull, OutOfMemory, ContextLengthExceeded or EngineDead. Then nothing is queued.
+        """
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Stop working on a request whose client is gone; it gets no further events. Unknown ids are ignored."""
+        """Stop a request whose client is gone. It gets no further events. Unknown ids are ignored."""
         ...
 
     def health(self) -> Health: ...
@@ -305,16 +320,16 @@ class Engine(Protocol):
         ...
 
     def sessions(self, owner: str) -> list[dict[str, Any]]:
-        """The JSON rows of GET /v1/sessions: what belongs to an owner."""
+        """The JSON rows of GET /v1/sessions for an owner."""
         ...
 
     def change_session(
         self, change: SessionChange, owner: str, id: str, new_id: str | None = None
     ) -> Future[dict[str, Any]]:
-        """Delete a session, copy it under a name of its own (`new_id`, or one that is made up), write it to disk, or
-        bring it back into memory. Returns its JSON row afterwards, a fork's the new one's.
+        """Delete, fork, save (to disk) or restore (to memory) a session. A fork without `new_id` gets a made-up id.
 
-        Raises EngineDead; the future raises server.errors.NotFound, Conflict (it runs, the new name is taken, or its
-        file is refused), OutOfMemory, InvalidRequest (there is no disk) or SessionNotSaved.
+        Returns the session's JSON row after the change; of a fork, the new session's. Raises EngineDead. The future
+        raises server.errors.NotFound, Conflict (the session runs, the new id is taken, or its file is refused),
+        OutOfMemory, InvalidRequest (there is no disk) or SessionNotSaved.
         """
         ...

@@ -169,11 +169,11 @@ class MlxEngine:
     def decode(self, tokens: Sequence[int], param: str = "tokens") -> str:
         return self._prompts.decode(tokens, param)
 
-    def spell(self, tokens: Sequence[int]) -> list[str]:
-        return self._prompts.spell(tokens)
+    def token_strings(self, tokens: Sequence[int]) -> list[str]:
+        return self._prompts.token_strings(tokens)
 
     def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:
-        if rules.raw or prompt.begun:
+        if rules.raw or prompt.continued:
             self._lexicon.tokens  # noqa: B018  (its first use takes a while, and would hold up the engine's thread)
         return self._grammars.make(rules, opening_state(self._runtime.model.tokenizer, prompt.tokens) == "reasoning")
 

@@ -110,7 +110,7 @@ class Scheduler:
         for entry in self._waiting:
             if len(self.runs) >= self._settings.max_batch:
                 return
-            if not self._unread(entry.request.beside) and self._start(entry):
+            if not self._unread(entry.request.shares_prompt_of) and self._start(entry):
                 self._waiting.remove(entry)
 
     def _unread(self, request_id: str | None) -> bool:
@@ -125,7 +125,7 @@ class Scheduler:
         request = entry.request
         self._budget.start(request.request_id)
         room = functools.partial(self.make_room, request)
-        passing = request.beside is not None
+        passing = request.shares_prompt_of is not None
         claim = self._registry.claim(request.session, request.prompt, request.owner, room, passing=passing)
         if claim is None:
             self._budget.start(request.request_id, started=False)
@@ -144,7 +144,9 @@ class Scheduler:
 
     def _insert(self, entry: QueuedRequest, claim: Claim) -> None:
         request, tokens = entry.request, entry.request.prompt.tokens
-        stops = prompt_stops(request.prompt, claim.cached, self._runtime.store) if request.beside is None else {}
+        stops = (
+            prompt_stops(request.prompt, claim.cached, self._runtime.store) if request.shares_prompt_of is None else {}
+        )
         grammar = self._grammars.compiled(request.grammar)
         uid = self.generator.insert(tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops, grammar)
         text = TextAssembler(
@@ -153,7 +155,7 @@ class Scheduler:
             request.stop,
             request.rules,
             self._format,
-            begun=request.prompt.begun,
+            begun=request.prompt.continued,
             lexicon=self._lexicon,
         )
         # Not the claim itself: its cache would stay beside the batch's.
@@ -245,7 +247,11 @@ class Scheduler:
 
     def _checkpoint_prompt(self, uid: int, run: RunningRequest) -> None:
         """The prompt is in the cache and nothing of the answer."""
-        if self._runtime.store.can_checkpoint and self._runtime.store.can_go_back and run.request.beside is None:
+        if (
+            self._runtime.store.can_checkpoint
+            and self._runtime.store.can_go_back
+            and run.request.shares_prompt_of is None
+        ):
             self._checkpoint(uid, run, prompt_kind(run.request.prompt), len(run.request.prompt.tokens))
 
     def _checkpoint(self, uid: int, run: RunningRequest, kind: Kind, n_tokens: int) -> None:

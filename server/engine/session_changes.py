@@ -55,7 +55,9 @@ class SessionChanges:
                 raise Conflict(f"The session's file is refused: {why}.", code="session_file_refused")
             raise SessionNotFound(id)
         if session.running:
-            raise Conflict("The session is answering. Please try again when it has.", code="session_running", retry=1)
+            raise Conflict(
+                "The session is answering. Please try again when it has.", code="session_running", retry_after=1
+            )
         try:
             if change == "delete":
                 self._registry.delete(session)

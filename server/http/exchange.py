@@ -144,7 +144,9 @@ def several(request: GenerationRequest, n: int) -> list[GenerationRequest]:
         seed = request.sampling.seed
         sampling = request.sampling if seed is None else replace(request.sampling, seed=_wrapped(seed + i))
         id, choice = f"{request.request_id}-{i}", request.choice + i
-        others.append(replace(request, request_id=id, choice=choice, sampling=sampling, beside=request.request_id))
+        others.append(
+            replace(request, request_id=id, choice=choice, sampling=sampling, shares_prompt_of=request.request_id)
+        )
     return [request, *others]
 
 

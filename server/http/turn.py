@@ -183,7 +183,7 @@ class Turn:
 
     def _usage(self) -> Usage:
         """Of all answers together: a prompt that several share counts once."""
-        prompts = [self._usages[request.choice] for request in self._requests if request.beside is None]
+        prompts = [self._usages[request.choice] for request in self._requests if request.shares_prompt_of is None]
         return Usage(
             sum(usage.prompt_tokens for usage in prompts),
             sum(usage.cached_tokens for usage in prompts),

@@ -94,7 +94,7 @@ def deepest(starts: Iterable[Start | None]) -> Start | None:
 
 def prompt_kind(prompt: Prompt) -> Kind:
     """Of the checkpoint at a prompt's end."""
-    return "tool" if prompt.tool else "prompt"
+    return "tool" if prompt.after_tool_result else "prompt"
 
 
 def prompt_stops(prompt: Prompt, cached: int, cache_store: CacheStore) -> dict[int, Kind]:

@@ -165,7 +165,9 @@ class SessionRegistry:
         its file.
         """
         if self._disk is not None and not self._disk.remove(session):
-            raise Conflict("Another server is writing the session. Please try again.", code="session_leased", retry=1)
+            raise Conflict(
+                "Another server is writing the session. Please try again.", code="session_leased", retry_after=1
+            )
         others = {id(kept) for other in self if other is not session for kept in other.checkpoints}
         for kept in session.checkpoints:
             if id(kept) not in others:

@@ -49,7 +49,7 @@ class PromptMaker:
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
         except ValueError as error:
-            if not conversation.go_on:
+            if not conversation.continue_final_message:
                 raise
             # transformers says so where the template does not end with the last message's text.
             raise InvalidRequest(
@@ -59,7 +59,9 @@ class PromptMaker:
             raise InvalidRequest("The model's chat template makes no prompt of these messages.", param="messages")
         tool = conversation.messages[-1].get("role") == "tool"
         messages_end = self._encoder.messages_end(tokens)
-        return Prompt(tokens, system_end, messages_end, tool=tool, begun=conversation.go_on)
+        return Prompt(
+            tokens, system_end, messages_end, after_tool_result=tool, continued=conversation.continue_final_message
+        )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """See `server.protocol.Engine`."""
@@ -70,7 +72,7 @@ class PromptMaker:
         self._check(tokens, param)
         return str(self._model.tokenizer.decode(list(tokens)))
 
-    def spell(self, tokens: Sequence[int]) -> list[str]:
+    def token_strings(self, tokens: Sequence[int]) -> list[str]:
         """See `server.protocol.Engine`."""
         self._check(tokens, "tokens")
         return list(self._model.tokenizer.convert_ids_to_tokens(list(tokens)))
@@ -104,7 +106,7 @@ class PromptMaker:
             options.setdefault(thinking, effort not in _NO_EFFORT)
         elif self._knows("reasoning_effort"):
             options.setdefault("reasoning_effort", effort)
-        elif effort != "none" and not conversation.lenient:
+        elif effort != "none" and not conversation.ignore_unknown_effort:
             raise UnsupportedField(
                 "Unsupported parameter: 'reasoning_effort' is no option of the model's chat template.",
                 param="reasoning_effort",

@@ -95,7 +95,7 @@ class GrammarMaker:
         if rules.tools and self._format is None:
             raise UnsupportedField("The model's chat template knows no tools, so it can't call any.", param="tools")
         strict = any(tool.strict for tool in rules.tools)
-        free = rules.choice == "auto" and rules.allowed is None and not strict
+        free = rules.tool_choice == "auto" and rules.allowed_tools is None and not strict
         if rules.schema is None and (free or not rules.tools):
             return None
         text = GrammarText(self._tokenizer, self._lexicon())

@@ -52,7 +52,7 @@ class GrammarText:
         content = "" if rules.schema is None else self._json("content", rules.schema, rules.param)
         if format is None or not rules.calls:
             body = content or self._plain(format)
-        elif rules.choice == "required":
+        elif rules.tool_choice == "required":
             body = self._calls(rules, format)
         elif content:
             body = f"({content} | {self._calls(rules, format)})"
@@ -97,7 +97,7 @@ class GrammarText:
             )
         self._end = format.end
         before = shape.before.removeprefix(format.start) if opened else shape.before
-        tools = [tool for tool in rules.tools if rules.allowed is None or tool.name in rules.allowed]
+        tools = [tool for tool in rules.tools if rules.allowed_tools is None or tool.name in rules.allowed_tools]
         self._rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
         for i, tool in enumerate(tools):
             arguments = self._arguments(f"arguments_{i}", tool, shape.parameter)

@@ -58,10 +58,10 @@ class PromptEncoder:
         raises.
         """
         messages = [_plain(message) for message in conversation.messages]
-        options: dict[str, Any] = {**conversation.options, "add_generation_prompt": conversation.opened}
+        options: dict[str, Any] = {**conversation.options, "add_generation_prompt": conversation.add_generation_prompt}
         if conversation.tools:
             options["tools"] = conversation.tools
-        if conversation.go_on:
+        if conversation.continue_final_message:
             options |= {"add_generation_prompt": False, "continue_final_message": True}
         with self._lock:
             return self._plainly(messages, options) if self._cut is None else self._encode(messages, options)
@@ -79,7 +79,9 @@ class PromptEncoder:
             return 0
         try:
             other = self.encode(
-                replace(conversation, messages=[*system, {"role": "user", "content": "."}], go_on=False)
+                replace(
+                    conversation, messages=[*system, {"role": "user", "content": "."}], continue_final_message=False
+                )
             )
         except TemplateError:  # what the template minds is the other conversation
             return 0

@@ -114,7 +114,7 @@ class ScriptedEngine:
     def decode(self, tokens: Sequence[int], param: str = "tokens") -> str:
         return "".join(chr(token) for token in tokens)
 
-    def spell(self, tokens: Sequence[int]) -> list[str]:
+    def token_strings(self, tokens: Sequence[int]) -> list[str]:
         return [chr(token) for token in tokens]
 
     def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:

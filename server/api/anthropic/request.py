@@ -187,8 +187,8 @@ class PromptBody(Wire):
             tools=[tool.template() for tool in self.tools or ()],
             reasoning_effort=self.output_config.effort if self.output_config is not None else None,
             thinking=self.thinking.type != "disabled" if self.thinking is not None else None,
-            lenient=True,
-            go_on=go_on,
+            ignore_unknown_effort=True,
+            continue_final_message=go_on,
         )
 
     def rules(self) -> AnswerRules:
@@ -207,8 +207,8 @@ class PromptBody(Wire):
         check_choice(tools, mode, allowed)
         return AnswerRules(
             tools=tools,
-            choice=mode,
-            allowed=allowed,
+            tool_choice=mode,
+            allowed_tools=allowed,
             parallel=choice is None or isinstance(choice, NoChoice) or not choice.disable_parallel_tool_use,
             schema=self.answer_format.json_schema if self.answer_format is not None else None,
             param=f"{self.format_param}.schema",

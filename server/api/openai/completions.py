@@ -76,7 +76,7 @@ def _prompts(engine: Engine, wanted: CompletionRequest) -> tuple[list[Prompt], l
         tokens = engine.encode(asked) if isinstance(asked, str) else asked
         if not tokens:
             raise InvalidRequest("Invalid 'prompt': the model's tokenizer makes no tokens of it.", param="prompt")
-        prompts.append(Prompt(tokens, begun=True, param="prompt"))
+        prompts.append(Prompt(tokens, continued=True, param="prompt"))
         if wanted.echo:
             echoes.append(asked if isinstance(asked, str) else engine.decode(asked, "prompt"))
     engine.constrain(_RULES, prompts[0])

@@ -118,8 +118,8 @@ def answer_rules(
     check_choice(known, mode, allowed)
     return AnswerRules(
         tools=known,
-        choice=mode,
-        allowed=allowed,
+        tool_choice=mode,
+        allowed_tools=allowed,
         parallel=parallel is not False,
         schema=_schema(format),
         param="response_format",

@@ -33,7 +33,7 @@ async def tokenize(request: Request) -> Response:
 
     def work() -> Tokenized:
         tokens = _tokens(engine, wanted)
-        strings = engine.spell(tokens) if wanted.return_token_strs else None
+        strings = engine.token_strings(tokens) if wanted.return_token_strs else None
         return Tokenized(
             count=len(tokens), max_model_len=engine.model.max_tokens, tokens=list(tokens), token_strs=strings
         )

@@ -44,7 +44,7 @@ class TokenizeChat(_TokenizeRequest):
             [template_message(message) for message in self.messages],
             tools=[tool.template() for tool in self.tools or ()],
             options=dict(self.chat_template_kwargs or {}),
-            opened=self.add_generation_prompt is not False,
+            add_generation_prompt=self.add_generation_prompt is not False,
         )
 
 

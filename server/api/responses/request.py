@@ -199,8 +199,8 @@ class ResponseInput(Wire):
         check_choice(known, mode, allowed)
         return AnswerRules(
             tools=known,
-            choice=mode,
-            allowed=allowed,
+            tool_choice=mode,
+            allowed_tools=allowed,
             parallel=self.parallel_tool_calls is not False,
             schema=self._schema(),
             param="text.format.schema",

@@ -133,7 +133,7 @@ def test_one_call_ends_the_answer_where_only_one_may_be(tokenizer: TokenizerWrap
 
 def test_without_tools_a_call_is_text(tokenizer: TokenizerWrapper) -> None:
     assert with_calls(tokenizer, CALL, AnswerRules())[0] == [CALL]
-    assert with_calls(tokenizer, CALL, replace(RULES, choice="none"))[0] == [CALL]
+    assert with_calls(tokenizer, CALL, replace(RULES, tool_choice="none"))[0] == [CALL]
 
 
 def test_stop_strings_do_not_cut_calls(tokenizer: TokenizerWrapper) -> None:

@@ -32,7 +32,7 @@ def ending(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     ("template", "wishes", "expected"),
     [
         (PLAIN, {}, ""),
-        (PLAIN, {"thinking": True, "reasoning_effort": "high", "lenient": True}, ""),
+        (PLAIN, {"thinking": True, "reasoning_effort": "high", "ignore_unknown_effort": True}, ""),
         (PLAIN, {"thinking": False}, ""),
         (PLAIN, {"reasoning_effort": "none"}, ""),
         (SWITCH, {}, "True"),  # by mlx-lm
@@ -40,7 +40,7 @@ def ending(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
         (SWITCH, {"thinking": False, "reasoning_effort": "high"}, "False"),
         (SWITCH, {"reasoning_effort": "high"}, "True"),
         (SWITCH, {"thinking": True, "options": {"enable_thinking": False}}, "False"),
-        (EFFORT, {"thinking": False, "reasoning_effort": "low", "lenient": True}, "low"),
+        (EFFORT, {"thinking": False, "reasoning_effort": "low", "ignore_unknown_effort": True}, "low"),
         (BOTH, {"thinking": True, "reasoning_effort": "low"}, "True low"),
     ],
 )
@@ -54,9 +54,9 @@ def test_an_effort_that_the_template_knows_nothing_of(ending: Any) -> None:
 
 
 def test_a_begun_answer(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    talk = Conversation([USER, {"role": "assistant", "content": "Hel"}], go_on=True)
+    talk = Conversation([USER, {"role": "assistant", "content": "Hel"}], continue_final_message=True)
     prompt = PromptMaker(bundled).prompt(talk)
-    assert prompt.begun
+    assert prompt.continued
     assert bundled.tokenizer.decode(prompt.tokens).endswith("assistant\nHel")
     monkeypatch.setattr(bundled.tokenizer._tokenizer, "chat_template", "{{ messages[0].content }} {{ 'content' }}")
     with pytest.raises(InvalidRequest, match="can't go on with a begun answer"):

@@ -126,6 +126,8 @@ def test_where_conversations_part(bundled: LoadedModel) -> None:
 
 def test_a_prompt_knows_whether_a_tool_or_the_user_has_the_last_word(bundled: LoadedModel) -> None:
     maker, asked = PromptMaker(bundled), [{"role": "user", "content": "Hello!"}]
-    assert not maker.prompt(Conversation(asked)).tool
+    assert not maker.prompt(Conversation(asked)).after_tool_result
     result = {"role": "tool", "content": "12", "tool_call_id": "x"}
-    assert maker.prompt(Conversation([*asked, {"role": "assistant", "content": "Let me look."}, result])).tool
+    assert maker.prompt(
+        Conversation([*asked, {"role": "assistant", "content": "Let me look."}, result])
+    ).after_tool_result

@@ -301,10 +301,10 @@ def test_attribution_alone_is_no_system_prompt_and_elsewhere_it_is_text() -> Non
 def test_an_answer_that_was_begun_is_continued() -> None:
     begun = {"role": "assistant", "content": "The answer is "}
     conversation = parse(messages=[USER, begun]).conversation()
-    assert (conversation.messages, conversation.go_on) == ([USER, begun], True)
-    assert not parse(messages=[USER, begun, USER]).conversation().go_on
+    assert (conversation.messages, conversation.continue_final_message) == ([USER, begun], True)
+    assert not parse(messages=[USER, begun, USER]).conversation().continue_final_message
     empty = parse(messages=[USER, {"role": "assistant", "content": []}]).conversation()
-    assert (empty.messages, empty.go_on) == ([USER], False)
+    assert (empty.messages, empty.continue_final_message) == ([USER], False)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,11 @@ def test_an_answer_that_was_begun_is_continued() -> None:
 )
 def test_thinking_is_a_permission(fields: dict[str, Any], thinking: bool | None, effort: str | None) -> None:
     conversation = parse(**fields).conversation()
-    assert (conversation.thinking, conversation.reasoning_effort, conversation.lenient) == (thinking, effort, True)
+    assert (conversation.thinking, conversation.reasoning_effort, conversation.ignore_unknown_effort) == (
+        thinking,
+        effort,
+        True,
+    )
 
 
 def test_tools() -> None:
@@ -346,7 +350,7 @@ def test_tools() -> None:
 )
 def test_tool_choice(choice: Any, mode: str, allowed: set[str] | None, parallel: bool) -> None:
     rules = parse(tools=[TOOL], tool_choice=choice).rules()
-    assert (rules.choice, rules.allowed, rules.parallel) == (mode, allowed, parallel)
+    assert (rules.tool_choice, rules.allowed_tools, rules.parallel) == (mode, allowed, parallel)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_each_answer_to_each_prompt_is_a_choice(serve: Serve) -> None:
     assert [request.prompt.tokens[0] for request in requests] == [97, 97, 98, 98]
     assert [request.sampling.seed for request in requests] == [7, 8, 7, 8]
     ids = [request.request_id for request in requests]
-    assert [request.beside for request in requests] == [None, ids[0], None, ids[2]]
+    assert [request.shares_prompt_of for request in requests] == [None, ids[0], None, ids[2]]
     assert len(set(ids)) == 4
     # A prompt that two answers share counts once.
     assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (24, 12)

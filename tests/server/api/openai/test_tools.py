@@ -165,7 +165,7 @@ def test_several_answers_have_their_index_and_one_usage(serve: Serve) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (12, 9)
     requests = served.engine.requests
     assert [request.sampling.seed for request in requests] == [2**63 - 1, -(2**63), -(2**63) + 1]
-    assert [request.beside for request in requests] == [None, *[requests[0].request_id] * 2]
+    assert [request.shares_prompt_of for request in requests] == [None, *[requests[0].request_id] * 2]
     assert len({request.request_id for request in requests}) == 3
 
 

@@ -70,7 +70,13 @@ def test_null_counts_as_not_given() -> None:
     assert asked.sampling() == SamplingParams(1.0, 1.0)
     assert asked.format.type == "text"
     rules = asked.rules()
-    assert (rules.tools, rules.choice, rules.allowed, rules.parallel, rules.schema) == ((), "auto", None, True, None)
+    assert (rules.tools, rules.tool_choice, rules.allowed_tools, rules.parallel, rules.schema) == (
+        (),
+        "auto",
+        None,
+        True,
+        None,
+    )
 
 
 def test_what_codex_sends_becomes_one_conversation() -> None:
@@ -165,7 +171,7 @@ def test_tools_are_strict_unless_they_say_otherwise() -> None:
 )
 def test_choices(choice: Any, mode: str, allowed: set[str] | None) -> None:
     rules = parse(tools=[TOOL], tool_choice=choice).rules()
-    assert (rules.choice, rules.allowed) == (mode, allowed)
+    assert (rules.tool_choice, rules.allowed_tools) == (mode, allowed)
 
 
 def test_formats() -> None:
