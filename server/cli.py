@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from turbocache.backends import one_of
 from turbocache.benchmark import command as benchmark
 from turbocache.evaluation import command as evaluation
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     probe.add_argument(
         "--backend",
         default=os.environ.get("TURBOCACHE_BACKEND") or "auto",
-        help=f"auto, metal, cuda, packed or reference ({default % ('BACKEND', 'auto')})",
+        help=f"{one_of()} ({default % ('BACKEND', 'auto')})",
     )
     probe.add_argument("--json", action="store_true", help="print JSON instead of a table")
     probe.set_defaults(run=_probe)

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.errors import StartupError
+from turbocache.backends import CHOICES
 
 PREFIX = "TURBOCACHE_"
 PAGE = 64
@@ -106,9 +107,7 @@ class Settings(BaseSettings):
     )
 
     model: str | None = Field(default=None, description="a local path or a Hugging Face id (unset: the bundled model)")
-    backend: Literal["auto", "metal", "cuda", "packed", "reference"] = Field(
-        default="auto", description="one of auto, metal, cuda, packed, reference"
-    )
+    backend: str = Field(default="auto", pattern=f"^({'|'.join(CHOICES)})$", description=f"one of {', '.join(CHOICES)}")
     kv_preset: str = Field(default="k4v4", min_length=1, description="a cache preset such as off, k8v4 or k4v4")
     kv_condition: Literal["auto", "off"] = Field(
         default="auto", description="auto (keys are centred where their mean dominates) or off"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from kernels.lanes.reference import ReferenceLanes
 from kernels.probe.probe import Candidate
 from kernels.probe.trials import SPEED_TOKENS
 from turbocache.backend import make_lanes
+from turbocache.backends import BACKENDS, BackendSpec
 from turbocache.codebooks.scalar import levels_for, zooms_for
 
 COMPILER = "[metal::Device] Unable to build metal library from source\nprogram_source:12:3: error: use of " + "x" * 5000
@@ -137,6 +139,11 @@ def refusing(refused: LaneShape) -> type[FakeFused]:
         return f"no kernel for head dim {shape.key_dim}" if shape == refused else None
 
     return type("Refusing", (FakeFused,), {"unsupported": classmethod(unsupported)})
+
+
+def with_lanes(name: str, lanes: Any) -> BackendSpec:
+    """The row of a backend on a machine that has its device, with these lanes."""
+    return replace(BACKENDS[name], lanes=lambda: lanes, available=lambda: True)
 
 
 def candidate(name: str, lanes: Any, **options: Any) -> Candidate:

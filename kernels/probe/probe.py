@@ -35,18 +35,24 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A backend that could run. `missing` says why it can't be tried at all, or that it has failed after its checks;
-    `build` and `oracle` make its lanes and reference lanes on the same codebook. `fused`: it has kernels of its own, so
-    it gets a profile and is timed against the fallback. `shared`: its pages have the reference's bytes.
-    """
+    """A backend that the probe may try."""
 
     name: str
     build: Callable[[LaneShape], Lanes]
+    """Makes its lanes."""
     oracle: Callable[[LaneShape], Lanes]
+    """Makes reference lanes on the same codebook."""
     missing: tuple[ReasonCode, str] | None = None
+    """Why it can't be tried, or how it failed after its checks."""
     unsupported: Callable[[LaneShape], str | None] = lambda shape: None
+    automatic: bool = True
+    """`auto` may choose it."""
+    baseline: bool = False
+    """Fused candidates are timed against it."""
     fused: bool = False
+    """It has kernels of its own, so it gets a profile and is timed."""
     shared: bool = False
+    """Its pages have the reference's bytes."""
 
 
 class _Failed(Exception):
@@ -60,21 +66,21 @@ def probe(
 ) -> Backend:
     """Choose a backend for the kinds of layers that the model has, on a device that describes itself by `info`.
 
-    `requested` is `auto` or a candidate's name; `auto` never takes the reference. Raises BackendUnavailable when the
+    `requested` is `auto` or a candidate's name. Raises BackendUnavailable when the
     named one fails in anything, or when nothing works for some layer, with every reason in the message.
     """
-    chosen = [c for c in candidates if (c.name != "reference" if requested == "auto" else c.name == requested)]
+    chosen = [c for c in candidates if (c.automatic if requested == "auto" else c.name == requested)]
     if not chosen:
         names = ", ".join(c.name for c in candidates)
         raise BackendUnavailable(f"unknown backend {requested!r}; there are auto, {names}")
-    run = _Probe(requested, {c.name: c for c in candidates}, chosen)
+    run = _Probe(requested, candidates, chosen)
     return run.answer([run.judge(use) for use in dict.fromkeys(uses)], mx.device_info() if info is None else info)
 
 
 class _Probe:
     """One run of the probe: what was tried and what failed so far."""
 
-    def __init__(self, requested: str, known: Mapping[str, Candidate], chosen: Sequence[Candidate]) -> None:
+    def __init__(self, requested: str, known: Sequence[Candidate], chosen: Sequence[Candidate]) -> None:
         self._requested = requested
         self._known = known
         self._checks: list[Check] = []
@@ -185,20 +191,20 @@ class _Probe:
             raise _Failed("wrong_result", reason)
 
     def _time(self, candidate: Candidate, lanes: Lanes, use: LayerUse) -> None:
-        """The decode step against the fallback's. Raises _Failed when it is too slow."""
-        packed = self._known.get("packed")
-        if packed is None or packed.missing or packed.unsupported(use.shape):
+        """Time the decode step against the baseline's. Raises _Failed if it is too slow."""
+        baseline = next((c for c in self._known if c.baseline), None)
+        if baseline is None or baseline.missing or baseline.unsupported(use.shape):
             return
         try:
             own = decode_microseconds(lanes, use.dtype)
         except Exception as error:
             raise self._note(candidate, "speed", use, _Failed(*reason_of(error))) from error
-        theirs = decode_microseconds(packed.build(use.shape), use.dtype)
+        theirs = decode_microseconds(baseline.build(use.shape), use.dtype)
         reason = None
         if own > SLOWEST * theirs:
             reason = (
                 f"a decode step over {SPEED_TOKENS} tokens takes {own:.0f} us, over {SLOWEST:g} times the "
-                f"{theirs:.0f} us of packed: {use}"
+                f"{theirs:.0f} us of {baseline.name}: {use}"
             )
         self._checks.append(Check(candidate.name, "speed", str(use), reason is None, None, own, reason))
         if reason:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from server.metrics import Metrics
+from turbocache.backends import FALLBACK
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,6 @@ class FaultLog:
             log.critical("%s", self.verdict)
 
     def _advice(self) -> str:
-        if self._backend == "packed":
+        if self._backend == FALLBACK:
             return "restart the server, and report what its log says if it happens again"
-        return "restart the server, with TURBOCACHE_BACKEND=packed if it happens again"
+        return f"restart the server, with TURBOCACHE_BACKEND={FALLBACK} if it happens again"

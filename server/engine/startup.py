@@ -10,7 +10,8 @@ from typing import Any
 from server.engine.warm_up import rehearse
 from server.errors import StartupError
 from server.settings import Settings
-from turbocache.backend import BACKENDS, FUSED, Backend, BackendUnavailable, answered, choose_backend
+from turbocache.backend import Backend, BackendUnavailable, choose_backend, with_warm_up_check
+from turbocache.backends import BACKENDS
 from turbocache.cache.ring import RingConfig
 from turbocache.machine import blas
 from turbocache.machine.memory import available_memory, device_memory
@@ -125,8 +126,9 @@ def _proven_backend(
         if backend is None:
             continue
         longest = min(ring.raw_slots + _PAGED, model.max_positions // 2)
-        lengths = (*_SHORT, longest) if backend.name in FUSED else _SHORT[:1]
-        if backend.name in FUSED:
+        fused = BACKENDS[backend.name].fused
+        lengths = (*_SHORT, longest) if fused else _SHORT[:1]
+        if fused:
             log.info("first answers over %s: kernels that this device has not run yet are compiled now", backend.name)
         n_pages = ring.pages_needed(longest, settings.prefill_chunk) + 1
         try:
@@ -135,7 +137,7 @@ def _proven_backend(
         except Exception as error:  # whatever a model or a device throws
             seconds, failure = 0.0, error
         if (failure := _first_failure(failure, group)) is None:
-            return answered(backend, seconds) if backend.checks else backend
+            return with_warm_up_check(backend, seconds) if backend.checks else backend
         if backend.code == "nothing_to_compress":
             raise StartupError(f"The model can't answer: {type(failure).__name__}: {failure}.") from failure
         failed[backend.name] = failure
@@ -157,7 +159,7 @@ def _agreed_backend(
         if not name:
             raise StartupError(why if group.alone else f"Rank {rank}: {why}")
     assert backend is not None
-    last = max((name for name, _ in choices), key=BACKENDS.index)
+    last = max((name for name, _ in choices), key=list(BACKENDS).index)
     if all(name == last for name, _ in choices):
         return backend
     if backend.name != last:

@@ -4,13 +4,12 @@ from server.app import create_app, turbocache  # isort: skip  # before MLX
 
 import mlx.core as mx
 
-from tests.faulty import compile_error, faulty
-from turbocache import backend as backends
+from tests.faulty import compile_error, faulty, with_lanes
+from turbocache.backends import BACKENDS
 
 assert turbocache  # it has put the fast BLAS in front
 
-backends.LANES["cuda"] = faulty("encode", compile_error)
-backends.DEVICES["cuda"] = lambda: True
+BACKENDS["cuda"] = with_lanes("cuda", faulty("encode", compile_error))
 mx.device_info = lambda: {"architecture": "sm_90", "device_name": "Pretended GPU"}
 
 app = create_app()

@@ -6,8 +6,9 @@ import mlx.core as mx
 import pytest
 
 from server import cli
-from tests.faulty import FakeFused, faulty, wrong
-from turbocache import backend
+from tests.faulty import FakeFused, faulty, with_lanes, wrong
+from turbocache.backend import choose_backend
+from turbocache.backends import BACKENDS
 from turbocache.mlxlm import model
 from turbocache.mlxlm.model import LoadedModel
 
@@ -33,8 +34,7 @@ def test_json_has_the_agreed_form(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_table_tells_device_profile_checks_choice_and_why(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(backend.LANES, "cuda", faulty("attend_step", wrong))
-    monkeypatch.setitem(backend.DEVICES, "cuda", lambda: True)
+    monkeypatch.setitem(BACKENDS, "cuda", with_lanes("cuda", faulty("attend_step", wrong)))
     monkeypatch.setattr(mx, "device_info", lambda: {"architecture": "sm_90", "device_name": "Pretended GPU"})
     assert cli.main(["probe"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -100,10 +100,9 @@ def test_fused_lanes_serve_a_session(monkeypatch: pytest.MonkeyPatch, bundled: L
     from turbocache.presets import PRESETS
     from turbocache.store import CacheStore, checked_plans
 
-    monkeypatch.setitem(backend.LANES, "cuda", FakeFused)
-    monkeypatch.setitem(backend.DEVICES, "cuda", lambda: True)
+    monkeypatch.setitem(BACKENDS, "cuda", with_lanes("cuda", FakeFused))
     plans = checked_plans(bundled.model)
-    chosen = backend.choose_backend("auto", plans, PRESETS["k4v4"])
+    chosen = choose_backend("auto", plans, PRESETS["k4v4"])
     assert chosen.name == "cuda"
     store = CacheStore(bundled.model, plans, PRESETS["k4v4"], chosen, RingConfig(64, 128), n_pages=8)
     cache = store.new_cache()

@@ -9,7 +9,7 @@ from kernels.codec.layout import PAGE
 from kernels.lanes.base import LaneShape
 from kernels.lanes.qjl import QjlLanes
 from kernels.lanes.reference import ReferenceLanes
-from turbocache.backend import BackendUnavailable, choose_backend, fitted, make_lanes
+from turbocache.backend import BackendUnavailable, choose_backend, make_lanes, supported_widths
 from turbocache.cache.ring import RingConfig
 from turbocache.mlxlm.plan import LayerGeometry, LayerPlan
 from turbocache.presets import PRESETS, preset
@@ -27,22 +27,22 @@ def test_packed_lanes_store_half_bits_as_more_for_keys_and_fewer_for_values(
     asked: tuple[float, float], stored: tuple[int, int]
 ) -> None:
     shape = LaneShape(4, 2, 64, 64, *asked)
-    assert fitted("packed", shape) == LaneShape(4, 2, 64, 64, *stored)
+    assert supported_widths("packed", shape) == LaneShape(4, 2, 64, 64, *stored)
     assert make_lanes("packed", shape).shape == LaneShape(4, 2, 64, 64, *stored)
-    assert fitted("reference", shape) == shape
+    assert supported_widths("reference", shape) == shape
 
 
 def test_whole_bits_stay_and_impossible_ones_are_not_mended() -> None:
     for bits in ((4, 4), (8, 3), (7, 4)):
         shape = LaneShape(4, 2, 64, 64, *bits)
-        assert fitted("packed", shape) == shape
+        assert supported_widths("packed", shape) == shape
     with pytest.raises(ValueError, match="no 7-bit lanes"):
         make_lanes("packed", LaneShape(4, 2, 64, 64, 7, 4))
 
 
 def test_an_odd_key_dim_gets_whole_bits_and_levels() -> None:
     shape = LaneShape(4, 2, 33, 33, 3.5, 3.5)
-    assert fitted("reference", shape) == LaneShape(4, 2, 33, 33, 4, 3)
+    assert supported_widths("reference", shape) == LaneShape(4, 2, 33, 33, 4, 3)
     for codebook in ("lloyd_max", "pair"):
         lanes = make_lanes("reference", shape, codebook)  # type: ignore[arg-type]
         tokens = mx.random.normal((1, 2, PAGE, 33))

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from turbocache.backends import one_of
+
 
 def add_to(commands: Any) -> None:
     """Add the command to an argument parser's commands. Nothing heavy is imported."""
@@ -51,7 +53,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--max-size", type=int, help="tokens that every rotating cache holds (default half of the shortest context)"
     )
-    parser.add_argument("--backend", help="auto (the default), metal, cuda, packed or reference")
+    parser.add_argument("--backend", help=one_of(default="auto"))
     parser.add_argument("--timeout", type=float, help="seconds after which a run is given up (default 600)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where bench.json, bench.md and the plots go")
     parser.add_argument(

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from turbocache.backends import one_of
+
 _DEFAULT_BACKEND = "reference"
 
 
@@ -29,9 +31,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--score-from", type=int, default=0, help="first position that is scored (default %(default)s)")
     parser.add_argument("--chunk", type=int, default=512, help="tokens a forward pass (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="for needles made from the text (default %(default)s)")
-    parser.add_argument(
-        "--backend", default=_DEFAULT_BACKEND, help="auto, metal, cuda, packed or reference (the default)"
-    )
+    parser.add_argument("--backend", default=_DEFAULT_BACKEND, help=one_of(_DEFAULT_BACKEND))
     parser.add_argument("--keep", type=_integers, help="sink tokens (default 64); several, by commas, are a sweep")
     parser.add_argument("--window", type=_integers, help="raw newest tokens (default 128); several are a sweep")
     parser.add_argument(

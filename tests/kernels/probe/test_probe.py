@@ -36,8 +36,8 @@ SHAPE = LaneShape(4, 2, 64, 32, 4, 4)
 OTHER = LaneShape(6, 2, 80, 80, 4, 4)
 USE = LayerUse(SHAPE, mx.float16)
 GPU = {"architecture": "sm_90", "device_name": "NVIDIA H200", "total_memory": 150 * 10**9}
-PACKED = candidate("packed", PackedLanes, fused=False, shared=False)
-REFERENCE = candidate("reference", ReferenceLanes, fused=False)
+PACKED = candidate("packed", PackedLanes, fused=False, shared=False, baseline=True)
+REFERENCE = candidate("reference", ReferenceLanes, fused=False, automatic=False)
 NO_METAL = Candidate("metal", REFERENCE.build, REFERENCE.oracle, ("no_device", "no Metal device"))
 
 

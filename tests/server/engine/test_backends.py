@@ -26,10 +26,12 @@ from tests.faulty import (
     slow,
     where_odd,
     where_timed,
+    with_lanes,
     wrong,
 )
 from tests.server.conftest import make_settings, running
-from turbocache import backend as backends
+from turbocache.backend import lanes_for
+from turbocache.backends import BACKENDS
 
 CHAT = {
     "messages": [{"role": "user", "content": "Repeat after me: " + "alpha beta gamma delta " * 30}],
@@ -62,8 +64,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
     """pretend(lanes, info): this machine has a CUDA device, and these are the lanes of its backend."""
 
     def install(lanes: Any, info: dict[str, str] | None = None) -> None:
-        monkeypatch.setitem(backends.LANES, "cuda", lanes)
-        monkeypatch.setitem(backends.DEVICES, "cuda", lambda: True)
+        monkeypatch.setitem(BACKENDS, "cuda", with_lanes("cuda", lanes))
         monkeypatch.setattr(mx, "device_info", lambda: GPU if info is None else info)
 
     return install
@@ -204,7 +205,7 @@ def test_two_kinds_of_layers_get_lanes_of_their_own(monkeypatch: pytest.MonkeyPa
     from kernels.lanes.expanded import ExpandedAttentionLanes
     from kernels.probe.verdict import Backend, LayerUse, LayerVerdict
 
-    monkeypatch.setitem(backends.LANES, "cuda", FakeFused)
+    monkeypatch.setitem(BACKENDS, "cuda", with_lanes("cuda", FakeFused))
     shape, other = LaneShape(4, 2, 64, 64, 4, 4), LaneShape(4, 2, 80, 80, 4, 4)
     verdicts = (
         LayerVerdict(LayerUse(shape, mx.float16), "cuda"),
@@ -212,13 +213,13 @@ def test_two_kinds_of_layers_get_lanes_of_their_own(monkeypatch: pytest.MonkeyPa
         LayerVerdict(LayerUse(other, mx.float16), "packed"),
     )
     backend = Backend("cuda", "auto", "", "cuda", "", layers=verdicts)
-    whole = backends.lanes_for(backend, shape, mx.float16)
+    whole = lanes_for(backend, shape, mx.float16)
     assert type(whole) is FakeFused
     assert whole.path(None) == "fused"
-    parted = backends.lanes_for(backend, shape, mx.bfloat16)
+    parted = lanes_for(backend, shape, mx.bfloat16)
     assert isinstance(parted, ExpandedAttentionLanes)
     assert parted.path(None) == "expanded"
-    assert backends.lanes_for(backend, other, mx.float16).name == "packed"
-    assert type(backends.lanes_for("reference", other, mx.float16)) is ReferenceLanes
+    assert lanes_for(backend, other, mx.float16).name == "packed"
+    assert type(lanes_for("reference", other, mx.float16)) is ReferenceLanes
     with pytest.raises(KeyError, match="float32 was not probed"):
-        backends.lanes_for(backend, other, mx.float32)
+        lanes_for(backend, other, mx.float32)
