@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tests.bench.client import Endpoint, RequestFailed
 from tests.bench.machine import Blas, child_environment
 from tests.bench.prompts import user
+from tests.processes import kill_group
 
 ROOT = Path(__file__).resolve().parents[2]
 Kind = Literal["turbocache", "mlx-lm"]
@@ -97,11 +98,9 @@ class Server:
             return
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        kill_group(process)
 
     def restart(self) -> None:
         """Stop and start: no cache outlives this."""

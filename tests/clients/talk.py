@@ -2,6 +2,7 @@
 
 import time
 
+from tests.processes import Deadline
 from tests.serving.launch import Server, endless
 
 TOLD = "My name is Anna and my locker code is 5917."
@@ -24,9 +25,9 @@ LONG = "Repeat after me: " + "one two three four " * 100
 
 def wait_for(server: Server, metric: str, value: float, seconds: float = 20, **labels: str) -> None:
     """Until a metric has this value: what a client does reaches the engine a moment later."""
-    deadline = time.monotonic() + seconds
+    deadline = Deadline(seconds)
     while (found := server.metric(metric, **labels)) != value:
-        assert time.monotonic() < deadline, f"{metric} is {found}, not {value}"
+        assert not deadline.passed(), f"{metric} is {found}, not {value}"
         time.sleep(0.02)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.fleet.proxy import Proxy, address, proxied
 from tests.fleet.talking import LONGEST_SECONDS, Bystanders, Talk, Turn, at_once
+from tests.processes import Deadline, patient, wait_for_end
 from tests.serving.launch import SERVE, Server, running
 
 
@@ -101,7 +102,7 @@ def lose_servers(folder: Path, size: Size, say: Callable[[str], None] = lambda t
     found.longest = max(others.longest, *(turn.seconds for talk in talks for turn in talk.turns))
     if found.files_refused:
         found.wrong.append(f"{found.files_refused:.0f} session files were refused")
-    if found.longest > LONGEST_SECONDS:
+    if found.longest > patient(LONGEST_SECONDS):
         found.wrong.append(f"a request took {found.longest:.0f} s")
     return found
 
@@ -151,7 +152,7 @@ def _stop_one(found: Found, talks: Sequence[Talk], proxy: Proxy, left: Sequence[
     moving = [talk for talk in talks if talk.servers()[-1] == address(stopped.url)]
     proxy.script("drain", address(stopped.url))
     stopped.process.send_signal(signal.SIGTERM)
-    if stopped.process.wait(60) != 0:
+    if wait_for_end(stopped.process, 60) != 0:
         found.wrong.append(f"the stopped server ended with {stopped.process.returncode}")
     _phase(found, "after one was stopped", moving, proxy, 1)
     for talk in moving:
@@ -182,8 +183,8 @@ def _phase(
 
 def _kill_while_answering(server: Server, talks: Sequence[Talk]) -> None:
     """SIGKILL in the middle of a stream."""
-    deadline = time.monotonic() + LONGEST_SECONDS
-    while not any(talk.streaming for talk in talks) and time.monotonic() < deadline:
+    deadline = Deadline(LONGEST_SECONDS)
+    while not any(talk.streaming for talk in talks) and not deadline.passed():
         time.sleep(0.001)
     server.process.kill()
     server.process.wait()

@@ -5,13 +5,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+from tests.processes import child, patient, wait_until
+from tests.serving.launch import wait_until_ready
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy" / "nginx"
 SCRIPT = DEPLOY / "turbocache-nginx"
@@ -64,7 +64,7 @@ def configure(folder: Path, servers: Sequence[str], port: int) -> Path:
 def script(folder: Path, *arguments: str) -> str:
     """turbocache-nginx on a folder that `configure` has made; what it says. Raises CalledProcessError."""
     command = [sys.executable, str(SCRIPT), "--folder", str(folder / "turbocache"), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=patient(60)).stdout
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,9 @@ class Proxy:
         return {line.split()[1] for line in lines if " down;" in line}
 
     def wait_until_down(self, *servers: str) -> None:
-        deadline = time.monotonic() + 20
-        while self.down() != set(servers):
-            assert time.monotonic() < deadline, f"{self.down()} are down, not {servers}\n{self.said()}"
-            time.sleep(0.02)
+        wait_until(
+            lambda: self.down() == set(servers), 20, lambda: f"{self.down()} are down, not {servers}\n{self.said()}"
+        )
 
     def said(self) -> str:
         return (self.folder / "watch.log").read_text()
@@ -103,27 +102,8 @@ def proxied(folder: Path, servers: Sequence[str]) -> Iterator[Proxy]:
     serve = [NGINX, "-p", str(folder), "-c", str(main), "-e", str(folder / "error.log")]
     reload = f"{' '.join(serve)} -s reload"
     watch = [sys.executable, str(SCRIPT), "--folder", str(folder / "turbocache"), "watch", "--interval", "0.2"]
-    with (folder / "watch.log").open("wb") as log:
-        processes = [
-            subprocess.Popen(serve, stdout=log, stderr=log),
-            subprocess.Popen([*watch, "--reload", reload], stdout=log, stderr=log),
-        ]
+    log = folder / "watch.log"
+    with child(serve, log, stop=True) as nginx, child([*watch, "--reload", reload], log, stop=True) as watcher:
         proxy = Proxy(f"http://127.0.0.1:{port}", folder)
-        try:
-            _wait(proxy)
-            yield proxy
-        finally:
-            for process in processes[::-1]:
-                process.terminate()
-                process.wait(30)
-
-
-def _wait(proxy: Proxy) -> None:
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            assert httpx.get(f"{proxy.url}/health").status_code == 200
-            return
-        except httpx.TransportError:
-            assert time.monotonic() < deadline, proxy.said()
-            time.sleep(0.02)
+        wait_until_ready(proxy.url, [nginx, watcher], proxy.said)
+        yield proxy

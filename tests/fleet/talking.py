@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from tests.fleet.proxy import SERVED_BY
+from tests.processes import patient
 from tests.serving.launch import filler
 
 CHAT = "/v1/chat/completions"
@@ -99,13 +100,13 @@ def ask(
     headers = {} if name is None else {"X-Session-ID": name}
     body = {"model": "default", **body}
     if not body.get("stream"):
-        answer = httpx.post(url + CHAT, json=body, headers=headers, timeout=LONGEST_SECONDS)
+        answer = httpx.post(url + CHAT, json=body, headers=headers, timeout=patient(LONGEST_SECONDS))
         answer.raise_for_status()
         found = answer.json()
         return found["choices"][0]["message"]["content"], _usage(found), _server(answer)
     text, usage = "", None
     body["stream_options"] = {"include_usage": True}
-    with httpx.stream("POST", url + CHAT, json=body, headers=headers, timeout=LONGEST_SECONDS) as answer:
+    with httpx.stream("POST", url + CHAT, json=body, headers=headers, timeout=patient(LONGEST_SECONDS)) as answer:
         if answer.status_code != 200:
             answer.read()
             answer.raise_for_status()

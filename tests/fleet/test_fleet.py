@@ -9,12 +9,13 @@ import pytest
 from tests.fleet.losing_servers import Size, fleet, lose_servers
 from tests.fleet.proxy import NGINX
 from tests.fleet.talking import Talk, at_once
+from tests.processes import patient
 from turbocache.storage.session_file import SUFFIX, open_checked
 from turbocache.storage.whole_file import PARTIAL
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(NGINX is None, reason="nginx (Debian's package) is not installed"),
 ]
 
@@ -51,6 +52,6 @@ def test_one_session_at_two_servers_at_once_is_never_written_by_both(tmp_path: P
 
 def _save(url: str) -> None:
     """Either writes it, or another one is at it, or has written a later turn."""
-    answer = httpx.post(f"{url}/v1/sessions/talk-0/save", timeout=60)
+    answer = httpx.post(f"{url}/v1/sessions/talk-0/save", timeout=patient(60))
     assert answer.status_code in (200, 503), answer.text
     assert answer.is_success or answer.json()["error"]["code"] == "session_not_saved", answer.text

@@ -28,6 +28,7 @@ from mlx_lm.models import qwen3
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.group.models import CONFIG, GAIN, SEED, write
+from tests.processes import child
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
@@ -188,37 +189,39 @@ def serving(folder: Path, n: int, **settings: str) -> Iterator[Running]:
     kept |= {f"TURBOCACHE_{name}": value for name, value in settings.items()} | {"HF_HUB_OFFLINE": "1"}
     # Float32 is to be float32: the answers of both sides are held against each other.
     kept |= {"MLX_ENABLE_TF32": "0"}
-    ranks, logs = [], [folder / f"rank-{rank}.log" for rank in range(n)]
-    for i, log in enumerate(logs):
-        environment = kept | {"CUDA_VISIBLE_DEVICES": str(i)}
-        if n > 1:
-            environment |= {"MLX_RANK": str(i), "MLX_WORLD_SIZE": str(n)}
-            environment |= {"NCCL_HOST_IP": LOOPBACK, "NCCL_PORT": str(nccl)}
-        with log.open("wb") as sink:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "server.cli", "serve", "--host", LOOPBACK, "--port", str(http)],
-                    cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT,
-                )
-            )  # fmt: skip
-    server = Running(f"http://{LOOPBACK}:{http}", ranks, logs)
-    try:
-        began = time.monotonic()
-        _wait_until_ready(server)
-        print(f"  {n} rank(s) ready after {time.monotonic() - began:.0f} s", flush=True)
-        yield server
-        ranks[0].send_signal(signal.SIGTERM)
-        ended = [rank.wait(60) for rank in ranks]
-        if ended != [0] * n:
-            raise AssertionError(f"ended with {ended}:\n{server.said()}")
-    except BaseException:
-        print(server.said(), flush=True)
-        raise
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-            rank.wait()
+    logs = [folder / f"rank-{rank}.log" for rank in range(n)]
+    serve = [sys.executable, "-m", "server.cli", "serve", "--host", LOOPBACK, "--port", str(http)]
+    with ExitStack() as running:
+        ranks = [
+            running.enter_context(child(serve, log, cwd=ROOT, env=kept | _rank(i, n, nccl)))
+            for i, log in enumerate(logs)
+        ]
+        server = Running(f"http://{LOOPBACK}:{http}", ranks, logs)
+        try:
+            began = time.monotonic()
+            _wait_until_ready(server)
+            print(f"  {n} rank(s) ready after {time.monotonic() - began:.0f} s", flush=True)
+            yield server
+            ranks[0].send_signal(signal.SIGTERM)
+            ended = [rank.wait(60) for rank in ranks]
+            if ended != [0] * n:
+                raise AssertionError(f"ended with {ended}")
+        except BaseException:
+            print(server.said(), flush=True)
+            raise
+
+
+def _rank(i: int, n: int, nccl_port: int) -> dict[str, str]:
+    """The environment of rank i, as mlx.launch sets it."""
+    gpu = {"CUDA_VISIBLE_DEVICES": str(i)}
+    if n == 1:
+        return gpu
+    return gpu | {
+        "MLX_RANK": str(i),
+        "MLX_WORLD_SIZE": str(n),
+        "NCCL_HOST_IP": LOOPBACK,
+        "NCCL_PORT": str(nccl_port),
+    }
 
 
 def _wait_until_ready(server: Running) -> None:
@@ -285,16 +288,16 @@ def speeds(server: Running, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
 def mlx_lm_decode(folder: Path, model: Path, n: int, n_tokens: int) -> float:
     """Tokens a second of mlx-lm's own generation with its own cache, sharded in the same way."""
     nccl, kept = free_port(), {name: value for name, value in os.environ.items() if not name.startswith("MLX_")}
-    ranks = []
-    for i in range(n):
-        environment = kept | {"CUDA_VISIBLE_DEVICES": str(i)}
-        if n > 1:
-            environment |= {"MLX_RANK": str(i), "MLX_WORLD_SIZE": str(n)}
-            environment |= {"NCCL_HOST_IP": LOOPBACK, "NCCL_PORT": str(nccl)}
-        command = [sys.executable, "-m", "tests.gpu.sharded", str(model), str(n_tokens), str(DECODED)]
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
-    said = [rank.communicate(timeout=300)[0] for rank in ranks]
-    return float(said[0].split()[-1])
+    command = [sys.executable, "-m", "tests.gpu.sharded", str(model), str(n_tokens), str(DECODED)]
+    with ExitStack() as running:
+        ranks = [
+            running.enter_context(
+                child(command, cwd=ROOT, env=kept | _rank(i, n, nccl), stdout=subprocess.PIPE, text=True)
+            )
+            for i in range(n)
+        ]
+        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    return float(outputs[0].split()[-1])
 
 
 def gpu_memory() -> list[int]:

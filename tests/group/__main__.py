@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import httpx
 
-from tests.group.launch import running_group, start
+from tests.group.launch import running_group, started_group
 from tests.group.models import write
 from tests.group.network import can_make_hosts, network
 from tests.serving.launch import SERVE, Server, endless, filler, running
@@ -74,13 +74,12 @@ def measured(server: Server, n_tokens: int, rank: str) -> Figures:
 @contextmanager
 def group_on_hosts(folder: Path, n: int, delay: float, **settings: str) -> Iterator[Server]:
     """A group whose ranks are on hosts of their own, `delay` seconds apart."""
-    with network(n, delay) as hosts:
-        group = start(folder, n, addresses=hosts.addresses, within=hosts.within, **settings)
-        try:
-            group.wait_until_ready()
-            yield group.server
-        finally:
-            group.kill()
+    with (
+        network(n, delay) as hosts,
+        started_group(folder, n, addresses=hosts.addresses, within=hosts.within, **settings) as group,
+    ):
+        group.wait_until_ready()
+        yield group.server
 
 
 def main() -> None:

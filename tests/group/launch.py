@@ -6,18 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+from tests.processes import child, kill_group, wait_for_end
+from tests.serving.launch import ROOT, Server, wait_until_ready
 
-from tests.serving.launch import ROOT, Server
-
-START_SECONDS = 90.0
+STOP_SECONDS = 30.0
 SERVE = (sys.executable, "-m", "server.cli", "serve")
 _POLITE = ("nice", "-n", "5")
 """More ranks than cores wait for each other busily, and other tests run beside them."""
@@ -39,35 +37,21 @@ class RunningGroup:
     def log(self, rank: int) -> str:
         return self.logs[rank].read_text()
 
-    def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
+    def all_logs(self) -> str:
+        return "\n".join(f"--- rank {i}\n{self.log(i)}" for i in range(len(self.logs)))
+
+    def wait_until_ready(self) -> None:
         """Until rank 0 answers. Raises AssertionError when a rank ends first."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if any(rank.poll() is not None for rank in self.ranks):
-                break
-            try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.1)
-        said = "\n".join(f"--- rank {i}\n{self.log(i)}" for i in range(len(self.ranks)))
-        raise AssertionError(f"the group did not start:\n{said}")
+        wait_until_ready(self.url, self.ranks, self.all_logs)
 
     def wait(self, seconds: float) -> list[int]:
         """Exit statuses, once all ranks have ended. Raises TimeoutExpired."""
-        deadline = time.monotonic() + seconds
-        return [rank.wait(max(0.01, deadline - time.monotonic())) for rank in self.ranks]
+        return [wait_for_end(rank, seconds) for rank in self.ranks]
 
     def kill(self) -> None:
-        """What a supervisor does with what is left."""
+        """What a supervisor does when one rank has ended."""
         for rank in self.ranks:
-            if rank.poll() is None:
-                rank.send_signal(signal.SIGKILL)
-            rank.wait()
-
-    def close_clients(self) -> None:
-        for client in self.server.clients:
-            client.close()
+            kill_group(rank)
 
 
 def free_ports(n: int) -> list[int]:
@@ -139,27 +123,25 @@ def _serve(patch: str) -> Sequence[str]:
     )
 
 
-def start(folder: Path, n: int, **options: Any) -> RunningGroup:
-    """Start ranks as `starts` says."""
+@contextmanager
+def started_group(folder: Path, n: int, **options: Any) -> Iterator[RunningGroup]:
+    """Ranks as `starts` describes them, which may still be starting. None is left afterwards."""
     url, found = starts(folder, n, **options)
-    ranks = []
-    for one in found:
-        with one.log.open("ab") as sink:
-            ranks.append(
-                subprocess.Popen(one.command, cwd=ROOT, env=one.environment, stdout=sink, stderr=subprocess.STDOUT)
-            )
-    return RunningGroup(url, ranks, [one.log for one in found])
+    with ExitStack() as running:
+        ranks = [running.enter_context(child(one.command, one.log, cwd=ROOT, env=one.environment)) for one in found]
+        group = RunningGroup(url, ranks, [one.log for one in found])
+        try:
+            yield group
+        finally:
+            for client in group.server.clients:
+                client.close()
 
 
 @contextmanager
 def running_group(folder: Path, n: int, stop: int = 0, **options: Any) -> Iterator[RunningGroup]:
     """A group on loopback, ready to answer; stopped in order afterwards, by a signal to rank `stop`."""
-    group = start(folder, n, **options)
-    try:
+    with started_group(folder, n, **options) as group:
         group.wait_until_ready()
         yield group
         group.ranks[stop].send_signal(signal.SIGTERM)
-        assert group.wait(30) == [0] * n, [group.log(i)[-2000:] for i in range(n)]
-    finally:
-        group.close_clients()
-        group.kill()
+        assert group.wait(STOP_SECONDS) == [0] * n, [group.log(i)[-2000:] for i in range(n)]

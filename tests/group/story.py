@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from tests.processes import patient
 from tests.serving.launch import Server, filler
 
 MAX_SIZE = 512
@@ -69,7 +70,8 @@ class Teller:
     def change(self, change: str, session: str, **body: str) -> None:
         """Save, restore, fork or delete a session."""
         url = f"{self._server.url}/v1/sessions/{session}"
-        sent = httpx.delete(url) if change == "delete" else httpx.post(f"{url}/{change}", json=body or None, timeout=60)
+        with httpx.Client(timeout=patient(60)) as client:
+            sent = client.delete(url) if change == "delete" else client.post(f"{url}/{change}", json=body or None)
         sent.raise_for_status()
 
     def count(self, *names: str) -> None:

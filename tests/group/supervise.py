@@ -1,6 +1,5 @@
 """A supervisor as systemd is one with Restart=always and WatchdogSec: each rank by itself, on its own host."""
 
-import signal
 import socket
 import subprocess
 import threading
@@ -10,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.processes import child, kill_group
 from tests.serving.launch import ROOT
 
 WATCHDOG_SECONDS = 15.0
@@ -57,12 +57,9 @@ class Supervised:
 
     def _supervise(self) -> None:
         while not self._over.is_set():
-            with self.log.open("ab") as sink:
-                process = subprocess.Popen(
-                    self.command, cwd=ROOT, env=self.environment, stdout=sink, stderr=subprocess.STDOUT
-                )
-            self.runs.append(run := Run(process, time.monotonic()))
-            self._follow(run)
+            with child(self.command, self.log, cwd=ROOT, env=self.environment) as process:
+                self.runs.append(run := Run(process, time.monotonic()))
+                self._follow(run)
             self._over.wait(RESTART_SECONDS)
 
     def _follow(self, run: Run) -> None:
@@ -73,6 +70,5 @@ class Supervised:
                     heard = time.monotonic()
             run.killed = time.monotonic() - heard > WATCHDOG_SECONDS
             if run.killed or self._over.is_set():
-                run.process.send_signal(signal.SIGKILL)
-                run.process.wait()
+                kill_group(run.process)
         run.ended = time.monotonic()

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.group.launch import RunningGroup, running_group
 from tests.group.models import write
 from tests.group.story import CHAPTERS, MAX_SIZE, Teller, Told
 from tests.serving.launch import SERVE, Server, running
+
+pytestmark = pytest.mark.timeout(900)  # several processes, which share two cores in CI
 
 MEMORY = 40 << 20
 SMALL_MEMORY = 20 << 20

@@ -1,7 +1,6 @@
 """Ranks that die, hang or are cut off, on hosts of their own with a slow link between them, under a supervisor."""
 
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,15 +11,19 @@ import pytest
 
 from tests.group.launch import starts
 from tests.group.network import Network, can_make_hosts, network
-from tests.group.supervise import Run, Supervised
-from tests.serving.launch import endless
+from tests.group.supervise import WATCHDOG_SECONDS, Run, Supervised
+from tests.processes import patient, wait_until
+from tests.serving.launch import endless, wait_until_ready
 
 DELAY = 1e-3
 MOST_SECONDS = 10.0
 TALK = [{"role": "user", "content": "My locker code is 5917. Remember it well. " * 8}]
 KEPT = {"model": "default", "prompt_cache_key": "kept", "temperature": 0, "max_tokens": 8}
 
-pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="hosts of one's own need root, ip and /dev/net/tun")
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not can_make_hosts(), reason="separate hosts need root, ip and /dev/net/tun"),
+]
 
 
 @dataclass
@@ -31,20 +34,14 @@ class Group:
     ranks: list[Supervised]
     network: Network
 
-    def wait_until_ready(self, seconds: float = 90.0) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.2)
-        raise AssertionError("\n".join(rank.log.read_text()[-3000:] for rank in self.ranks))
+    def wait_until_ready(self) -> None:
+        # A rank that ends is started again, so none of them is watched.
+        wait_until_ready(self.url, [], lambda: "\n".join(rank.log.read_text()[-3000:] for rank in self.ranks))
 
     def kept(self) -> int:
         """A turn of the session that is kept, written to disk afterwards; returns how much of it was in the cache."""
-        answer = httpx.post(f"{self.url}/v1/chat/completions", json={**KEPT, "messages": TALK}, timeout=60)
-        httpx.post(f"{self.url}/v1/sessions/kept/save", timeout=30).raise_for_status()
+        answer = httpx.post(f"{self.url}/v1/chat/completions", json={**KEPT, "messages": TALK}, timeout=patient(60))
+        httpx.post(f"{self.url}/v1/sessions/kept/save", timeout=patient(30)).raise_for_status()
         return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
@@ -52,8 +49,9 @@ class Group:
 def group(tmp_path: Path) -> Iterator[Group]:
     with network(2, DELAY) as hosts, ExitStack() as supervisors:
         url, found = starts(tmp_path, 2, hosts.addresses, hosts.within, SESSION_DIR=str(tmp_path / "kept"))
-        ranks = [Supervised(one.command, one.environment, one.log) for one in found]
-        for rank in ranks:
+        ranks = []
+        for one in found:
+            ranks.append(rank := Supervised(one.command, one.environment, one.log))
             supervisors.callback(rank.close)
         yield Group(url, ranks, hosts)
 
@@ -61,9 +59,9 @@ def group(tmp_path: Path) -> Iterator[Group]:
 def interrupted(group: Group, fault: str, host: int) -> list[str]:
     """The lines of an answer in the middle of which a fault happens to a host."""
     lines = []
-    with httpx.stream(
-        "POST", f"{group.url}/v1/chat/completions", json=endless("cut short", stream=True), timeout=MOST_SECONDS
-    ) as answer:
+    body = endless("cut short", stream=True)
+    url = f"{group.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=patient(MOST_SECONDS)) as answer:
         try:
             for line in answer.iter_lines():
                 lines.append(line)
@@ -81,10 +79,8 @@ def inject(group: Group, fault: str, host: int) -> None:
         group.ranks[host].now.process.send_signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
 
 
-def wait_for_ends(runs: list[Run], since: float) -> None:
-    while any(run.ended is None for run in runs):
-        assert time.monotonic() - since < MOST_SECONDS, "a rank has not ended"
-        time.sleep(0.05)
+def all_ended(runs: list[Run]) -> bool:
+    return all(run.ended is not None for run in runs)
 
 
 FAULTS = [
@@ -103,10 +99,10 @@ def test_a_group_ends_with_a_reason_and_serves_again(group: Group) -> None:
     assert group.kept() == 0
     for fault, host, who, how in FAULTS:
         runs, sizes = [rank.now for rank in group.ranks], [len(rank.log.read_text()) for rank in group.ranks]
-        began = time.monotonic()
         lines = interrupted(group, fault, host)
-        # The answer had to begin. A stopped rank can't end by itself: that is the watchdog's.
-        wait_for_ends([run for i, run in enumerate(runs) if (fault, i) != ("stop", host)], began + 4.0)
+        # A stopped rank can't end by itself: that is the watchdog's.
+        others = [run for i, run in enumerate(runs) if (fault, i) != ("stop", host)]
+        wait_until(lambda others=others: all_ended(others), MOST_SECONDS, "a rank has not ended")
         group.network.join(host)
         other = 1 - host
         said = group.ranks[other].log.read_text()[sizes[other] :]
@@ -119,8 +115,7 @@ def test_a_group_ends_with_a_reason_and_serves_again(group: Group) -> None:
         else:
             assert lines[-1].startswith("broken: ")
         if fault == "stop":
-            while runs[host].ended is None:
-                time.sleep(0.1)
+            wait_until(lambda run=runs[host]: run.ended is not None, 2 * WATCHDOG_SECONDS, "the watchdog did nothing")
             assert runs[host].killed
         group.wait_until_ready()
         assert group.kept() > len(TALK[0]["content"]) // 8, fault

@@ -1,21 +1,33 @@
 """What a group of ranks does besides answering greedily: sampling, schemas, cancelling, refusing, disagreeing."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.group.launch import LOOPBACK, SERVE, RunningGroup, environment, free_ports, running_group, start
+from tests.group.launch import (
+    LOOPBACK,
+    SERVE,
+    STOP_SECONDS,
+    RunningGroup,
+    environment,
+    free_ports,
+    running_group,
+    started_group,
+)
 from tests.group.models import write
 from tests.group.story import GO_ON
+from tests.processes import Deadline, alive, child, patient, wait_for_end, wait_until
 from tests.serving.launch import ROOT, endless
+
+pytestmark = pytest.mark.timeout(900)  # several processes, which share two cores in CI
 
 SCHEMA = {
     "type": "object",
@@ -38,7 +50,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGroup]:
 
 def ask(group: RunningGroup, **fields: object) -> httpx.Response:
     body = {"model": "default", "messages": [{"role": "user", "content": "Tell me of the mill."}], **fields}
-    return httpx.post(f"{group.url}/v1/chat/completions", json=body, timeout=60)
+    return httpx.post(f"{group.url}/v1/chat/completions", json=body, timeout=patient(60))
 
 
 def step_of(group: RunningGroup) -> float:
@@ -66,23 +78,18 @@ def test_a_schema_holds_on_all_ranks(group: RunningGroup) -> None:
 
 def test_an_answer_outgrows_its_first_promise(group: RunningGroup) -> None:
     """Without max_tokens the promise grows by steps, which rank 0 decides on; here they are of 16 tokens."""
-    with httpx.stream("POST", f"{group.url}/v1/chat/completions", json=endless("g", stream=True), timeout=60) as answer:
+    url, body = f"{group.url}/v1/chat/completions", endless("g", stream=True)
+    with httpx.stream("POST", url, json=body, timeout=patient(60)) as answer:
         lines = [line for line, _ in zip((x for x in answer.iter_lines() if x), range(70), strict=False)]
     assert len(lines) == 70  # and then the client leaves
     group.server.wait_until_idle()
-    deadline = time.monotonic() + 5  # rank 1 tells it once a second
-    while group.server.metric("budget_bytes", kind="promised"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not group.server.metric("budget_bytes", kind="promised"), 5)  # rank 1 tells it once a second
 
 
 def test_the_memory_of_all_ranks_is_told(group: RunningGroup) -> None:
     ask(group, prompt_cache_key="told", max_tokens=4)
-    deadline = time.monotonic() + 10
-    while (held := group.server.metric("cache_bytes", rank="1")) != group.server.metric("cache_bytes", rank="0"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert held > 0
+    held = [functools.partial(group.server.metric, "cache_bytes", rank=rank) for rank in ("0", "1")]
+    wait_until(lambda: held[0]() == held[1]() > 0, 10, "the ranks do not agree about their memory")
     assert group.server.metric("group_ranks") == 2
     assert group.server.metric("rank_silent_seconds", rank="1") < 5
     assert httpx.get(f"{group.url}/v1/status").json()["ranks"] == 2
@@ -93,27 +100,21 @@ def test_the_memory_of_all_ranks_is_told(group: RunningGroup) -> None:
 
 def test_a_rank_that_disagrees_ends_the_group(tmp_path: Path) -> None:
     other = "import server.engine.scheduler as t; t.Scheduler.done = lambda self: b'other' if self._handed else b''"
-    group = start(tmp_path, 2, patches=["", other])
-    try:
+    with started_group(tmp_path, 2, patches=["", other]) as group:
         group.wait_until_ready()
-        began = time.monotonic()
+        deadline = Deadline(10)
         answer = ask(group, max_tokens=400)
-        assert time.monotonic() - began < 10
+        assert not deadline.passed()
         assert answer.status_code == 503
         assert "rank 1 disagrees with rank 0 about what step" in answer.json()["error"]["message"]
         assert group.wait(10) == [1, 1]
         assert "rank 1 disagrees with rank 0" in group.log(1)
-    finally:
-        group.kill()
 
 
 def refused(folder: Path, n: int, **settings: str) -> RunningGroup:
     """A group that does not start."""
-    group = start(folder, n, **settings)
-    try:
+    with started_group(folder, n, **settings) as group:
         assert 0 not in group.wait(60)
-    finally:
-        group.kill()
     return group
 
 
@@ -132,24 +133,10 @@ def test_a_model_that_mlx_lm_can_t_shard_is_refused(tmp_path: Path) -> None:
 def test_a_rank_that_does_not_start_ends_the_others_start(tmp_path: Path) -> None:
     """Rank 1 finds nothing where rank 0 says that the model is."""
     broken = "import turbocache.mlxlm.model as m; m.load = lambda *a, **k: 1 / 0"
-    group = start(tmp_path, 2, patches=["", broken])
-    try:
-        statuses = group.wait(60)
-    finally:
-        group.kill()
-    assert 0 not in statuses
+    with started_group(tmp_path, 2, patches=["", broken]) as group:
+        assert 0 not in group.wait(60)
     assert "can't load the model" in group.log(1)
     assert "rank 1 did not start: can't load the model" in group.log(0)
-
-
-def gone(launched: "subprocess.Popen[bytes]") -> bool:
-    """Whether a process and all that it started have ended."""
-    launched.poll()
-    try:
-        os.killpg(launched.pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 def test_mlx_launch_starts_and_ends_a_group(tmp_path: Path) -> None:
@@ -158,25 +145,14 @@ def test_mlx_launch_starts_and_ends_a_group(tmp_path: Path) -> None:
     http, ring = free_ports(1)[0], free_ports(1)[0]
     launcher = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
     log = tmp_path / "log"
-    with log.open("wb") as sink:
-        launched = subprocess.Popen(
-            [*launcher, "--starting-port", str(ring), "--", *SERVE, "--port", str(http)],
-            cwd=ROOT, env=environment({"SESSION_DIR": str(kept)}), stdin=subprocess.PIPE, stdout=sink,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    group = RunningGroup(f"http://{LOOPBACK}:{http}", [launched], [log])
-    try:
+    command = [*launcher, "--starting-port", str(ring), "--", *SERVE, "--port", str(http)]
+    settings = environment({"SESSION_DIR": str(kept)})
+    with child(command, log, cwd=ROOT, env=settings, stdin=subprocess.PIPE) as launched:
+        group = RunningGroup(f"http://{LOOPBACK}:{http}", [launched], [log])
         group.wait_until_ready()
         assert ask(group, max_tokens=80, logit_bias=GO_ON).status_code == 200
         os.killpg(launched.pid, signal.SIGINT)
-        deadline = time.monotonic() + 30
-        while not gone(launched):
-            assert time.monotonic() < deadline, "a rank has not ended"
-            time.sleep(0.1)
+        wait_for_end(launched, STOP_SECONDS)
+        wait_until(lambda: not alive(launched.pid), STOP_SECONDS, "a rank has not ended")
         for rank in (0, 1):
             assert len(list((kept / f"rank-{rank}-of-2").glob("*.safetensors"))) == 1
-    finally:
-        if not gone(launched):
-            os.killpg(launched.pid, signal.SIGKILL)
-        if launched.stdin is not None:
-            launched.stdin.close()

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import pytest
 import yaml
 
 from tests.monitoring.names import PROMETHEUS, panels, recorded, rules, variables
+from tests.processes import Deadline, child, patient
 from tests.serving.launch import Server, endless, filler, running
 
 pytestmark = [
@@ -68,27 +68,22 @@ def prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
         "prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address={address}", "--log.level=warn",
     ]  # fmt: skip
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "GOMAXPROCS": "1"})
-    try:
+    with child(command, folder / "prometheus.log", env={**os.environ, "GOMAXPROCS": "1"}, stop=True):
         found = Prometheus(f"http://{address}")
         eventually(lambda: httpx.get(f"{found.url}/-/ready").status_code == 200)
         yield found
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def eventually(check: Any) -> Any:
     """The first truth that `check` returns. Fails after half a minute."""
-    deadline = time.monotonic() + _SECONDS
+    deadline = Deadline(_SECONDS)
     while True:
         try:
             if found := check():
                 return found
         except httpx.TransportError:
             pass
-        assert time.monotonic() < deadline, "it did not come true in time"
+        assert not deadline.passed(), "it did not come true in time"
         time.sleep(0.2)
 
 
@@ -97,7 +92,7 @@ def talk(server: Server, name: str, seed: int) -> Callable[[], None]:
 
     def turn(messages: list[dict[str, str]]) -> dict[str, str]:
         body = {"model": "default", "prompt_cache_key": name, "max_tokens": 12, "messages": messages}
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=patient(60)).raise_for_status()
         message: dict[str, str] = answer.json()["choices"][0]["message"]
         return message
 

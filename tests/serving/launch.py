@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import openai
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.processes import Deadline, child, patient, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 # Not from the package, which the environment of official clients does not have.
@@ -37,13 +39,13 @@ class Server:
 
     def client(self) -> openai.OpenAI:
         """A client of its own, closed with the server: one that is merely dropped leaves an open socket behind."""
-        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=patient(120))
         self.clients.append(client)
         return client
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a family's samples with these labels."""
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", timeout=patient(10)).text
         return sum(
             sample.value
             for family in text_string_to_metric_families(text)
@@ -56,17 +58,15 @@ class Server:
 
     def wait_until_idle(self, seconds: float = 30.0) -> None:
         """Until nothing runs or waits. Raises AssertionError when that takes longer."""
-        deadline = time.monotonic() + seconds
-        while (
-            self.metric("requests_running")
-            or self.metric("requests_waiting")
-            or any(row["state"] == "running" for row in self.sessions().values())
-        ):
-            assert time.monotonic() < deadline, "what nobody waits for goes on"
-            time.sleep(0.05)
+        wait_until(lambda: not self._busy(), seconds, "something still runs or waits")
+
+    def _busy(self) -> bool:
+        rows = self.sessions().values()
+        waiting = self.metric("requests_running") or self.metric("requests_waiting")
+        return bool(waiting) or any(row["state"] == "running" for row in rows)
 
     def sessions(self) -> dict[str, dict[str, object]]:
-        return {row["id"]: row for row in httpx.get(f"{self.url}/v1/sessions").json()["data"]}
+        return {row["id"]: row for row in httpx.get(f"{self.url}/v1/sessions", timeout=patient(10)).json()["data"]}
 
 
 UVICORN = ("uvicorn", "server.app:app")
@@ -88,39 +88,29 @@ def running(
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TURBOCACHE_")}
     environment |= {f"TURBOCACHE_{name}": value for name, value in settings.items()} | {"HF_HUB_OFFLINE": "1"}
     log = folder / f"server-{port}.log"
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [PYTHON, "-m", *command, *where],
-            cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT,
-            pass_fds=() if listener is None else [listener.fileno()],
-        )  # fmt: skip
-    server = Server(f"http://127.0.0.1:{port}", process, log)
-    try:
-        _wait_until_ready(server)
-        yield server
-    finally:
-        for client in server.clients:
-            client.close()
-        process.terminate()
+    inherited = () if listener is None else [listener.fileno()]
+    serve = [PYTHON, "-m", *command, *where]
+    with child(serve, log, cwd=ROOT, env=environment, stop=True, pass_fds=inherited) as process:
+        server = Server(f"http://127.0.0.1:{port}", process, log)
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise
+            wait_until_ready(server.url, [process], lambda: server.log.read_text())
+            yield server
+        finally:
+            for client in server.clients:
+                client.close()
 
 
-def _wait_until_ready(server: Server) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            break
+def wait_until_ready(url: str, processes: Sequence[subprocess.Popen[bytes]], log: Callable[[], str]) -> None:
+    """Until /health answers 200. Raises AssertionError with the `log` when a process ends first or none answers."""
+    deadline = Deadline(START_SECONDS)
+    while not deadline.passed() and all(process.poll() is None for process in processes):
         try:
-            if httpx.get(f"{server.url}/health").status_code == 200:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
                 return
         except httpx.TransportError:
-            time.sleep(0.1)
-    raise AssertionError(f"the server did not start:\n{server.log.read_text()}")
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"it did not start:\n{log()}")
 
 
 _PLACES = [

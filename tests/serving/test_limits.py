@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from tests.processes import patient, wait_until
 from tests.serving.launch import Server, filler, running
 
 CHAT = {"model": "default", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 8, "temperature": 0}
@@ -20,14 +21,13 @@ LONG_ANSWER = {**CHAT, "messages": [{"role": "user", "content": "Continue: " + f
 
 def post(server: Server, body: Any, **headers: str) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers, timeout=60)
+    return httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers, timeout=patient(60))
 
 
 def wait_for(server: Server, metric: str, value: float, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while server.metric(metric) != value:
-        assert time.monotonic() < deadline, f"{metric} is {server.metric(metric)}, not {value}"
-        time.sleep(0.05)
+    wait_until(
+        lambda: server.metric(metric) == value, seconds, lambda: f"{metric} is {server.metric(metric)}, not {value}"
+    )
 
 
 class Prefills:
@@ -41,7 +41,7 @@ class Prefills:
         body = {**CHAT, "messages": [{"role": "user", "content": filler(450, seed)}], "stream": True}
         if name:
             body["prompt_cache_key"] = name
-        client = httpx.Client(timeout=60)
+        client = httpx.Client(timeout=patient(60))
         stream = client.stream("POST", f"{self._server.url}/v1/chat/completions", json=body)
         response = stream.__enter__()
         assert response.status_code == 200

@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.processes import patient
 from tests.serving.launch import Server, digits, filler
 
 AGENT = "You are an agent. " + filler(30, seed=12)
@@ -20,7 +21,7 @@ def ask(server: Server, messages: list[dict[str, Any]], session: str | None = No
     """One whole answer."""
     body = {"model": "default", "max_tokens": 40, "temperature": 0, "messages": messages, **options}
     headers = {} if session is None else {"X-Claude-Code-Session-Id": session}
-    response = httpx.post(f"{server.url}/v1/messages", json=body, headers=headers, timeout=60)
+    response = httpx.post(f"{server.url}/v1/messages", json=body, headers=headers, timeout=patient(60))
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
@@ -58,7 +59,9 @@ def test_a_stream_tells_what_was_cached_before_its_first_text(server: Server) ->
     said = [user("Hello! " + filler(5, seed=3))]
     body = {"model": "default", "max_tokens": 8, "system": AGENT, "messages": said}
     ask(server, said, system=AGENT)
-    with httpx.stream("POST", f"{server.url}/v1/messages", json={**body, "stream": True}, timeout=60) as response:
+    with httpx.stream(
+        "POST", f"{server.url}/v1/messages", json={**body, "stream": True}, timeout=patient(60)
+    ) as response:
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
     events = [json.loads(line) for line in lines]
     started, ended = events[0]["message"]["usage"], events[-2]["usage"]

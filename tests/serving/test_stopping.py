@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.processes import patient, wait_until
 from tests.serving.launch import SERVE, UVICORN, Server, endless, running
 
 CHAT = "/v1/chat/completions"
@@ -34,7 +35,7 @@ class Asking(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        with httpx.stream("POST", self._url, json=self._body, timeout=60) as response:
+        with httpx.stream("POST", self._url, json=self._body, timeout=patient(60)) as response:
             self.status = response.status_code
             for line in response.iter_lines():
                 if line:
@@ -51,10 +52,7 @@ def saved(folder: Path) -> int:
 
 
 def wait_for(server: Server, metric: str, value: float) -> None:
-    deadline = time.monotonic() + 20
-    while server.metric(metric) < value:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: server.metric(metric) >= value, 20, f"{metric} stays below {value}")
 
 
 def test_what_can_end_within_the_grace_ends_and_a_second_signal_ends_the_rest(tmp_path: Path) -> None:
@@ -62,8 +60,8 @@ def test_what_can_end_within_the_grace_ends_and_a_second_signal_ends_the_rest(tm
     with running(tmp_path, STOP_GRACE="60", SESSION_DIR=str(folder)) as server:
         short = Asking(server, endless("short", max_tokens=60, stream=True))
         stream, whole = Asking(server, endless("stream", stream=True)), Asking(server, endless("whole"))
-        assert short.begun.wait(20)
-        assert stream.begun.wait(20)
+        assert short.begun.wait(patient(20))
+        assert stream.begun.wait(patient(20))
         wait_for(server, "requests_running", 3)
         server.process.send_signal(signal.SIGTERM)
         short.join(20)
@@ -76,8 +74,8 @@ def test_what_can_end_within_the_grace_ends_and_a_second_signal_ends_the_rest(tm
         stream.join(20)
         whole.join(20)
         # As uvicorn does: it ends by the signal, once all else is done.
-        assert server.process.wait(20) == -signal.SIGTERM
-        assert time.monotonic() - begun < 10
+        assert server.process.wait(patient(20)) == -signal.SIGTERM
+        assert time.monotonic() - begun < patient(10)
     assert [json.loads(end) for end in stream.ends()] == [STOPPED]
     assert stream.lines[-1] == stream.ends()[0]
     assert (whole.status, [json.loads(line) for line in whole.lines]) == (503, [STOPPED])
@@ -93,11 +91,11 @@ def test_what_can_end_within_the_grace_ends_and_a_second_signal_ends_the_rest(tm
 def test_after_the_grace_whatever_is_open_ends(tmp_path: Path, command: Sequence[str], number: int) -> None:
     with running(tmp_path, [*command, "--host", "0.0.0.0"], STOP_GRACE="0.5") as server:
         stream = Asking(server, endless("stream", stream=True))
-        assert stream.begun.wait(20)
+        assert stream.begun.wait(patient(20))
         body = slow_body(server)
         server.process.send_signal(number)
         stream.join(20)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(patient(20)) == 0
         assert [json.loads(end) for end in stream.ends()] == [STOPPED]
         with closing(body):
             head, _, text = body.recv(65536).partition(b"\r\n\r\n")
@@ -129,6 +127,6 @@ def test_a_client_that_does_not_read_keeps_nobody(tmp_path: Path) -> None:
             deaf.sendall(head.encode() + body)
             wait_for(server, "generated_tokens_total", 60)
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(20) == -signal.SIGTERM
+            assert server.process.wait(patient(20)) == -signal.SIGTERM
     assert "1 requests whose clients do not read" in server.log.read_text()
     assert saved(folder) == 1
