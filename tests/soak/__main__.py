@@ -1,4 +1,4 @@
-"""The long form of what `make test` does in short: `python -m tests.soak RUN` (`--help` names the runs)."""
+"""The long form of what `make test-all` does in short: `python -m tests.soak RUN` (`--help` names the runs)."""
 
 import turbocache  # noqa: F401, I001  (before everything that imports mlx)
 
@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from tests.soak import corruption, crowd, kills, operations, schemas
+from tests.soak.disk import corruption, kills
+from tests.soak.fuzz import schemas
+from tests.soak.load import crowd, operations
 from tests.soak.engines import leave
 
 
@@ -75,7 +77,7 @@ def _runs(arguments: argparse.Namespace) -> list[Callable[[], Result]]:
     if arguments.run == "schemas":
         return [partial(schemas.run, arguments.count, seed, say=say)]
     if arguments.run == "openapi":
-        from tests.soak import openapi  # schemathesis is slow to import
+        from tests.soak.fuzz import openapi  # schemathesis is slow to import
 
         return [partial(openapi.run, arguments.cases, seed, say=say)]
     models = [arguments.model] if arguments.model else operations.MODELS

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.process.loop_lag import BEAT_SECONDS
 from tests.serving.launch import Server, running
-from tests.soak.crowd_client import CHAT, Client
+from tests.soak.load.crowd_client import CHAT, Client
 
 MOST_LAG_SECONDS = 0.1
 _STARVED_SECONDS = 0.05

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from tests.soak import corruption
-from tests.soak.damage import Damage, draw
+from tests.soak.disk import corruption
+from tests.soak.disk.damage import Damage, draw
 
 
 def test_damaged_files_are_refused_and_counted_and_cost_a_prefill() -> None:

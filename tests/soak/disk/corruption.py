@@ -20,10 +20,10 @@ from server.metrics import Metrics
 from server.settings import MemoryBudget, Settings
 from tests.server.engine.answers import Answer, owned_by_nobody
 from tests.serving.launch import filler
-from tests.soak.damage import Damage, draw
+from tests.soak.disk.damage import Damage, draw
+from tests.soak.disk.stored import ASIDE, look
+from tests.soak.disk.talks import MAX_TOKENS, QUESTION
 from tests.soak.engines import loaded_once, on_engine, sample, started
-from tests.soak.stored import ASIDE, look
-from tests.soak.talks import MAX_TOKENS, QUESTION
 from turbocache.storage.session_codec import SessionFiles
 
 SETTINGS = Settings(keep=16, window=64, kv_memory=MemoryBudget(bytes=256 << 20), prefill_chunk=128)

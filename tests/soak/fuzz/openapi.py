@@ -20,8 +20,8 @@ from schemathesis.hooks import unregister
 from schemathesis.openapi.checks import AllowHeaderMismatch, RejectedPositiveData
 
 from tests.serving.launch import Server, running
-from tests.soak import odd_requests
-from tests.soak.openapi_bodies import sendable, unforeseeable
+from tests.soak.fuzz import odd_requests
+from tests.soak.fuzz.openapi_bodies import sendable, unforeseeable
 
 KEY = "one"
 REQUEST_SECONDS = 60

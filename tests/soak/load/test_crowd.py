@@ -1,6 +1,6 @@
 """A short form of `python -m tests.soak crowd`."""
 
-from tests.soak import crowd
+from tests.soak.load import crowd
 
 # Other tests run on the same two cores, and what they take is not the server's fault.
 MOST_LAG_SECONDS = 0.25

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from tests.soak.talks import MAX_TOKENS, Talk
+from tests.soak.disk.talks import MAX_TOKENS, Talk
 
 _AGAIN_SECONDS = 0.05
 _HANG_UP = 0.15

@@ -1,6 +1,6 @@
 """A few answers held to random schemas, and some that must be refused; long: `python -m tests.soak schemas`."""
 
-from tests.soak import schemas
+from tests.soak.fuzz import schemas
 
 
 def test_a_few_random_schemas() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.soak import operations
+from tests.soak.load import operations
 
 
 @pytest.mark.parametrize("model", operations.MODELS)

@@ -23,10 +23,10 @@ from pathlib import Path
 
 from server.settings import MemoryBudget, Settings
 from tests.serving.launch import Server, running
-from tests.soak.chatting import Chatting, Tally
+from tests.soak.disk.chatting import Chatting, Tally
+from tests.soak.disk.stored import Found, Look, look
+from tests.soak.disk.talks import Talk, talks
 from tests.soak.engines import started
-from tests.soak.stored import Found, Look, look
-from tests.soak.talks import Talk, talks
 from turbocache.storage.session_codec import SessionFiles
 from turbocache.storage.whole_file import PARTIAL
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.soak.openapi_bodies import sendable, unforeseeable
+from tests.soak.fuzz.openapi_bodies import sendable, unforeseeable
 
 LIMITS = {"max_tokens": 8191, "token": 16383}
 CHAT = "/v1/chat/completions"
@@ -16,7 +16,7 @@ RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 @pytest.fixture
 def run() -> Callable[..., Any]:
     pytest.importorskip("schemathesis")
-    from tests.soak import openapi
+    from tests.soak.fuzz import openapi
 
     return openapi.run
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import httpx
 
 from server.settings import MemoryBudget, Settings
-from tests.soak.clients import Client
 from tests.soak.engines import sample, tiny_model
-from tests.soak.invariants import Watch, resident_mib
+from tests.soak.load.clients import Client
+from tests.soak.load.invariants import Watch, resident_mib
 from tests.soak.served import Served, serving
 
 MODELS = {"llama": 13 << 18, "qwen3_next": 3 << 19}

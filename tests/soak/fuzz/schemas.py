@@ -12,7 +12,7 @@ import httpx
 from jsonschema import Draft202012Validator
 
 from server.settings import Settings
-from tests.soak.random_schemas import UNSUPPORTED, Schema, SchemaMaker
+from tests.soak.fuzz.random_schemas import UNSUPPORTED, Schema, SchemaMaker
 from tests.soak.served import serving
 
 _ASK = "Tell me about the old harbour as JSON."

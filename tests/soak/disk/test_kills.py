@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.soak import kills
+from tests.soak.disk import kills
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Session files: servers killed while they write, and damaged files."""

@@ -1,0 +1,1 @@
+"""Random requests, bodies and JSON schemas."""

@@ -1,0 +1,1 @@
+"""Many clients and random operations against one server."""
