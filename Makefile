@@ -1,9 +1,9 @@
-# Needs Python >= 3.11 and GNU make >= 3.81; everything else is brought into .venv.
+# Needs Python >= 3.11 and GNU make >= 3.81; everything else is installed into .venv.
 #
-#   ACCEL=cpu|cuda|metal   which build of MLX (found out by itself when not given)
-#   PYTHON=...             which interpreter .venv is made of
+#   ACCEL=cpu|cuda|metal   the build of MLX (default: what this machine has)
+#   PYTHON=...             the interpreter for .venv
 #   HOST, PORT             where `make run` listens
-#   ARGS=...               passed on to pytest or the benchmark
+#   ARGS=...               arguments for pytest or the benchmark
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -55,23 +55,24 @@ CLIENTS := .venv-clients/.installed
 NODE := tests/clients/node
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-clients test-image test-machine check format bench lock clean env env-dev env-clients
+.PHONY: help run test test-all test-clients test-image test-machine check format bench lock clean env env-dev env-clients
 
 help:
 	@echo "make run      start the server on http://$(HOST):$(PORT) (HOST=, PORT=, ACCEL=cpu|cuda|metal)"
-	@echo "make test     run the tests (with ARGS='-k name' those of the server only)"
-	@echo "make test-clients   only the official clients against a running server (ARGS='-k name')"
-	@echo "make test-image     Dockerfile.dev's steps on a bare Debian (as root; needs debootstrap)"
-	@echo "make test-machine   the services in a Debian that is booted (as root; needs debootstrap and systemd-container)"
-	@echo "make check    formatting, lint, types, import rules"
-	@echo "make format   apply the formatting and the lint's safe fixes"
+	@echo "make test     run the quick tests, in a few minutes (ARGS='tests/server -k name' runs these instead)"
+	@echo "make test-all       run all tests, also the slow ones and the official clients"
+	@echo "make test-clients   run only the official clients against a running server (ARGS='-k name')"
+	@echo "make test-image     run Dockerfile.dev's steps on a bare Debian (as root; needs debootstrap)"
+	@echo "make test-machine   run the services in a booted Debian (as root; needs debootstrap and systemd-container)"
+	@echo "make check    check formatting, lint, types and import rules"
+	@echo "make format   apply the formatting and the safe fixes of the linter"
 	@echo "make bench    measure serving (ARGS=...)"
-	@echo "make lock     write requirements/ anew from pyproject.toml (UPGRADE=--upgrade for newer versions)"
-	@echo "make install-service     serve from login on, as your own user (systemd or launchd; docs/deploy.md)"
-	@echo "make restart-service     after a change in its settings"
-	@echo "make uninstall-service   take it away again; settings and sessions stay"
-	@echo "make install-system-service, uninstall-system-service   as root, for a Linux machine that serves others"
-	@echo "make monitoring          Prometheus and Grafana in containers (Docker)"
+	@echo "make lock     write requirements/ again from pyproject.toml (UPGRADE=--upgrade for newer versions)"
+	@echo "make install-service     start the server at login, as your own user (systemd or launchd; docs/deploy.md)"
+	@echo "make restart-service     restart it after a change in its settings"
+	@echo "make uninstall-service   remove it; settings and sessions stay"
+	@echo "make install-system-service, uninstall-system-service   the same for a Linux machine that serves others (as root)"
+	@echo "make monitoring          start Prometheus and Grafana in containers (Docker)"
 	@echo "make clean    remove .venv, caches and build output"
 	@echo "This machine: ACCEL=$(ACCEL), Python $(or $(PYTHON),not found)"
 
@@ -83,23 +84,29 @@ env-clients: $(CLIENTS) $(NODE)/node_modules/.package-lock.json
 run: $(RUNTIME)
 	$(BIN)/turbocache serve --host $(HOST) --port $(PORT)
 
-# Two processes, each with one thread of BLAS: two that spin for each other take a quarter longer on two cores.
+# Two processes, each with one BLAS thread: on two cores, more threads wait for each other and take a quarter longer.
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_NUM_THREADS=1
 PYTEST := -m pytest -n 2 --dist loadfile --timeout 300
-# In the order of their names: xdist would leave the files with few tests for last, which are the slowest.
+# In the order of their names: xdist would start the files with few tests last, and these are the slowest.
 BY_NAME := --no-loadscope-reorder
 
 TEST_CLIENTS := SERVER_PYTHON=$(abspath $(BIN)/python) $(ONE_THREAD) $(CLIENTS_BIN)/python $(PYTEST) -c tests/clients/pytest.ini
 
+# The packages' own tests and a real server's, without those marked `slow`.
+QUICK := -m 'not slow' $(addprefix tests/,kernels turbocache server models serving) $(wildcard tests/test_*.py)
+
+test: $(DEV)
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) $(BY_NAME) $(or $(ARGS),$(QUICK))
+
 # The clients' tests also run when others have failed, so that one report shows everything.
-test: $(DEV) $(if $(ARGS),,env-clients)
+test-all: $(DEV) env-clients
 	status=0; $(ONE_THREAD) $(BIN)/python $(PYTEST) $(BY_NAME) $(ARGS) || status=$$?; \
-	$(if $(ARGS),,$(TEST_CLIENTS) tests/clients || status=$$?;) exit $$status
+	$(TEST_CLIENTS) tests/clients || status=$$?; exit $$status
 
 test-clients: $(DEV) env-clients
 	$(TEST_CLIENTS) $(or $(ARGS),tests/clients)
 
-# As root on a Debian with debootstrap, minutes each: Dockerfile.dev's steps; the services in a booted system.
+# Both need root and debootstrap, and take minutes.
 test-image test-machine: $(DEV)
 	$(BIN)/python -m tests.deploy.$(@:test-%=%) $(ARGS)
 

@@ -37,7 +37,7 @@ def test_the_server_is_the_containers_process_and_not_roots() -> None:
 
 
 def test_packages_are_those_of_the_checks() -> None:
-    """`make test` in the image finds what .ci/run installs, or is a different test."""
+    """`make test-all` in the image finds what .ci/run installs, or is a different test."""
     ci = (ROOT / ".ci" / "run").read_text()
     installed = next(step.text for step in STEPS if step.name == "RUN").split()
     wanted = re.findall(r"packages\+?=\(([^)]*)\)|--no-install-recommends ([a-z0-9. -]+)", ci)

@@ -1,4 +1,4 @@
-"""The long form of what `make test` does in short: three servers behind nginx, 32 clients, one kill and one stop.
+"""The long form of what `make test-all` does in short: three servers behind nginx, 32 clients, one kill and one stop.
 
 `python -m tests.fleet` prints the table of docs/fleet.md; needs nginx (Debian's package).
 """

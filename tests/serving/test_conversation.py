@@ -52,6 +52,7 @@ def test_a_fact_survives_long_filler_and_later_turns_prefill_only_what_is_new(se
     assert server.metric("prompt_tokens_total", source="prefilled") - prefilled == told
 
 
+@pytest.mark.slow
 def test_eight_sessions_at_once_each_keep_their_own_fact(server: Server) -> None:
     usages: dict[str, list[Any]] = {}
     errors: list[BaseException] = []

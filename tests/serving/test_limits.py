@@ -62,6 +62,7 @@ def prefills(small_server: Server) -> Iterator[Prefills]:
     wait_for(small_server, "requests_running", 0)
 
 
+@pytest.mark.slow
 def test_a_full_queue_answers_429_and_takes_requests_again_later(small_server: Server, prefills: Prefills) -> None:
     prefills.open(1)
     prefills.open(2)
@@ -78,6 +79,7 @@ def test_a_full_queue_answers_429_and_takes_requests_again_later(small_server: S
     assert post(small_server, CHAT).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_during_prefill_frees_its_place_and_keeps_what_was_cached(
     small_server: Server, prefills: Prefills
 ) -> None:
@@ -96,6 +98,7 @@ def test_a_client_that_leaves_during_prefill_frees_its_place_and_keeps_what_was_
     assert cached > 0
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_the_budget_is_refused_and_evicts_nobody(tmp_path: Path) -> None:
     with running(tmp_path, KV_MEMORY="16MiB") as server:
         for name in ("one", "two"):
@@ -174,6 +177,7 @@ def test_sampling_stop_strings_and_limits_are_honoured(server: Server) -> None:
     assert post(server, {**LONG_ANSWER, "top_p": 0.9, "top_k": 40, "min_p": 0.01}).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [

@@ -1,9 +1,12 @@
 """A conversation several times longer than a session may hold."""
 
+import pytest
+
 from server.sessions.checkpoints import MOST
 from tests.serving.launch import Server, digits, filler
 
 
+@pytest.mark.slow
 def test_a_long_conversation_goes_on_in_flat_memory_and_keeps_its_sink(small_server: Server) -> None:
     client = small_server.client()
     messages = [{"role": "user", "content": "My name is Anna and my locker code is 5917."}]

@@ -32,6 +32,7 @@ def fields(heading: str) -> set[str]:
     return {name for line in table[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_a_run_writes_what_the_page_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "out"

@@ -36,6 +36,7 @@ def test_an_answer_is_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask({"a": 1}, timeout=30) == {"a": 1}
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_measures_what_this_one_does(here: Ask) -> None:
     """The probe's answer goes to it as JSON, and bytes are the same wherever they are counted."""
     settings = Settings(contexts=(300,), presets=("k4v4",), against=(), max_size=256, generate=2).as_json()

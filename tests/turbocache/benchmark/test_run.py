@@ -83,6 +83,7 @@ def test_a_backend_that_is_not_there_is_a_row_with_its_reason(here: Ask) -> None
     assert case["ours"] is True
 
 
+@pytest.mark.slow
 def test_figures_of_the_bundled_model(here: Ask) -> None:
     """Every contender that there is, at a length at which pages exist and a ring has rotated."""
     settings = Settings(contexts=(300,), presets=("k4v4",), max_size=256, generate=2, budget=1 << 30)
