@@ -50,9 +50,9 @@ from server.sessions.disk import SessionDisk
 from server.sessions.other_groups import other_groups, rank_folder
 from server.sessions.registry import SessionRegistry
 from server.settings import Settings
-from server.text.assembler import Lexicon, opening_state
-from server.text.chat_template import PromptMaker
-from server.text.grammar import GrammarMaker
+from server.text.assembler import Vocabulary, opening_state
+from server.text.chat_template import PromptBuilder
+from server.text.grammar import GrammarCompiler
 from server.text.tool_formats import tool_format
 from turbocache.machine.memory import keep_freed_memory
 from turbocache.storage.session_codec import SessionFiles
@@ -111,9 +111,9 @@ class MlxEngine:
         self._clock = StepClock()
         self._ranks = Ranks(self._report, self._end_group)
         self._runtime: Runtime
-        self._prompts: PromptMaker
-        self._grammars: GrammarMaker
-        self._lexicon: Lexicon
+        self._prompts: PromptBuilder
+        self._grammars: GrammarCompiler
+        self._vocabulary: Vocabulary
         self._budget: Budget
         self._registry: SessionRegistry
         self._scheduler: Scheduler
@@ -161,7 +161,7 @@ class MlxEngine:
         return ModelInfo(model.id, model.created, model.max_positions, n_tokens, max_size)
 
     def tokenize(self, conversation: Conversation) -> Prompt:
-        return self._prompts.prompt(conversation)
+        return self._prompts.build(conversation)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return self._prompts.encode(text, special)
@@ -174,8 +174,8 @@ class MlxEngine:
 
     def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:
         if rules.raw or prompt.continued:
-            self._lexicon.tokens  # noqa: B018  (its first use takes a while, and would hold up the engine's thread)
-        return self._grammars.make(rules, opening_state(self._runtime.model.tokenizer, prompt.tokens) == "reasoning")
+            self._vocabulary.ll_tokenizer  # noqa: B018  (slow at first use: not on the engine's thread)
+        return self._grammars.compile(rules, opening_state(self._runtime.model.tokenizer, prompt.tokens) == "reasoning")
 
     def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         """Accept all requests, or raise and accept none; see `server.protocol.Engine`."""
@@ -300,10 +300,10 @@ class MlxEngine:
         self._clock.seed(seed)
         mx.random.seed(seed)
         runtime = self._runtime = load_runtime(self._settings, self._ranks.group)
-        self._prompts = PromptMaker(runtime.model)
-        lexicon, format = Lexicon(runtime.model.tokenizer), tool_format(runtime.model.tokenizer)
-        self._lexicon = lexicon
-        self._grammars = GrammarMaker(runtime.model.tokenizer, format, lambda: lexicon.tokens)
+        self._prompts = PromptBuilder(runtime.model)
+        vocabulary, format = Vocabulary(runtime.model.tokenizer), tool_format(runtime.model.tokenizer)
+        self._vocabulary = vocabulary
+        self._grammars = GrammarCompiler(runtime.model.tokenizer, format, vocabulary)
         store, chunk = runtime.store, runtime.chunk
         self._budget = Budget(
             runtime.budget, lambda n: store.session_nbytes(n, chunk), lambda n: store.prefill_nbytes(n, chunk)
@@ -318,7 +318,7 @@ class MlxEngine:
             self._waiting,
             self._budget,
             self._registry,
-            lexicon,
+            vocabulary,
             self._grammars,
             format,
         )

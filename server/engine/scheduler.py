@@ -43,8 +43,8 @@ from server.protocol import (
 from server.sessions.checkpoints import Kind, prompt_kind, prompt_stops
 from server.sessions.registry import Claim, SessionRegistry
 from server.settings import Settings
-from server.text.assembler import Lexicon, TextAssembler
-from server.text.grammar import GrammarMaker
+from server.text.assembler import TextAssembler, Vocabulary
+from server.text.grammar import GrammarCompiler
 from server.text.tool_formats import ToolFormat
 from turbocache.cache.pool import PoolExhausted
 from turbocache.store import evaluate
@@ -68,8 +68,8 @@ class Scheduler:
         waiting: WaitingQueue,
         budget: Budget,
         registry: SessionRegistry,
-        lexicon: Lexicon,
-        grammars: GrammarMaker,
+        vocabulary: Vocabulary,
+        grammars: GrammarCompiler,
         format: ToolFormat | None,
     ) -> None:
         self.runs: dict[int, RunningRequest] = {}
@@ -81,7 +81,7 @@ class Scheduler:
         self._waiting = waiting
         self._budget = budget
         self._registry = registry
-        self._lexicon = lexicon
+        self._vocabulary = vocabulary
         self._grammars = grammars
         self._format = format
         self._handed: list[tuple[int, int]] = []
@@ -147,7 +147,7 @@ class Scheduler:
         stops = (
             prompt_stops(request.prompt, claim.cached, self._runtime.store) if request.shares_prompt_of is None else {}
         )
-        grammar = self._grammars.compiled(request.grammar)
+        grammar = self._grammars.with_matcher(request.grammar)
         uid = self.generator.insert(tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops, grammar)
         text = TextAssembler(
             self._runtime.model.tokenizer,
@@ -156,7 +156,7 @@ class Scheduler:
             request.rules,
             self._format,
             begun=request.prompt.continued,
-            lexicon=self._lexicon,
+            vocabulary=self._vocabulary,
         )
         # Not the claim itself: its cache would stay beside the batch's.
         self.runs[uid] = RunningRequest(
@@ -280,8 +280,8 @@ class Scheduler:
         """Keep a token for a client that wants to see what was drawn."""
         if (n := run.request.logprobs) is not None:
             own, best = top_tokens(logprobs, token, n)
-            top = tuple(TokenLogprob(self._lexicon.token_bytes(other), value) for other, value in best)
-            run.drawn.append(DrawnToken(self._lexicon.token_bytes(token), own, top))
+            top = tuple(TokenLogprob(self._vocabulary.token_bytes(other), value) for other, value in best)
+            run.drawn.append(DrawnToken(self._vocabulary.token_bytes(token), own, top))
 
     # Answers that outgrow what was promised.
 

@@ -1,1 +1,1 @@
-"""Text around a model: chat template, tokens, tool calls, grammars."""
+"""The text around a model: chat template, tokens, tool calls, grammars."""

@@ -1,4 +1,4 @@
-"""From tokens to what is safe to send: whole characters, no stop strings, reasoning and calls kept apart."""
+"""Turns tokens into text that is safe to send: whole characters, no stop strings, reasoning and calls separated."""
 
 import codecs
 import functools
@@ -17,32 +17,31 @@ from server.text.tool_formats import ToolFormat
 _CHANNELS: dict[str, Channel] = {"normal": "content", "reasoning": "reasoning"}
 
 _CALL, _STOP = "tool", "stop "
-"""States of a text: within a call, as mlx-lm names it, and, with a number, behind a stop string."""
+"""States of the text machine: inside a call (mlx-lm's name), and after stop string number N (prefix and N)."""
 
 _NO_RULES = AnswerRules()
 
 _TEMPLATE_TAIL = 8
-"""A thought that the template opened for this answer stands among the prompt's last tokens; older ones are history."""
+"""A thought that the template opens for this answer is among the prompt's last 8 tokens. Earlier ones are history."""
 
 
-class Lexicon:
-    """The bytes of single tokens, as llguidance knows them for each kind of tokenizer."""
+class Vocabulary:
+    """The bytes of each token. llguidance knows them for every kind of tokenizer."""
 
     def __init__(self, tokenizer: TokenizerWrapper) -> None:
-        self._wrapped = tokenizer
+        self._tokenizer = tokenizer
 
     @functools.cached_property
-    def tokens(self) -> LLTokenizer:
-        # Not at the start: it takes a while with large vocabularies, and not everybody asks for it.
-        ends = sorted(self._wrapped.eos_token_ids)
-        return from_tokenizer(self._wrapped._tokenizer, eos_token=ends)
+    def ll_tokenizer(self) -> LLTokenizer:
+        """Built at first use: it is slow with large vocabularies, and most requests do not need it."""
+        return from_tokenizer(self._tokenizer._tokenizer, eos_token=sorted(self._tokenizer.eos_token_ids))
 
     def token_bytes(self, token: int) -> bytes:
-        return self.tokens.decode_bytes([token])
+        return self.ll_tokenizer.decode_bytes([token])
 
 
-class _Continuation:
-    """A detokenizer as mlx-lm has them, whose text goes on with another: theirs drop a space at its beginning."""
+class _ContinuedDetokenizer:
+    """A detokenizer for text that continues a prompt. mlx-lm's detokenizers drop a leading space."""
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self.last_segment = ""
@@ -57,9 +56,14 @@ class _Continuation:
 
 
 class TextAssembler:
-    """One answer's text. `stopped` turns True when it has ended by a stop string, which is `stop` and not part of the
-    text, or by the one call that `rules` allow. `called`: it holds a call. `reasoned` tokens were of a thought.
-    One that has `begun` goes on with the prompt's text, by the bytes of `lexicon`.
+    """The text of one answer, built token by token.
+
+    stopped: a stop string, or the only call that `rules` allow, has ended the text.
+    stop: the stop string that ended it. The text does not contain it.
+    called: the text contains a call.
+    reasoned: number of tokens inside thoughts.
+
+    With `begun`, the text continues the last message of the prompt; this needs `vocabulary`.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class TextAssembler:
         format: ToolFormat | None = None,
         *,
         begun: bool = False,
-        lexicon: Lexicon | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.stopped, self.called = False, False
         self.stop: str | None = None
@@ -79,33 +83,33 @@ class TextAssembler:
         self._rules, self._format = rules, format if rules.calls else None
         self._tools = [tool.template for tool in rules.tools]
         self._stops = {f"{_STOP}{i}": text for i, text in enumerate(stop)}
-        self._call, self._looked = "", 0
+        self._call, self._searched = "", 0
         if begun:
-            assert lexicon is not None
-            self._detokenizer = _Continuation(lexicon.token_bytes)
+            assert vocabulary is not None
+            self._detokenizer = _ContinuedDetokenizer(vocabulary.token_bytes)
         else:
             self._detokenizer = tokenizer.detokenizer
         self._machine = TextStateMachine(self._edges(tokenizer))
         self._state = self._machine.make_state("normal" if rules.raw else opening_state(tokenizer, prompt))
 
     def add(self, token: int) -> list[TextDelta | ToolCall]:
-        """What one more token makes certain."""
+        """The text that can be sent after one more token."""
         self._detokenizer.add_token(token)
-        found = self._split(self._detokenizer.last_segment)
+        deltas = self._split(self._detokenizer.last_segment)
         self.reasoned += self._state[0] == "reasoning"
-        return found
+        return deltas
 
     def finish(self) -> list[TextDelta | ToolCall]:
-        """The rest, when no token follows."""
+        """The remaining text, after the last token."""
         self._detokenizer.finalize()
-        found = self._split(self._detokenizer.last_segment)
+        deltas = self._split(self._detokenizer.last_segment)
         if self.stopped:
-            return found
+            return deltas
         self._state, rest, name = TextStateMachine.flush(self._state)
         if name != _CALL:
-            return [*found, *([TextDelta(rest, _CHANNELS[name])] if rest and name in _CHANNELS else [])]
+            return [*deltas, *([TextDelta(rest, _CHANNELS[name])] if rest and name in _CHANNELS else [])]
         self._call += rest
-        return [*found, *self._read_call(ended=False)]
+        return [*deltas, *self._read_call(ended=False)]
 
     def _edges(self, tokenizer: TokenizerWrapper) -> dict[str, list[tuple[str, str]]]:
         edges: dict[str, list[tuple[str, str]]] = {"normal": [], "reasoning": []}
@@ -114,7 +118,7 @@ class TextAssembler:
             edges["reasoning"].append((tokenizer.think_end, "normal"))
         if self._format is not None:
             edges["normal"].append((self._format.start, _CALL))
-            edges[_CALL] = []  # its end is looked for by `_call_end`, which knows of strings
+            edges[_CALL] = []  # `_call_end` finds its end: an end mark inside a string does not count
         for mark in tokenizer.structural_markers or ():
             edges["normal"].append((mark, "normal"))
         for state, more in tokenizer.response_transitions.items():
@@ -126,7 +130,7 @@ class TextAssembler:
         return edges
 
     def _split(self, text: str) -> list[TextDelta | ToolCall]:
-        found: list[TextDelta | ToolCall] = []
+        deltas: list[TextDelta | ToolCall] = []
         while text and not self.stopped:
             self._state, segments = TextStateMachine.split(self._state, text)
             text = ""
@@ -136,31 +140,31 @@ class TextAssembler:
                     break
                 if name == _CALL:
                     self._call += part
-                elif part and name in _CHANNELS:  # other states than these two are a form's own headings
-                    found.append(TextDelta(part, _CHANNELS[name]))
+                elif part and name in _CHANNELS:  # the other states are headings of the model's own answer format
+                    deltas.append(TextDelta(part, _CHANNELS[name]))
             if (end := self._call_end()) is not None:
                 self._call, text = self._call[:end], self._call[end + len(self._end_mark) :]
-                found += self._read_call(ended=True)
+                deltas += self._read_call(ended=True)
                 self._state = self._machine.make_state("normal")
-        return found
+        return deltas
 
     @property
     def _end_mark(self) -> str:
         return "" if self._format is None else self._format.end
 
     def _call_end(self) -> int | None:
-        """Where the call's end mark stands; one within a string of its arguments is none."""
-        while self._end_mark and (end := self._call.find(self._end_mark, self._looked)) >= 0:
-            if not _within_string(self._call[:end]):
+        """Position of the call's end mark. A mark inside a string of the arguments does not count."""
+        while self._end_mark and (end := self._call.find(self._end_mark, self._searched)) >= 0:
+            if not _ends_inside_string(self._call[:end]):
                 return end
-            self._looked = end + len(self._end_mark)
-        self._looked = max(self._looked, len(self._call) - len(self._end_mark) + 1, 0)
+            self._searched = end + len(self._end_mark)
+        self._searched = max(self._searched, len(self._call) - len(self._end_mark) + 1, 0)
         return None
 
     def _read_call(self, ended: bool) -> list[TextDelta | ToolCall]:
-        """The calls of the text between the marks; one that can't be read is text as it was written."""
+        """Parse the text between the marks. Text that does not parse is sent as content, unchanged."""
         assert self._format is not None
-        text, self._call, self._looked = self._call, "", 0
+        text, self._call, self._searched = self._call, "", 0
         calls = self._format.read(text, self._tools)
         if calls is None:
             return [TextDelta(self._format.start + text + (self._format.end if ended else ""))]
@@ -170,8 +174,8 @@ class TextAssembler:
         return [ToolCall(call.id or f"call_{uuid.uuid4().hex[:24]}", call.name, call.arguments) for call in calls]
 
 
-def _within_string(text: str) -> bool:
-    """Whether a beginning of JSON ends within a string."""
+def _ends_inside_string(text: str) -> bool:
+    """Whether the first part of a JSON text ends inside a string."""
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
@@ -180,8 +184,8 @@ def _within_string(text: str) -> bool:
 
 
 def opening_state(tokenizer: TokenizerWrapper, prompt: Sequence[int]) -> str:
-    """`reasoning` when the template has opened a thought and not closed it, else `normal`, or what mlx-lm knows of a
-    model's own form of answers.
+    """The state in which an answer begins: `reasoning` if the template leaves a thought open, else `normal`. For models
+    with an answer format of their own, mlx-lm gives the state.
     """
     if tokenizer.response_initial_state is not None:
         return str(tokenizer.response_initial_state)

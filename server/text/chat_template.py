@@ -1,4 +1,4 @@
-"""From conversations and texts to token ids, with what goes wrong in the words of a request."""
+"""Builds prompts from conversations, and encodes and decodes plain text. Errors name the field of the request."""
 
 import functools
 import re
@@ -10,33 +10,33 @@ from jinja2 import TemplateError
 
 from server.errors import InvalidRequest, UnsupportedField
 from server.protocol import Conversation, Prompt
-from server.text.token_memo import PromptEncoder
+from server.text.token_memo import ChatEncoder
 from turbocache.mlxlm.model import LoadedModel
 
-_OURS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"})
-"""What the server itself tells a template."""
+_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"})
+"""Template arguments that only the server sets."""
 _THINKING = ("enable_thinking", "thinking")
-"""Options by which templates let a model think or not."""
+"""Template options that turn reasoning on or off. Templates use one or the other name."""
 _NO_EFFORT = ("none", "minimal")
 
 
-class PromptMaker:
+class PromptBuilder:
     """Applies the chat template and the tokenizer. Safe to call from any thread."""
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
-        self._encoder = PromptEncoder(model.tokenizer)
+        self._encoder = ChatEncoder(model.tokenizer)
         self._template = str(model.tokenizer.chat_template) if model.tokenizer.has_chat_template else ""
 
     @functools.cached_property
     def n_tokens(self) -> int:
-        """How many tokens both the tokenizer and the model have."""
+        """Number of token ids that both the tokenizer and the model have."""
         n = len(self._model.tokenizer)
         return min(n, getattr(self._model.model.args, "vocab_size", None) or n)
 
-    def prompt(self, conversation: Conversation) -> Prompt:
-        """A conversation as token ids, with the places where conversations part. Raises InvalidRequest when the
-        template refuses it, and UnsupportedField for an option that it does not know.
+    def build(self, conversation: Conversation) -> Prompt:
+        """Token ids of a conversation, and where its system message and its messages end. Raises InvalidRequest when
+        the template refuses the messages, and UnsupportedField for an option that the template does not have.
         """
         if not self._model.tokenizer.has_chat_template:
             raise InvalidRequest(f"The model {self._model.id} has no chat template.", param="messages")
@@ -51,7 +51,7 @@ class PromptMaker:
         except ValueError as error:
             if not conversation.continue_final_message:
                 raise
-            # transformers says so where the template does not end with the last message's text.
+            # transformers raises this when the template's text does not end with the last message.
             raise InvalidRequest(
                 "The model's chat template can't go on with a begun answer.", param="messages"
             ) from error
@@ -88,23 +88,23 @@ class PromptMaker:
                 )
 
     def _options(self, conversation: Conversation) -> dict[str, Any]:
-        """The template's options, all of which it knows."""
+        """The options for the template, each checked against its text."""
         options = dict(conversation.options)
         for name in options:
-            if name in _OURS or not self._knows(name):
+            if name in _RESERVED or not self._has_option(name):
                 raise UnsupportedField(
                     f"Unsupported parameter: 'chat_template_kwargs.{name[:100]}' is no option of the model's chat "
                     "template.",
                     param=f"chat_template_kwargs.{name[:100]}",
                 )
-        thinking = next((name for name in _THINKING if self._knows(name)), None)
+        thinking = next((name for name in _THINKING if self._has_option(name)), None)
         if thinking is not None and conversation.thinking is not None:
             options.setdefault(thinking, conversation.thinking)
         if (effort := conversation.reasoning_effort) is None:
             return options
-        if thinking is not None and (effort in _NO_EFFORT or not self._knows("reasoning_effort")):
+        if thinking is not None and (effort in _NO_EFFORT or not self._has_option("reasoning_effort")):
             options.setdefault(thinking, effort not in _NO_EFFORT)
-        elif self._knows("reasoning_effort"):
+        elif self._has_option("reasoning_effort"):
             options.setdefault("reasoning_effort", effort)
         elif effort != "none" and not conversation.ignore_unknown_effort:
             raise UnsupportedField(
@@ -113,5 +113,5 @@ class PromptMaker:
             )
         return options
 
-    def _knows(self, option: str) -> bool:
+    def _has_option(self, option: str) -> bool:
         return re.search(rf"\b{re.escape(option)}\b", self._template) is not None

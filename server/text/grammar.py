@@ -1,5 +1,5 @@
-"""What holds an answer to its rules: grammars by llguidance (https://github.com/guidance-ai/llguidance), and the way
-through one of them.
+"""Grammars that constrain an answer, compiled by llguidance (https://github.com/guidance-ai/llguidance), and the logits
+processor that applies one.
 """
 
 import threading
@@ -14,48 +14,49 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from server.errors import InvalidRequest, UnsupportedField
 from server.protocol import AnswerRules, Grammar
+from server.text.assembler import Vocabulary
 from server.text.grammar_text import GrammarText, check_schema
 from server.text.tool_formats import ToolFormat
 
-_KEPT = 64
-"""Compiled grammars that are remembered: agents send the same tools with every request."""
+_MAX_CACHED = 64
+"""Compiled grammars that are cached: agents send the same tools with every request."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledGrammar(Grammar):
-    """A grammar that is known to compile. Copies of its matcher start anew."""
+    """A grammar with its matcher. A copy of the matcher starts at the beginning."""
 
     matcher: LLMatcher
-    lexicon: LLTokenizer
+    tokenizer: LLTokenizer
 
     def guide(self, latest: Callable[[], int | None]) -> "Guide":
-        return Guide(self.matcher.deep_copy(), self.lexicon, latest)
+        return Guide(self.matcher.deep_copy(), self.tokenizer, latest)
 
 
 class Guide:
-    """One row's way through its grammar, as a logits processor of mlx-lm. Logits are `[1, vocab]`; those of tokens that
-    can't follow become -inf.
+    """Applies a grammar to one row, as a logits processor of mlx-lm. Logits are `[1, vocab]`; logits of tokens that the
+    grammar forbids become -inf.
 
-    `latest` gives the row's last token, None before its first one. `error` says why the grammar could not go on; its
-    row is no longer held to it then.
+    latest: returns the row's last token, None before the first one.
+    error: why the matcher failed, None while it works. After a failure logits are returned unchanged.
     """
 
-    def __init__(self, matcher: LLMatcher, lexicon: LLTokenizer, latest: Callable[[], int | None]) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, latest: Callable[[], int | None]) -> None:
         self.error: str | None = None
         self._matcher = matcher
-        self._lexicon = lexicon
+        self._eos_tokens = tokenizer.eos_tokens
         self._latest = latest
-        self._bits = np.zeros(-(-lexicon.vocab_size // 32), dtype=np.uint32)
+        self._bits = np.zeros(-(-tokenizer.vocab_size // 32), dtype=np.uint32)
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        # The step's own graph runs while the token before it is read and the mask is made.
+        # Start the step's graph first: it runs while the previous token is read and the mask is computed.
         mx.async_eval(logits)
         token = self._latest()
         if token is not None and not self._matcher.is_stopped():
             self._matcher.consume_token(token)
         if self._matcher.is_stopped():
             self._bits[:] = 0
-            for end in self._lexicon.eos_tokens:
+            for end in self._eos_tokens:
                 self._bits[end // 32] |= np.uint32(1 << end % 32)
         else:
             self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
@@ -66,8 +67,8 @@ class Guide:
 
 
 def _masked(logits: mx.array, bits: np.ndarray) -> mx.array:
-    """Logits `[1, vocab]` where bit i of `bits` allows token i, else -inf. A tokenizer may have fewer tokens than a
-    model has logits, or more.
+    """Logits `[1, vocab]`, -inf where bit i of `bits` is 0 for token i. The tokenizer may have more or fewer tokens
+    than the model has logits.
     """
     n = logits.shape[-1]
     allowed = ((mx.array(bits)[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1).reshape(-1)[:n].astype(mx.bool_)
@@ -76,21 +77,19 @@ def _masked(logits: mx.array, bits: np.ndarray) -> mx.array:
     return mx.where(allowed, logits, mx.array(-mx.inf, dtype=logits.dtype))
 
 
-class GrammarMaker:
-    """Compiles rules into grammars. Safe to call from any thread."""
+class GrammarCompiler:
+    """Compiles rules into grammars, and caches them. Safe to call from any thread."""
 
-    def __init__(
-        self, tokenizer: TokenizerWrapper, format: ToolFormat | None, lexicon: Callable[[], LLTokenizer]
-    ) -> None:
+    def __init__(self, tokenizer: TokenizerWrapper, format: ToolFormat | None, vocabulary: Vocabulary) -> None:
         self._tokenizer = tokenizer
         self._format = format
-        self._lexicon = lexicon
+        self._vocabulary = vocabulary
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, CompiledGrammar] = OrderedDict()
 
-    def make(self, rules: AnswerRules, in_thought: bool) -> CompiledGrammar | None:
-        """The grammar of an answer, None where nothing must be held. `in_thought`: the prompt has opened a thought.
-        Raises InvalidRequest and UnsupportedField, as `server.protocol.Engine.constrain` says.
+    def compile(self, rules: AnswerRules, in_thought: bool) -> CompiledGrammar | None:
+        """The grammar of an answer, or None if the rules do not constrain it. `in_thought`: the prompt leaves a thought
+        open. Raises InvalidRequest and UnsupportedField; see `server.protocol.Engine.constrain`.
         """
         if rules.tools and self._format is None:
             raise UnsupportedField("The model's chat template knows no tools, so it can't call any.", param="tools")
@@ -98,38 +97,41 @@ class GrammarMaker:
         free = rules.tool_choice == "auto" and rules.allowed_tools is None and not strict
         if rules.schema is None and (free or not rules.tools):
             return None
-        text = GrammarText(self._tokenizer, self._lexicon())
+        text = GrammarText(self._tokenizer, self._vocabulary.ll_tokenizer)
         text.answer(rules, self._format, in_thought)
-        return self._compile(text)
+        return self._compile_text(text)
 
-    def compiled(self, grammar: Grammar | None) -> CompiledGrammar | None:
-        """What `make` has made, as it comes back with a request: the same object, or, on another rank than the one that
-        made it, its text.
+    def with_matcher(self, grammar: Grammar | None) -> CompiledGrammar | None:
+        """A request's grammar, compiled. It has its matcher already on the rank that compiled it; other ranks get its
+        source only.
         """
         if grammar is None or isinstance(grammar, CompiledGrammar):
             return grammar
         with self._lock:
-            known = self._compiled.get(grammar.source)
-        matcher = None if known is not None else LLMatcher(self._lexicon(), grammar.source, log_level=0)
-        return known if matcher is None else self._keep(CompiledGrammar(grammar.source, matcher, self._lexicon()))
+            cached = self._compiled.get(grammar.source)
+        return cached or self._keep(grammar.source, self._matcher(grammar.source))
 
-    def _compile(self, text: GrammarText) -> CompiledGrammar:
+    def _matcher(self, source: str) -> LLMatcher:
+        return LLMatcher(self._vocabulary.ll_tokenizer, source, log_level=0)
+
+    def _compile_text(self, text: GrammarText) -> CompiledGrammar:
         source = text.source()
         with self._lock:
-            if (known := self._compiled.get(source)) is not None:
+            if (cached := self._compiled.get(source)) is not None:
                 self._compiled.move_to_end(source)
-                return known
-        for schema, param, options in text.schemas:  # each by itself, so that the error names the one that is wrong
-            check_schema(schema, param, self._lexicon(), options)
-        matcher = LLMatcher(self._lexicon(), source, log_level=0)
+                return cached
+        for schema, param, options in text.schemas:  # one by one, so that the error names the schema that is wrong
+            check_schema(schema, param, self._vocabulary.ll_tokenizer, options)
+        matcher = self._matcher(source)
         if matcher.is_error():
             error = matcher.get_error().strip().splitlines()[0]
             raise InvalidRequest(f"The tools and schemas of this request make no grammar: {error}", param="tools")
-        return self._keep(CompiledGrammar(source, matcher, self._lexicon()))
+        return self._keep(source, matcher)
 
-    def _keep(self, compiled: CompiledGrammar) -> CompiledGrammar:
+    def _keep(self, source: str, matcher: LLMatcher) -> CompiledGrammar:
+        compiled = CompiledGrammar(source, matcher, self._vocabulary.ll_tokenizer)
         with self._lock:
-            self._compiled[compiled.source] = compiled
-            while len(self._compiled) > _KEPT:
+            self._compiled[source] = compiled
+            while len(self._compiled) > _MAX_CACHED:
                 self._compiled.popitem(last=False)
         return compiled

@@ -1,4 +1,4 @@
-"""Rules of an answer as a grammar in llguidance's dialect of Lark
+"""Writes the rules of an answer as a grammar, in llguidance's dialect of Lark
 (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
 """
 
@@ -13,34 +13,33 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from server.errors import InvalidRequest, UnsupportedField
 from server.protocol import AnswerRules, Tool
-from server.text.call_shapes import CallShape, ParameterShape
-from server.text.tool_formats import ToolFormat
+from server.text.tool_formats import CallShape, ParameterShape, ToolFormat
 
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As `json.dumps` and templates write JSON. Free whitespace would let a hot model write nothing else for ever."""
+"""The spacing of `json.dumps` and of templates. With free whitespace a hot model may write nothing else."""
 
 _LENIENT: Mapping[str, Any] = MappingProxyType({"lenient": True, "coerce_one_of": True})
-"""Keywords that can't be held to are passed over."""
+"""Ignore keywords that llguidance can't enforce."""
 
 
-def check_schema(schema: dict[str, Any], param: str, lexicon: LLTokenizer, options: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest where llguidance does not hold an answer to all that a schema says."""
+def check_schema(schema: dict[str, Any], param: str, tokenizer: LLTokenizer, options: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest if llguidance can't enforce all of a schema."""
     try:
         grammar = LLMatcher.grammar_from_json_schema(json.dumps({**schema, "x-guidance": {**options, **_SPACING}}))
     except ValueError as error:
         raise InvalidRequest(f"Invalid schema for '{param}': {error}", param=param) from error
-    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, lexicon)
+    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
     if failed:
         raise InvalidRequest(f"Invalid schema for '{param}': {messages[0].strip()}.", param=param)
 
 
 class GrammarText:
-    """A grammar in llguidance's dialect of Lark, as it is put together."""
+    """Collects the rules of one grammar."""
 
-    def __init__(self, tokenizer: TokenizerWrapper, lexicon: LLTokenizer) -> None:
+    def __init__(self, tokenizer: TokenizerWrapper, ll_tokenizer: LLTokenizer) -> None:
         self.schemas: list[tuple[dict[str, Any], str, Mapping[str, Any]]] = []
         self._tokenizer = tokenizer
-        self._lexicon = lexicon
+        self._ll_tokenizer = ll_tokenizer
         self._rules: list[str] = []
         self._end = ""
 
@@ -48,7 +47,7 @@ class GrammarText:
         return "\n".join(["%llguidance {}", *self._rules, ""])
 
     def answer(self, rules: AnswerRules, format: ToolFormat | None, in_thought: bool) -> None:
-        """The start rule: a thought where there is one, then content and calls."""
+        """Add the start rule: a thought if the model writes one, then content and calls."""
         content = "" if rules.schema is None else self._json("content", rules.schema, rules.param)
         if format is None or not rules.calls:
             body = content or self._plain(format)
@@ -61,7 +60,7 @@ class GrammarText:
         self._rules.insert(0, f"start: {self._thought(in_thought)} {body}")
 
     def _thought(self, in_thought: bool) -> str:
-        """A thought that the template has opened, or that the model may open where its template speaks of thoughts."""
+        """A thought: required if the template leaves one open, optional if the template mentions thoughts."""
         tokenizer = self._tokenizer
         if not tokenizer.has_thinking:
             return ""
@@ -75,20 +74,20 @@ class GrammarText:
         return ""
 
     def _calls(self, rules: AnswerRules, format: ToolFormat) -> str:
-        """One call, or several where the rules and the model's format have them."""
+        """One call, or more if both the rules and the model's format allow that."""
         shape = self._call_rules(rules, format, opened=False)
         if not rules.parallel or shape.separator is None:
             return "call"
         return f"call ({self._literal(shape.separator)} call)*"
 
     def _calls_among_text(self, rules: AnswerRules, format: ToolFormat) -> str:
-        """Calls wherever the model opens one."""
+        """Text with calls in any place."""
         self._call_rules(rules, format, opened=True)
         opening, plain = self._until("LEAD", format.start), self._plain(format)
         return f"({opening} call)* {plain}" if rules.parallel else f"({opening} call | {plain})"
 
     def _call_rules(self, rules: AnswerRules, format: ToolFormat, opened: bool) -> CallShape:
-        """The rule `call`, of which the format's opening mark has been read if `opened`."""
+        """Add the rule `call`. With `opened`, another rule reads the opening mark."""
         if (shape := format.shape) is None:
             raise UnsupportedField(
                 f"This model writes calls in the format {format.name}, which this version can't hold it to. Use "
@@ -106,7 +105,7 @@ class GrammarText:
         return shape
 
     def _arguments(self, name: str, tool: Tool, parameter: ParameterShape | None) -> str:
-        """All of a strict schema; of another what can be held to."""
+        """The arguments of one tool. Without `strict`, what llguidance can't enforce is ignored."""
         schema = tool.parameters if tool.parameters is not None else {"type": "object", "properties": {}}
         if schema.get("type", "object") != "object":
             if tool.strict:
@@ -117,13 +116,13 @@ class GrammarText:
         if tool.strict:
             return self._json(name, {**schema, "type": "object"}, tool.param)
         try:
-            check_schema(schema, tool.param, self._lexicon, _LENIENT)
+            check_schema(schema, tool.param, self._ll_tokenizer, _LENIENT)
         except InvalidRequest:
             return self._json(name, {"type": "object"}, tool.param)
         return self._json(name, {**schema, "type": "object"}, tool.param, _LENIENT)
 
     def _parameters(self, name: str, tool: Tool, schema: dict[str, Any], shape: ParameterShape) -> str:
-        """Each argument by itself, in the schema's order; those that are not required may be left out."""
+        """One rule for each argument, in the schema's order. Arguments that are not required are optional."""
         known: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         properties = []
         for i, (key, value) in enumerate(schema.get("properties", {}).items()):
@@ -135,7 +134,7 @@ class GrammarText:
         return name
 
     def _value(self, name: str, schema: dict[str, Any], tool: Tool, shape: ParameterShape) -> str:
-        """A string as it is, another value as JSON, and what closes it."""
+        """The value and its closing mark. A string is plain text, another value is JSON."""
         closing = self._literal(shape.closing)
         texts = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if schema.get("type", "string") == "string" and texts and all(isinstance(text, str) for text in texts):
@@ -156,7 +155,7 @@ class GrammarText:
         return self._until(name.upper(), shape.closing, self._end)
 
     def _plain(self, format: ToolFormat | None) -> str:
-        """Any text in which no call begins."""
+        """Any text without the beginning of a call."""
         without = "" if format is None else f" & ~/(.|\\n)*{_escaped(format.start)}(.|\\n)*/"
         self._rules.append(f"PLAIN: /(.|\\n)*/{without}")
         return "PLAIN"
@@ -169,28 +168,28 @@ class GrammarText:
         return name
 
     def _until(self, name: str, mark: str, unless: str = "") -> str:
-        """Any text up to a mark and the mark itself. `unless` must not stand in it."""
+        """Any text up to a mark, and the mark. The text must not contain `unless`."""
         parts = self._parts(mark)
         special = next((i for i, (_, token) in enumerate(parts) if token is not None), None)
         without = f" & ~/(.|\\n)*{_escaped(unless)}(.|\\n)*/" if unless and unless != mark else ""
-        if special is None:  # lazy: the first mark ends it
+        if special is None:  # lazy: the text ends at the first mark
             self._rules += [f"{name.lower()}_[lazy]: {name}", f"{name}: /(.|\\n)*{_escaped(mark)}/{without}"]
             return f"{name.lower()}_"
-        # A token of its own is no part of any text; what stands before it in the mark may be.
+        # A special token never matches text. The part of the mark before it may.
         self._rules.append(f"{name}: /(.|\\n)*/ & ~/(.|\\n)*{_escaped(mark)}(.|\\n)*/{without}")
         return f"{name} {_joined(parts[special:])}"
 
     def _token(self, text: str) -> int | None:
-        """The special token that a text is, if it is one."""
+        """The id of the special token with this text, None if there is none."""
         ids = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids[0] if len(ids) == 1 and self._lexicon.is_special_token(ids[0]) else None
+        return ids[0] if len(ids) == 1 and self._ll_tokenizer.is_special_token(ids[0]) else None
 
     def _literal(self, text: str) -> str:
-        """A fixed text; tokens of their own in it are named, because they are not spelled."""
+        """A fixed text. Special tokens in it are given by id, because text does not match them."""
         return _joined(self._parts(text))
 
     def _parts(self, text: str) -> list[tuple[str, int | None]]:
-        """A text cut into spelled parts, and tokens of their own with their ids."""
+        """Split a text into plain parts (None) and special tokens (their ids)."""
         added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.content in text]
         specials = [token for token in sorted(added, key=len, reverse=True) if self._token(token) is not None]
         pieces = re.split("(" + "|".join(map(re.escape, specials)) + ")", text) if specials else [text]
@@ -202,5 +201,5 @@ def _joined(parts: Sequence[tuple[str, int | None]]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A text within /.../."""
+    """A text for use inside /.../."""
     return re.sub(r"([^\w\s<>=])", r"\\\1", text).replace("\n", "\\n")

@@ -1,4 +1,7 @@
-"""How a model writes tool calls: mlx-lm's parsers, and the one that fits a model."""
+"""How a model writes tool calls: the parser that reads them, and the fixed text around names and arguments.
+
+Both come from a sample: the chat template writes a call, and mlx-lm's parsers read it back.
+"""
 
 import importlib
 import json
@@ -10,41 +13,84 @@ from typing import Any
 import mlx_lm.tool_parsers
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from server.text.call_shapes import ARGUMENTS, NAMES, TOOLS, CallShape, call_shape, written
+_NAMES = ("get_city_weather", "find_next_train")
+_ARGUMENTS = {"destination": "Oslo-S", "n_days": 37}
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "-",
+            "parameters": {
+                "type": "object",
+                "properties": {"destination": {"type": "string"}, "n_days": {"type": "integer"}},
+                "required": ["destination", "n_days"],
+            },
+        },
+    }
+    for name in _NAMES
+]
+_ID = "call_7"
+_USER = {"role": "user", "content": "Hello"}
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterShape:
+    """One argument is `opening` KEY `middle` VALUE `closing`. Strings are plain text, other values JSON."""
+
+    opening: str
+    middle: str
+    closing: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallShape:
+    """One call is `before` NAME `between` ARGUMENTS `after`."""
+
+    before: str
+    between: str
+    after: str
+    separator: str | None
+    """Text between two calls; None if the template does not write calls one after the other."""
+    parameter: ParameterShape | None = None
+    """How each argument is written; None if ARGUMENTS is one JSON object."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call as the model wrote it; `arguments` is JSON text of an object, `id` what the model itself calls it."""
+    """A call as the model wrote it."""
 
     name: str
     arguments: str
+    """JSON text of an object."""
     id: str | None = None
+    """The model's own id for the call."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """`start` and `end` mark calls in an answer; an empty `end` means the end of the answer. `name` is mlx-lm's.
-    `shape` is None where calls are not made of fixed text around names and arguments.
-    """
+    """The text format of a model's tool calls."""
 
     name: str
+    """mlx-lm's name of the parser."""
     start: str
     end: str
+    """Marks around the calls of an answer. If `end` is empty, calls last to the end of the answer."""
     parse: Callable[[str, Any], Any]
     shape: CallShape | None = None
+    """None if calls are not fixed text around names and arguments."""
 
     def read(self, text: str, tools: Any) -> list[Call] | None:
-        """The calls in what stands between the marks, None if it is malformed. `tools` are as templates take them."""
+        """Parse the text between the marks; None if it is malformed. `tools` are in the form for chat templates."""
         try:
-            found = self.parse(text, tools)
-            return [_call(one) for one in (found if isinstance(found, list) else [found])] or None
-        except Exception:  # a parser is foreign code and raises whatever it meets in the model's text
+            parsed = self.parse(text, tools)
+            return [_call(one) for one in (parsed if isinstance(parsed, list) else [parsed])] or None
+        except Exception:  # parsers are third-party code: they raise anything on malformed text
             return None
 
 
-def _call(found: Any) -> Call:
-    name, arguments, id = found["name"], found.get("arguments", {}), found.get("id")
+def _call(parsed: Any) -> Call:
+    name, arguments, id = parsed["name"], parsed.get("arguments", {}), parsed.get("id")
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     if not (isinstance(name, str) and name and isinstance(arguments, dict)):
@@ -53,41 +99,96 @@ def _call(found: Any) -> Call:
 
 
 def tool_format(tokenizer: TokenizerWrapper) -> ToolFormat | None:
-    """The format of a model's calls: what mlx-lm takes it for, else the one whose parser reads back what the chat
-    template writes. None for models that know no tools.
+    """The format of a model's calls: the one that mlx-lm gives for the model, else the first whose parser reads back
+    what the chat template writes. None for models without tools.
     """
     if not tokenizer.has_chat_template:
         return None
-    candidates = [_named(tokenizer.tool_parser.__module__)] if tokenizer.has_tool_calling else list(_known())
-    text = written(tokenizer, 1)
+    candidates = [_format_of(tokenizer.tool_parser.__module__)] if tokenizer.has_tool_calling else list(_all_formats())
+    text = _template_text(tokenizer, 1)
     for candidate in candidates:
-        if text is not None and (inside := _inside(candidate, text)) is not None:
-            read = candidate.read(inside, TOOLS)
-            if read and [(call.name, json.loads(call.arguments)) for call in read] == [(NAMES[0], ARGUMENTS)]:
-                # Without an end mark it is the end of the answer, which the template's text does not tell.
+        if text is not None and (inside := _between_marks(candidate, text)) is not None:
+            read = candidate.read(inside, _TOOLS)
+            if read and [(call.name, json.loads(call.arguments)) for call in read] == [(_NAMES[0], _ARGUMENTS)]:
+                # Without an end mark the call's shape is unknown: the template's text continues after the call.
                 whole = candidate.start + inside + candidate.end if candidate.end else ""
-                return replace(candidate, shape=call_shape(tokenizer, whole))
+                return replace(candidate, shape=_call_shape(tokenizer, whole))
     return candidates[0] if tokenizer.has_tool_calling else None
 
 
-def _named(module: str) -> ToolFormat:
-    found = importlib.import_module(module)
-    return ToolFormat(
-        module.rpartition(".")[2], found.tool_call_start, found.tool_call_end or "", found.parse_tool_call
-    )
+def _format_of(parser: str) -> ToolFormat:
+    module = importlib.import_module(parser)
+    name = parser.rpartition(".")[2]
+    return ToolFormat(name, module.tool_call_start, module.tool_call_end or "", module.parse_tool_call)
 
 
-def _known() -> Iterator[ToolFormat]:
-    """mlx-lm's formats, the plainest first: several share their marks."""
+def _all_formats() -> Iterator[ToolFormat]:
+    """mlx-lm's formats. `json_tools` comes first: other formats share its marks, and it is the simplest."""
     names = [info.name for info in pkgutil.iter_modules(mlx_lm.tool_parsers.__path__)]
     for name in sorted(names, key=lambda name: name != "json_tools"):
         try:
-            yield _named(f"{mlx_lm.tool_parsers.__name__}.{name}")
-        except AttributeError:  # a part of another format
+            yield _format_of(f"{mlx_lm.tool_parsers.__name__}.{name}")
+        except AttributeError:  # a helper module of another parser
             continue
 
 
-def _inside(format: ToolFormat, written: str) -> str | None:
-    _, start, rest = written.partition(format.start)
+def _between_marks(format: ToolFormat, text: str) -> str | None:
+    _, start, rest = text.partition(format.start)
     inside, end, _ = rest.partition(format.end) if format.end else (rest, "", "")
     return inside if start and end == format.end else None
+
+
+def _template_text(tokenizer: TokenizerWrapper, n_calls: int) -> str | None:
+    """The template's text of an answer that calls the first `n_calls` sample tools. None if the template refuses."""
+    calls = [
+        {"id": _ID, "type": "function", "function": {"name": name, "arguments": _ARGUMENTS}}
+        for name in _NAMES[:n_calls]
+    ]
+    answer = {"role": "assistant", "content": "", "tool_calls": calls}
+    options = {"tools": _TOOLS, "add_generation_prompt": False, "tokenize": False}
+    try:
+        prompt: str = tokenizer.apply_chat_template([_USER], **options)
+        whole: str = tokenizer.apply_chat_template([_USER, answer], **options)
+    except Exception:  # templates are third-party code; one that can't write calls has no call format
+        return None
+    return whole[len(prompt) :] if whole.startswith(prompt) else None
+
+
+def _call_shape(tokenizer: TokenizerWrapper, call: str) -> CallShape | None:
+    """The shape of one sample call; None if the text has no such shape."""
+    if call.count(_NAMES[0]) != 1 or _ID in call:  # ids differ from call to call, so a shape can't contain one
+        return None
+    before, _, rest = call.partition(_NAMES[0])
+    both, second = _template_text(tokenizer, 2) or "", call.replace(_NAMES[0], _NAMES[1])
+    separator = None
+    if both.count(call) == 1 and both.count(second) == 1:
+        separator = both[both.index(call) + len(call) : both.index(second)]
+    arguments = json.dumps(_ARGUMENTS)
+    if rest.count(arguments) == 1:
+        between, _, after = rest.partition(arguments)
+        return CallShape(before, between, after, separator)
+    return _with_parameters(before, rest, separator)
+
+
+def _with_parameters(before: str, rest: str, separator: str | None) -> CallShape | None:
+    """The shape, if `rest` has each key and each value once, in order, and all with the same text around them."""
+    values: list[Any] = [item for pair in _ARGUMENTS.items() for item in pair]
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    pieces: list[str] = []
+    for text in texts:
+        piece, found, rest = rest.partition(text)
+        if not found:
+            return None
+        pieces.append(piece)
+    head, middle, joint, other_middle = pieces
+    if middle != other_middle or any(text in rest for text in texts):
+        return None
+    # The joint closes one argument and opens the next. Any cut is correct if both ends of the call agree with it.
+    # A cut after ">" keeps marks whole.
+    cuts = [(joint[:cut], joint[cut:]) for cut in range(1, len(joint) + 1)]
+    fitting = [(end, start) for end, start in cuts if rest.startswith(end) and head.endswith(start)]
+    if not fitting:
+        return None
+    closing, opening = next((cut for cut in fitting if cut[0].endswith(">")), fitting[0])
+    parameter = ParameterShape(opening, middle, closing)
+    return CallShape(before, head.removesuffix(opening), rest.removeprefix(closing), separator, parameter)

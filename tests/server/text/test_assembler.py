@@ -5,7 +5,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from server.protocol import AnswerRules, TextDelta, Tool, ToolCall
-from server.text.assembler import Lexicon, TextAssembler
+from server.text.assembler import TextAssembler, Vocabulary
 from server.text.tool_formats import tool_format
 from turbocache.mlxlm.model import BUNDLED
 
@@ -64,7 +64,7 @@ def test_an_answer_that_goes_on_keeps_the_space_that_it_begins_with(
     tokenizer: TokenizerWrapper, begun: bool, text: str
 ) -> None:
     prompt = tokenizer.encode("There are")
-    assembler = TextAssembler(tokenizer, prompt, (), begun=begun, lexicon=Lexicon(tokenizer))
+    assembler = TextAssembler(tokenizer, prompt, (), begun=begun, vocabulary=Vocabulary(tokenizer))
     parts = [part for token in tokenizer.encode(" more words") for part in assembler.add(token)] + assembler.finish()
     assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == text
 

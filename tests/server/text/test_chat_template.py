@@ -6,7 +6,7 @@ import pytest
 
 from server.errors import InvalidRequest, UnsupportedField
 from server.protocol import Conversation
-from server.text.chat_template import PromptMaker
+from server.text.chat_template import PromptBuilder
 from turbocache.mlxlm.model import LoadedModel
 
 USER = {"role": "user", "content": "hi"}
@@ -22,8 +22,8 @@ def ending(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def said(template: str, **wishes: Any) -> str:
         monkeypatch.setattr(bundled.tokenizer._tokenizer, "chat_template", template)
-        maker = PromptMaker(bundled)
-        return maker.decode(maker.prompt(Conversation([USER], **wishes)).tokens).partition("> ")[2]
+        builder = PromptBuilder(bundled)
+        return builder.decode(builder.build(Conversation([USER], **wishes)).tokens).partition("> ")[2]
 
     return said
 
@@ -55,9 +55,9 @@ def test_an_effort_that_the_template_knows_nothing_of(ending: Any) -> None:
 
 def test_a_begun_answer(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = Conversation([USER, {"role": "assistant", "content": "Hel"}], continue_final_message=True)
-    prompt = PromptMaker(bundled).prompt(talk)
+    prompt = PromptBuilder(bundled).build(talk)
     assert prompt.continued
     assert bundled.tokenizer.decode(prompt.tokens).endswith("assistant\nHel")
     monkeypatch.setattr(bundled.tokenizer._tokenizer, "chat_template", "{{ messages[0].content }} {{ 'content' }}")
     with pytest.raises(InvalidRequest, match="can't go on with a begun answer"):
-        PromptMaker(bundled).prompt(talk)
+        PromptBuilder(bundled).build(talk)

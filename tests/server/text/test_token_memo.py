@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from server.protocol import Conversation
-from server.text import token_memo as prompts
-from server.text.chat_template import PromptMaker
-from server.text.token_memo import PromptEncoder
+from server.text import token_memo
+from server.text.chat_template import PromptBuilder
+from server.text.token_memo import ChatEncoder
 from turbocache.mlxlm.model import LoadedModel
 
 TEXTS = st.one_of(
@@ -24,7 +24,7 @@ TEXTS = st.one_of(
 )  # fmt: skip
 
 
-def plainly(loaded: LoadedModel, messages: list[dict[str, Any]]) -> list[int]:
+def encode_whole(loaded: LoadedModel, messages: list[dict[str, Any]]) -> list[int]:
     return list(loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
@@ -37,21 +37,21 @@ def test_ids_are_those_of_the_whole_text(bundled: LoadedModel, texts: list[str],
     for i, text in enumerate(texts):
         messages = [*messages, {"role": "user" if i % 2 == 0 else "assistant", "content": text}]
         for _ in range(2):
-            assert encoder.encode(Conversation(messages)) == plainly(bundled, messages)
+            assert encoder.encode(Conversation(messages)) == encode_whole(bundled, messages)
 
 
-_encoders: list[PromptEncoder] = []
+_encoders: list[ChatEncoder] = []
 
 
-def encoder_of(loaded: LoadedModel) -> PromptEncoder:
+def encoder_of(loaded: LoadedModel) -> ChatEncoder:
     if not _encoders:
-        _encoders.append(PromptEncoder(loaded.tokenizer))
+        _encoders.append(ChatEncoder(loaded.tokenizer))
     return _encoders[0]
 
 
 def test_a_later_turn_tokenises_only_what_is_new(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = PromptEncoder(bundled.tokenizer)
-    assert encoder.remembers
+    encoder = ChatEncoder(bundled.tokenizer)
+    assert encoder.uses_cache
     messages = [{"role": "user", "content": "word " * 500}]
     encoder.encode(Conversation(messages))
     seen = []
@@ -66,14 +66,14 @@ def test_a_later_turn_tokenises_only_what_is_new(bundled: LoadedModel, monkeypat
 
 
 def test_memory_is_bounded(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "_MOST_CHARACTERS", 1000)
-    encoder = PromptEncoder(bundled.tokenizer)
+    monkeypatch.setattr(token_memo, "_MAX_CHARACTERS", 1000)
+    encoder = ChatEncoder(bundled.tokenizer)
     for i in range(30):
         messages = [{"role": "user", "content": f"{i} " * 60}]
-        assert encoder.encode(Conversation(messages)) == plainly(bundled, messages)
+        assert encoder.encode(Conversation(messages)) == encode_whole(bundled, messages)
         assert sum(len(piece) for piece in encoder._pieces) == encoder._n_characters <= 1000
     long = [{"role": "user", "content": "x" * 5000}]
-    assert encoder.encode(Conversation(long)) == plainly(bundled, long)
+    assert encoder.encode(Conversation(long)) == encode_whole(bundled, long)
 
 
 @pytest.mark.parametrize("option", ["lstrip", "rstrip", "single_word"])
@@ -83,8 +83,8 @@ def test_tokens_that_look_at_their_neighbours_are_no_place_to_cut(bundled: Loade
         tokenizer._tokenizer._tokenizer.add_special_tokens(
             [AddedToken(token, special=True, normalized=False, **{option: True})]
         )
-    encoder = PromptEncoder(tokenizer)
-    assert not encoder.remembers
+    encoder = ChatEncoder(tokenizer)
+    assert not encoder.uses_cache
     messages = [{"role": "user", "content": " spaces   around  "}]
     assert encoder.encode(Conversation(messages)) == list(
         tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -96,7 +96,7 @@ def test_a_tokenizer_that_gives_other_ids_to_pieces_is_used_plainly(
 ) -> None:
     encode = bundled.tokenizer._tokenizer.encode
     monkeypatch.setattr(bundled.tokenizer._tokenizer, "encode", lambda text, **options: [7, *encode(text, **options)])
-    assert not PromptEncoder(bundled.tokenizer).remembers
+    assert not ChatEncoder(bundled.tokenizer).uses_cache
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,11 @@ def test_a_tokenizer_that_gives_other_ids_to_pieces_is_used_plainly(
     [("<|a|>", "<|a|>", False), ("<<", "<|a|>", True), ("<", "<|a|>", False), ("x<|a|>y", "<|a|>", True)],
 )
 def test_overlapping_tokens(other: str, token: str, runs: bool) -> None:
-    assert prompts._runs_into(other, token) is runs
+    assert token_memo._may_overlap(other, token) is runs
 
 
 def test_where_conversations_part(bundled: LoadedModel) -> None:
-    encoder = PromptEncoder(bundled.tokenizer)
+    encoder = ChatEncoder(bundled.tokenizer)
     system = {"role": "system", "content": "You are kind."}
     asked = [system, {"role": "user", "content": "Hello!"}]
     tokens, other = (
@@ -125,9 +125,9 @@ def test_where_conversations_part(bundled: LoadedModel) -> None:
 
 
 def test_a_prompt_knows_whether_a_tool_or_the_user_has_the_last_word(bundled: LoadedModel) -> None:
-    maker, asked = PromptMaker(bundled), [{"role": "user", "content": "Hello!"}]
-    assert not maker.prompt(Conversation(asked)).after_tool_result
+    builder, asked = PromptBuilder(bundled), [{"role": "user", "content": "Hello!"}]
+    assert not builder.build(Conversation(asked)).after_tool_result
     result = {"role": "tool", "content": "12", "tool_call_id": "x"}
-    assert maker.prompt(
+    assert builder.build(
         Conversation([*asked, {"role": "assistant", "content": "Let me look."}, result])
     ).after_tool_result

@@ -7,8 +7,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import json_tools, mistral
 
-from server.text.call_shapes import CallShape, ParameterShape
-from server.text.tool_formats import Call, ToolFormat, tool_format
+from server.text.tool_formats import Call, CallShape, ParameterShape, ToolFormat, tool_format
 from turbocache.mlxlm.model import LoadedModel
 
 _TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
