@@ -1,7 +1,7 @@
-"""The server's configuration: `TURBOCACHE_*` environment variables and a `.env` file in the working directory.
+"""The server's settings: `TURBOCACHE_*` environment variables and a `.env` file in the working directory.
 
-The environment wins over the file; an empty value counts as unset. Unknown names and bad values stop the start with one
-sentence each that names key, value and what was expected.
+The environment wins over the file. An empty value counts as unset. Each unknown name or bad value stops the start with
+a sentence that names the key, the value and what was expected. docs/settings.md describes all settings.
 """
 
 import difflib
@@ -18,10 +18,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.errors import StartupError
 from turbocache.backends import CHOICES
+from turbocache.cache import PAGE
 
 PREFIX = "TURBOCACHE_"
-PAGE = 64
-# Read when the package turbocache is imported, which is before any .env file is read.
+# Read when the package turbocache is imported, before any .env file.
 _EARLY = "TURBOCACHE_BLAS"
 _MIN_BUDGET_BYTES = 1 << 20
 _UNITS = {"": 1, "B": 1}
@@ -34,15 +34,16 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 
 class SettingsError(StartupError):
-    """A setting is unknown or has a bad value; one line per setting."""
+    """Settings are unknown or have bad values. The text has one line for each."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """Memory for the cache: exactly one of `bytes` (absolute) and `fraction` (of the device's memory, 0 < f <= 1)."""
+    """Memory for the cache: either a number of bytes or a fraction of the device's memory."""
 
     bytes: int | None = None
     fraction: float | None = None
+    """Above 0 and at most 1."""
 
     def __post_init__(self) -> None:
         if (self.bytes is None) == (self.fraction is None):
@@ -50,18 +51,21 @@ class MemoryBudget:
         if self.bytes is not None and self.bytes < _MIN_BUDGET_BYTES:
             raise ValueError("a memory budget is at least 1 MiB")
         if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
-            raise ValueError("a fraction of memory lies above 0 and at most at 1")
+            raise ValueError("a fraction of memory is above 0 and at most 1")
 
     def resolve(self, device_bytes: int) -> int:
         """The budget in bytes on a device with `device_bytes` of memory."""
         if self.bytes is not None:
             return self.bytes
-        assert self.fraction is not None  # __post_init__ holds it
+        assert self.fraction is not None  # __post_init__ checks it
         return int(self.fraction * device_bytes)
 
 
 def parse_bytes(text: str) -> int:
-    """'4096', '512MB' (powers of 1000) or '4GiB' (powers of 1024) in bytes. Raises ValueError for anything else."""
+    """'4096', '512MB' (powers of 1000) or '4GiB' (powers of 1024) in bytes. Raises ValueError for anything else.
+
+    pydantic.ByteSize would also accept '1.5' and bits.
+    """
     match = _SIZE.fullmatch(text.strip())
     if match is None or (unit := match[2].upper()) not in _UNITS or ("." in match[1] and not unit):
         raise ValueError(f"{text!r} is not a number of bytes")
@@ -71,7 +75,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_memory(text: str) -> MemoryBudget:
-    """A number with a decimal point is a fraction ('0.5', '1.0'), everything else is bytes. Raises ValueError."""
+    """A number with a decimal point is a fraction ('0.5', '1.0'). Everything else is bytes. Raises ValueError."""
     stripped = text.strip()
     if re.fullmatch(r"[0-9]*\.[0-9]+", stripped):
         return MemoryBudget(fraction=float(stripped))
@@ -87,7 +91,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _split_origins(text: str) -> tuple[str, ...]:
-    """Origins as browsers send them. Raises ValueError for what none would ever send."""
+    """Origins as browsers send them. Raises ValueError for a text that no browser sends."""
     origins = _split(text)
     for origin in origins:
         match = _ORIGIN.fullmatch(origin)
@@ -97,9 +101,9 @@ def _split_origins(text: str) -> tuple[str, ...]:
 
 
 class Settings(BaseSettings):
-    """Validated settings. Each field's description completes the sentence "expected ..."; units are in it.
+    """Validated settings. Each field's description completes the sentence "expected ..." and names the unit.
 
-    `load_settings` is the door for a start: it refuses unknown names and words the errors for a person.
+    Use `load_settings` to start a server: it refuses unknown names and words the errors for a person.
     """
 
     model_config = SettingsConfigDict(
@@ -122,7 +126,7 @@ class Settings(BaseSettings):
     )
     overflow: Literal["rotate", "error"] = Field(
         default="rotate",
-        description="rotate (a session at TURBOCACHE_MAX_SIZE goes on without its oldest tokens) or error",
+        description="rotate (a session at TURBOCACHE_MAX_SIZE continues without its oldest tokens) or error",
     )
     keep: int = Field(default=64, ge=0, description="a number of tokens, 0 or more")
     window: int = Field(default=128, gt=0, multiple_of=PAGE, description="a positive multiple of 64 (tokens)")
@@ -174,7 +178,7 @@ class Settings(BaseSettings):
         default="info", description="one of debug, info, warning, error, critical"
     )
     log_format: Literal["text", "json"] = Field(
-        default="text", description="text (lines for a person) or json (an object a line)"
+        default="text", description="text (lines for a person) or json (one object per line)"
     )
     metrics_exemplars: bool = Field(
         default=False, description="true or false: whether histograms name requests for scrapers of OpenMetrics"
@@ -204,9 +208,9 @@ KNOWN_NAMES = frozenset(f"{PREFIX}{name.upper()}" for name in Settings.model_fie
 
 
 def load_settings(env_file: Path | None = Path(".env")) -> Settings:
-    """Settings from the environment and `env_file` (None or a missing file: the environment only).
+    """Settings from the environment and `env_file`. Without a file, from the environment only.
 
-    Raises SettingsError naming every unknown key, or every bad value.
+    Raises SettingsError with every unknown key, or else with every bad value.
     """
     from_file = dotenv_values(env_file) if env_file is not None else {}
     unknown = [
@@ -232,7 +236,7 @@ def _unknown_names(names: Mapping[str, str | None], where: str) -> list[str]:
 
 
 def _closest(name: str) -> str:
-    """The nearest known name, compared without the common prefix, which would make everything look alike."""
+    """A hint at the nearest known name. Names are compared without their common prefix."""
     tails = [known.removeprefix(PREFIX) for known in KNOWN_NAMES]
     close = difflib.get_close_matches(name.removeprefix(PREFIX), tails, n=1, cutoff=0.5)
     return f" Did you mean {PREFIX}{close[0]}?" if close else f" Known names: {', '.join(sorted(KNOWN_NAMES))}."
@@ -249,7 +253,7 @@ def _explain(error: ValidationError) -> list[str]:
 
 
 def _check_together(settings: Settings) -> None:
-    """A session holds at least its sink, its window and the one page the window spills into."""
+    """A session holds at least its sink, its window, and one page that fills from the window."""
     least = settings.keep + settings.window + PAGE
     if settings.max_size is not None and settings.max_size < least:
         raise SettingsError(

@@ -10,11 +10,10 @@ import math
 
 import mlx.core as mx
 
+from kernels.codec import PAGE as PAGE
+
 LAYOUT_VERSION = 2
 """Changes whenever bytes written by an older version would be read differently."""
-
-PAGE = 64
-"""Tokens in one page of the pool."""
 
 _WORD = 32
 

@@ -12,6 +12,7 @@ from server.errors import StartupError
 from server.settings import Settings
 from turbocache.backend import Backend, BackendUnavailable, choose_backend, with_warm_up_check
 from turbocache.backends import BACKENDS
+from turbocache.cache import PAGE
 from turbocache.cache.ring import RingConfig
 from turbocache.machine import blas
 from turbocache.machine.memory import available_memory, device_memory
@@ -192,7 +193,7 @@ def announce(runtime: Runtime) -> None:
         cache["max_size"],
         cache["keep"],
         cache["window"],
-        cache["window"] + 64,
+        cache["window"] + PAGE,
     )
     pool = runtime.store.spec.pool
     log.info(

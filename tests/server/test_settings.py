@@ -1,10 +1,13 @@
 """server.settings: names, values, and the words of a refusal."""
 
+import re
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
 from server.settings import KNOWN_NAMES, MemoryBudget, Settings, SettingsError, load_settings, parse_bytes, parse_memory
+from turbocache.backends import CHOICES
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +184,29 @@ def test_memory_budgets() -> None:
     for n_bytes, fraction in ((None, None), (1 << 30, 0.5)):
         with pytest.raises(ValueError, match="either bytes or a fraction"):
             MemoryBudget(n_bytes, fraction)
+
+
+def test_the_page_has_each_setting_with_its_default_and_its_choices() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    rows = re.findall(r"^\| `TURBOCACHE_(\w+)` \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    assert len(rows) == page.count("| `TURBOCACHE_")
+    assert sorted(name.lower() for name, _, _ in rows) == sorted(Settings.model_fields)
+    for name, default, meaning in rows:
+        field = Settings.model_fields[name.lower()]
+        if field.default in (None, ()):
+            assert not re.search(r"\d", default), name
+        else:
+            assert default == shown(field.default), name
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        for choice in CHOICES if name == "BACKEND" else choices:
+            assert f"`{choice}`" in meaning, name
+
+
+def shown(default: Any) -> str:
+    match default:
+        case bool() | str():
+            return f"`{str(default).lower()}`"
+        case int() if default >= 1 << 20:
+            return f"{default >> 30} GiB" if default >= 1 << 30 else f"{default >> 20} MiB"
+        case _:
+            return f"{default:g}"
