@@ -92,8 +92,8 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
             app.state.startup_error = str(error)
             raise
 
-    # Bodies are parsed by the routes, which server.http.openapi describes; documentation pages would load scripts
-    # from elsewhere.
+    # server.http.openapi serves the document, for the loaded model. Documentation pages would load scripts from
+    # elsewhere.
     app = FastAPI(title="turbocache", lifespan=explained, openapi_url=None)
     app.state.startup_error = None
     app.add_middleware(RequestScope, metrics=metrics, requests=requests)

@@ -11,9 +11,9 @@ from server.api.own.status import open_router
 from server.api.own.status import router as status_router
 from server.api.own.tokens import router as tokens_router
 from server.api.responses.routes import router as responses_router
-from server.http.openapi import openapi_router
+from server.http.openapi import router as openapi_router
 
-_ROUTERS = (
+ROUTERS = (
     chat_router,
     completions_router,
     responses_router,
@@ -22,8 +22,9 @@ _ROUTERS = (
     sessions_router,
     status_router,
     open_router,
+    openapi_router,
+    page_router,
 )
-ROUTERS = (*_ROUTERS, openapi_router(_ROUTERS), page_router)
 
 
 def methods_at(path: str) -> list[str]:

@@ -4,15 +4,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.errors import ContextLengthExceeded, NotFound, PayloadTooLarge, ServerError
-from server.http.error_handlers import invalid_body
+from server.errors import ContextLengthExceeded, NotFound, ServerError
 from server.http.record import RequestRecord, session_hash
 from server.http.scope import AppContext, context_of, record_of
 from server.http.session_name import session_key
@@ -32,8 +31,6 @@ from server.protocol import (
     ToolCall,
     Usage,
 )
-
-Body = TypeVar("Body", bound=BaseModel)
 
 
 @dataclass(slots=True)
@@ -68,33 +65,6 @@ class AnswerForm(Renderer, Protocol):
     """An API's form of answers: as a stream, and whole."""
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> BaseModel: ...
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, at most `limit` bytes of it. Raises PayloadTooLarge as soon as more is announced or has come."""
-    too_large = PayloadTooLarge(f"The request body is larger than the server's limit of {limit} bytes.")
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
-
-
-async def parsed(request: Request, kind: type[Body]) -> Body:
-    """The body as one of the wire's models. Raises InvalidRequest or UnsupportedField naming the first wrong field."""
-    return parse(kind, await read_body(request, context_of(request).settings.body_limit))
-
-
-def parse(kind: type[Body], body: bytes) -> Body:
-    """Raises InvalidRequest or UnsupportedField naming the first field that is wrong."""
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_body(error) from error
 
 
 def model_names(model: ModelInfo) -> tuple[str, ...]:

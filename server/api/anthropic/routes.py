@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 
-from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -27,24 +26,20 @@ from server.api.anthropic.answer import (
 from server.api.anthropic.blocks import Blocks, whole_blocks
 from server.api.anthropic.request import CountTokensRequest, MessagesRequest
 from server.errors import NotFound, ServerError
-from server.http.documented import answering, documented
 from server.http.envelopes import MESSAGES_PATH, AnthropicErrorEnvelope, anthropic_envelope
-from server.http.exchange import Answer, check_model, name_session, parsed, prepared, respond, to_json
-from server.http.scope import context_of, record_of, require_key
+from server.http.exchange import Answer, check_model, name_session, prepared, respond, to_json
+from server.http.routing import api_router, generates, raises
+from server.http.scope import context_of, record_of
 from server.http.sse import data
 from server.protocol import Event, Finished, GenerationRequest, PrefillProgress, TextDelta, ToolCall, Usage
 
-router = APIRouter(dependencies=[Depends(require_key)])
+router = api_router(envelope=AnthropicErrorEnvelope)
 
 
-@router.post(
-    MESSAGES_PATH,
-    openapi_extra=answering(MessagesRequest, MessageBody, StreamEventBody, envelope=AnthropicErrorEnvelope),
-)
-async def messages(request: Request) -> Response:
+@router.post(MESSAGES_PATH, response_model=MessageBody, responses=generates(StreamEventBody))
+async def messages(request: Request, body: MessagesRequest) -> Response:
     """One turn."""
     context, record = context_of(request), record_of(request)
-    body = await parsed(request, MessagesRequest)
     check_model(body.model, context.engine.model)
     session, rules = name_session(request, None, bool(body.stream), user_id=body.user_id), body.rules()
     prompt, grammar = await prepared(request, body.conversation(), rules)
@@ -63,13 +58,9 @@ async def messages(request: Request) -> Response:
     return await respond(request, [wanted], form, stream=bool(body.stream))
 
 
-@router.post(
-    f"{MESSAGES_PATH}/count_tokens",
-    openapi_extra=documented(TokenCount, body=CountTokensRequest, errors=(NotFound,), envelope=AnthropicErrorEnvelope),
-)
-async def count_tokens(request: Request) -> Response:
+@router.post(f"{MESSAGES_PATH}/count_tokens", response_model=TokenCount, responses=raises(NotFound))
+async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
     """How many tokens a prompt has, and nothing is computed of it."""
-    body = await parsed(request, CountTokensRequest)
     check_model(body.model, context_of(request).engine.model)
     prompt, _ = await prepared(request, body.conversation(), body.rules())
     return Response(to_json(TokenCount(input_tokens=len(prompt.tokens))), media_type="application/json")

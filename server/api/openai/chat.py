@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -28,9 +27,9 @@ from server.api.openai.chat_answer import (
 )
 from server.api.openai.chat_request import ChatCompletionRequest
 from server.errors import ServerError
-from server.http.documented import answering
-from server.http.exchange import Answer, check_model, name_session, parsed, prepared, respond, several, to_json
-from server.http.scope import CHAT_PATH, context_of, record_of, require_key
+from server.http.exchange import Answer, check_model, name_session, prepared, respond, several, to_json
+from server.http.routing import api_router, generates
+from server.http.scope import CHAT_PATH, context_of, record_of
 from server.http.sse import DONE, data
 from server.protocol import (
     DrawnToken,
@@ -46,17 +45,13 @@ from server.protocol import (
 LEAST_LOGPROB = -9999.0
 """In JSON for minus infinity, as OpenAI's API has it."""
 
-router = APIRouter(dependencies=[Depends(require_key)])
+router = api_router()
 
 
-@router.post(
-    CHAT_PATH,
-    openapi_extra=answering(ChatCompletionRequest, ChatCompletion, ChatCompletionChunk, last_words="[DONE]"),
-)
-async def chat_completions(request: Request) -> Response:
+@router.post(CHAT_PATH, response_model=ChatCompletion, responses=generates(ChatCompletionChunk))
+async def chat_completions(request: Request, chat: ChatCompletionRequest) -> Response:
     """One chat turn."""
     context, record = context_of(request), record_of(request)
-    chat = await parsed(request, ChatCompletionRequest)
     check_model(chat.model, context.engine.model)
     session, rules = name_session(request, chat.prompt_cache_key, bool(chat.stream)), chat.rules()
     prompt, grammar = await prepared(request, chat.conversation(), rules)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,9 +15,9 @@ from server.api.openai.chat_answer import UsageBody
 from server.api.openai.completions_answer import Completion, CompletionChoice, CompletionLogprobs
 from server.api.openai.completions_request import DEFAULT_TOKENS, CompletionRequest
 from server.errors import InvalidRequest, ServerError
-from server.http.documented import answering
-from server.http.exchange import Answer, check_model, name_session, parsed, respond, several, to_json
-from server.http.scope import COMPLETIONS_PATH, context_of, record_of, require_key
+from server.http.exchange import Answer, check_model, name_session, respond, several, to_json
+from server.http.routing import api_router, generates
+from server.http.scope import COMPLETIONS_PATH, context_of, record_of
 from server.http.sse import DONE, data
 from server.http.turn import until_gone
 from server.protocol import (
@@ -35,14 +34,13 @@ from server.protocol import (
 
 _RULES = AnswerRules(raw=True)
 
-router = APIRouter(dependencies=[Depends(require_key)])
+router = api_router()
 
 
-@router.post(COMPLETIONS_PATH, openapi_extra=answering(CompletionRequest, Completion, Completion, last_words="[DONE]"))
-async def completions(request: Request) -> Response:
+@router.post(COMPLETIONS_PATH, response_model=Completion, responses=generates(Completion))
+async def completions(request: Request, wanted: CompletionRequest) -> Response:
     """What follows each prompt, `n` times. Each is a choice: all of the first prompt, then those of the second, ..."""
     context, record = context_of(request), record_of(request)
-    wanted = await parsed(request, CompletionRequest)
     check_model(wanted.model, context.engine.model)
     session = name_session(request, wanted.prompt_cache_key, bool(wanted.stream))
     prompts, echoes = await until_gone(asyncio.to_thread(_prompts, context.engine, wanted), request.receive)

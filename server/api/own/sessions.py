@@ -2,43 +2,36 @@
 
 import asyncio
 from concurrent.futures import Future
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
-from pydantic import BaseModel, ValidationError
+from fastapi import Path
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.own.bodies import ForkRequest, SessionBody, SessionDeleted, SessionList
-from server.errors import Conflict, EngineDead, OutOfMemory, ServerError, SessionNotFound, SessionNotSaved
-from server.http.documented import Errors, documented
-from server.http.error_handlers import invalid_body
-from server.http.exchange import read_body
-from server.http.scope import context_of, record_of, require_key
+from server.errors import Conflict, EngineDead, OutOfMemory, SessionNotFound, SessionNotSaved
+from server.http.routing import api_router, raises
+from server.http.scope import context_of, record_of
 from server.http.session_name import MAX_LENGTH, NAME_PATTERN, checked_name
 from server.http.sse import IDLE_SECONDS
 from server.protocol import Engine, SessionChange
 
-router = APIRouter(prefix="/v1/sessions", dependencies=[Depends(require_key)])
+router = api_router("/v1/sessions")
 
-_CHANGE: Errors = (Conflict, EngineDead)
-_NAME = {"type": "string", "minLength": 1, "maxLength": MAX_LENGTH, "pattern": NAME_PATTERN}
-
-
-def _documented(answer: type[BaseModel], *errors: type[ServerError], **more: Any) -> dict[str, Any]:
-    """Of a route that names a session."""
-    return documented(answer, errors=(SessionNotFound, *errors), parameters={"session_id": _NAME}, **more)
+_NO_FORK_NAME = ForkRequest()
+_CHANGE = (SessionNotFound, Conflict, EngineDead)
+_Id = Annotated[str, Path(json_schema_extra={"minLength": 1, "maxLength": MAX_LENGTH, "pattern": NAME_PATTERN})]
 
 
-@router.get("", openapi_extra=documented(SessionList))
+@router.get("", response_model=SessionList)
 async def sessions(request: Request) -> Response:
     """All sessions of whoever asks, in memory and on disk."""
     return JSONResponse({"object": "list", "data": context_of(request).engine.sessions(record_of(request).owner)})
 
 
 # Names may have slashes in them, hence paths.
-@router.get("/{session_id:path}", openapi_extra=_documented(SessionBody))
-async def session(request: Request, session_id: str) -> Response:
+@router.get("/{session_id:path}", response_model=SessionBody, responses=raises(SessionNotFound))
+async def session(request: Request, session_id: _Id) -> Response:
     """One session. 404 when there is none, or it is another key's."""
     checked_name(session_id, "session_id")
     for row in context_of(request).engine.sessions(record_of(request).owner):
@@ -47,39 +40,36 @@ async def session(request: Request, session_id: str) -> Response:
     raise SessionNotFound(session_id)
 
 
-@router.delete("/{session_id:path}", openapi_extra=_documented(SessionDeleted, *_CHANGE))
-async def delete(request: Request, session_id: str) -> Response:
+@router.delete("/{session_id:path}", response_model=SessionDeleted, responses=raises(*_CHANGE))
+async def delete(request: Request, session_id: _Id) -> Response:
     """Forget a session, in memory and on disk. 409 while it answers."""
     return await _change(request, "delete", session_id)
 
 
 @router.post(
     "/{session_id:path}/fork",
-    openapi_extra=_documented(SessionBody, *_CHANGE, OutOfMemory, body=ForkRequest, body_required=False),
+    response_model=SessionBody,
+    responses=raises(*_CHANGE, OutOfMemory),
 )
-async def fork(request: Request, session_id: str) -> Response:
+async def fork(request: Request, session_id: _Id, wanted: ForkRequest = _NO_FORK_NAME) -> Response:
     """A second session in the same state, named by the body's `id` or by the server. It shares the first one's pages
     until their turns differ.
     """
-    body = await read_body(request, context_of(request).settings.body_limit)
-    try:
-        wanted = ForkRequest.model_validate_json(body) if body else ForkRequest()
-    except ValidationError as error:
-        raise invalid_body(error) from error
     return await _change(request, "fork", session_id, None if wanted.id is None else checked_name(wanted.id, "id"))
 
 
-@router.post("/{session_id:path}/save", openapi_extra=_documented(SessionBody, *_CHANGE, SessionNotSaved))
-async def save(request: Request, session_id: str) -> Response:
+@router.post("/{session_id:path}/save", response_model=SessionBody, responses=raises(*_CHANGE, SessionNotSaved))
+async def save(request: Request, session_id: _Id) -> Response:
     """Write a session to disk now. It stays in memory as well."""
     return await _change(request, "save", session_id)
 
 
 @router.post(
     "/{session_id:path}/restore",
-    openapi_extra=_documented(SessionBody, *_CHANGE, SessionNotSaved, OutOfMemory),
+    response_model=SessionBody,
+    responses=raises(*_CHANGE, SessionNotSaved, OutOfMemory),
 )
-async def restore(request: Request, session_id: str) -> Response:
+async def restore(request: Request, session_id: _Id) -> Response:
     """Bring a session back from disk now, so that its next turn need not. One that is in memory stays as it is."""
     return await _change(request, "restore", session_id)
 

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Sequence
 
-from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,19 +15,19 @@ from server.api.own.tokens_request import (
     TokenizeText,
 )
 from server.errors import NotFound
-from server.http.documented import documented
-from server.http.exchange import check_model, parsed, to_json
-from server.http.scope import context_of, require_key
+from server.http.exchange import check_model, to_json
+from server.http.routing import api_router, raises
+from server.http.scope import context_of
 from server.http.turn import until_gone
 from server.protocol import Engine
 
-router = APIRouter(dependencies=[Depends(require_key)])
+router = api_router()
 
 
-@router.post("/tokenize", openapi_extra=documented(Tokenized, body=TokenizeRequest, errors=(NotFound,)))
-async def tokenize(request: Request) -> Response:
+@router.post("/tokenize", response_model=Tokenized, responses=raises(NotFound))
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """The token ids of a text, or of a conversation as the model's chat template writes it."""
-    engine, wanted = context_of(request).engine, (await parsed(request, TokenizeRequest)).root
+    engine, wanted = context_of(request).engine, body.root
     _check_name(engine, wanted.model)
 
     def work() -> Tokenized:
@@ -38,14 +37,14 @@ async def tokenize(request: Request) -> Response:
             count=len(tokens), max_model_len=engine.model.max_tokens, tokens=list(tokens), token_strs=strings
         )
 
-    body = await until_gone(asyncio.to_thread(work), request.receive)
-    return Response(to_json(body), media_type="application/json")
+    tokenized = await until_gone(asyncio.to_thread(work), request.receive)
+    return Response(to_json(tokenized), media_type="application/json")
 
 
-@router.post("/detokenize", openapi_extra=documented(Detokenized, body=DetokenizeRequest, errors=(NotFound,)))
-async def detokenize(request: Request) -> Response:
+@router.post("/detokenize", response_model=Detokenized, responses=raises(NotFound))
+async def detokenize(request: Request, wanted: DetokenizeRequest) -> Response:
     """The text of token ids."""
-    engine, wanted = context_of(request).engine, await parsed(request, DetokenizeRequest)
+    engine = context_of(request).engine
     _check_name(engine, wanted.model)
     text = await until_gone(asyncio.to_thread(engine.decode, wanted.tokens), request.receive)
     return Response(to_json(Detokenized(prompt=text)), media_type="application/json")

@@ -8,9 +8,9 @@ gone on with, as in chats.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,14 +22,14 @@ from server.api.responses.items import Item, messages_of
 from server.api.responses.request import InputTokensRequest, ResponseInput, ResponsesRequest
 from server.api.responses.store import ResponseStore, StoredResponse, store_of
 from server.errors import ContextLengthExceeded, InvalidRequest, NotFound
-from server.http.documented import answering, documented
-from server.http.exchange import check_model, name_session, parsed, prepared, respond, to_json
+from server.http.exchange import check_model, name_session, prepared, respond, to_json
 from server.http.record import RequestRecord
-from server.http.scope import RESPONSES_PATH, context_of, record_of, require_key
+from server.http.routing import api_router, generates, raises
+from server.http.scope import RESPONSES_PATH, context_of, record_of
 from server.http.wire import only
 from server.protocol import AnswerRules, Conversation, GenerationRequest, Grammar, Prompt
 
-router = APIRouter(prefix=RESPONSES_PATH, dependencies=[Depends(require_key)])
+router = api_router(RESPONSES_PATH)
 
 _PARAMS = {"messages": "input", "reasoning_effort": "reasoning.effort"}
 """What the rooms that all APIs share call the fields of this one."""
@@ -53,24 +53,14 @@ class ItemsQuery(BaseModel):
     include: Annotated[list[str] | None, only(), Field(alias="include[]")] = None
 
 
-def _documented(answer: type[BaseModel], **more: Any) -> dict[str, Any]:
-    """Of a route that names a response."""
-    return documented(answer, errors=(NotFound,), parameters={"response_id": {"type": "string"}}, **more)
-
-
 @router.post(
     "",
-    openapi_extra=answering(
-        ResponsesRequest,
-        ResponseBody,
-        ResponseEvent,
-        links=dict.fromkeys(("retrieve_response", "delete_response", "input_items"), "response_id"),
-    ),
+    response_model=ResponseBody,
+    responses=generates(ResponseEvent, links=("retrieve_response", "delete_response", "input_items")),
 )
-async def create_response(request: Request) -> Response:
+async def create_response(request: Request, asked: ResponsesRequest) -> Response:
     """One response."""
     context, record = context_of(request), record_of(request)
-    asked = await parsed(request, ResponsesRequest)
     check_model(asked.model, context.engine.model)
     earlier, new = _context(store_of(request), record.owner, asked)
     chain = _session(asked, earlier, new, record.request_id)
@@ -105,11 +95,10 @@ async def create_response(request: Request) -> Response:
         return Response(b"".join(form.fail(error)), media_type="text/event-stream")
 
 
-@router.post("/input_tokens", openapi_extra=documented(InputTokens, body=InputTokensRequest, errors=(NotFound,)))
-async def input_tokens(request: Request) -> Response:
+@router.post("/input_tokens", response_model=InputTokens, responses=raises(NotFound))
+async def input_tokens(request: Request, asked: InputTokensRequest) -> Response:
     """How long the prompt of a response would be."""
     context, record = context_of(request), record_of(request)
-    asked = await parsed(request, InputTokensRequest)
     if asked.model is not None:
         check_model(asked.model, context.engine.model)
     earlier, new = _context(store_of(request), record.owner, asked)
@@ -118,20 +107,20 @@ async def input_tokens(request: Request) -> Response:
     return _json(InputTokens(object="response.input_tokens", input_tokens=len(prompt.tokens)))
 
 
-@router.get("/{response_id}", openapi_extra=_documented(ResponseBody, query=RetrieveQuery))
+@router.get("/{response_id}", response_model=ResponseBody, responses=raises(NotFound))
 async def retrieve_response(request: Request, response_id: str, query: Annotated[RetrieveQuery, Query()]) -> Response:
     """A response that is stored. 404 when there is none, or it is another key's."""
     return _json(store_of(request).get(record_of(request).owner, response_id).response)
 
 
-@router.delete("/{response_id}", openapi_extra=_documented(DeletedResponse))
+@router.delete("/{response_id}", response_model=DeletedResponse, responses=raises(NotFound))
 async def delete_response(request: Request, response_id: str) -> Response:
     """Forget a response, in memory and on disk. Its KV session stays."""
     store_of(request).remove(record_of(request).owner, response_id)
     return _json(DeletedResponse(id=response_id, object="response", deleted=True))
 
 
-@router.get("/{response_id}/input_items", openapi_extra=_documented(ItemList, query=ItemsQuery))
+@router.get("/{response_id}/input_items", response_model=ItemList, responses=raises(NotFound))
 async def input_items(request: Request, response_id: str, query: Annotated[ItemsQuery, Query()]) -> Response:
     """What a response was made from, with all of the conversation before it, a page at a time."""
     store, owner = store_of(request), record_of(request).owner

@@ -8,7 +8,7 @@ import pytest
 from server.api.anthropic.request import CountTokensRequest, MessagesRequest
 from server.api.anthropic.thoughts import SIGNATURE, signature_of
 from server.errors import InvalidRequest, UnsupportedField
-from server.http.exchange import parse as parse_body
+from server.http.routing import parse as parse_body
 from server.protocol import AnswerRules, SamplingParams, Tool
 
 USER = {"role": "user", "content": "hi"}

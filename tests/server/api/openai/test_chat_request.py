@@ -8,7 +8,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 
 from server.api.openai.chat_request import ChatCompletionRequest
 from server.errors import InvalidRequest, UnsupportedField
-from server.http.exchange import parse as parse_body
+from server.http.routing import parse as parse_body
 from server.protocol import SamplingParams
 
 USER = {"role": "user", "content": "hi"}

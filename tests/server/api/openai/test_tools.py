@@ -8,7 +8,7 @@ from openai.types.chat import ChatCompletionMessageFunctionToolCall
 
 from server.api.openai.chat_request import ChatCompletionRequest
 from server.errors import InvalidRequest, OutOfMemory
-from server.http.exchange import parse
+from server.http.routing import parse
 from server.protocol import AnswerRules, Failed, Finished, TextDelta, Tool, ToolCall, Usage
 from tests.server.conftest import BODY, CHAT, STREAM, Serve, error_of, events_of
 from tests.server.scripted_engine import ScriptedEngine

@@ -10,7 +10,7 @@ from server.api.responses.input import ItemReference
 from server.api.responses.items import messages_of
 from server.api.responses.request import InputTokensRequest, ResponsesRequest
 from server.errors import InvalidRequest
-from server.http.exchange import parse as parse_body
+from server.http.routing import parse as parse_body
 from server.protocol import SamplingParams
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "default": None}}}
