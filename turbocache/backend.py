@@ -8,13 +8,13 @@ import mlx.core as mx
 
 from kernels.lanes.base import CodebookKind, Codebooks, Lanes, LaneShape
 from kernels.lanes.expanded import ExpandedAttentionLanes
-from kernels.lanes.qjl import QjlLanes
+from kernels.lanes.qjl import QjlLanes, QjlShape
 from kernels.probe.probe import BackendUnavailable, Candidate, probe, reason_of
 from kernels.probe.verdict import Backend, Check, LayerUse, ReasonCode
 from turbocache.backends import BACKENDS, FALLBACK, REFERENCE, BackendSpec
 from turbocache.codebooks.scalar import levels_for, zooms_for
 from turbocache.mlxlm.plan import LayerGeometry, LayerPlan
-from turbocache.presets import PROTECTED_BITS, Preset
+from turbocache.presets import PROTECTED_BITS, QJL_PRESET, Preset
 
 __all__ = [
     "Backend",
@@ -29,14 +29,14 @@ __all__ = [
 
 def lane_shape(geometry: LayerGeometry, preset: Preset) -> LaneShape:
     """A layer's geometry with a preset's code widths; 16 bits mean values stored as they are."""
-    return LaneShape(
+    kind = QjlShape if preset.name == QJL_PRESET else LaneShape
+    return kind(
         geometry.n_heads,
         geometry.n_kv_heads,
         geometry.key_dim,
         geometry.value_dim,
         preset.key_bits or 16,
         preset.value_bits or 16,
-        preset.qjl,
     )
 
 
@@ -49,17 +49,21 @@ def make_lanes(backend: str, shape: LaneShape, codebook: CodebookKind | None = N
     if reason := unsupported(backend, shape):
         raise ValueError(reason)
     kind = codebook or lanes.codebook
+    if isinstance(shape, QjlShape):
+        return QjlLanes(shape, _codebooks(kind, shape.without_sign))
+    return lanes(shape, _codebooks(kind, shape))
+
+
+def _codebooks(kind: CodebookKind, shape: LaneShape) -> Codebooks:
     # An odd key dim can't be cut into pairs. Values pair tokens, and a page has 64.
     key_kind: CodebookKind = "lloyd_max" if kind == "pair" and shape.key_dim % 2 else kind
-    key_levels = levels_for(key_kind, shape.key_bits - shape.qjl)  # a QJL code's last bit has no level
-    made = QjlLanes if shape.qjl else lanes
-    zooms = zooms_for(kind, shape.key_bits), zooms_for(kind, shape.value_bits)
-    return made(shape, Codebooks(key_levels, levels_for(kind, shape.value_bits), *zooms))
+    levels = levels_for(key_kind, shape.key_bits), levels_for(kind, shape.value_bits)
+    return Codebooks(*levels, zooms_for(kind, shape.key_bits), zooms_for(kind, shape.value_bits))
 
 
 def unsupported(backend: str, shape: LaneShape) -> str | None:
     """Why a backend can't store the shape, or None."""
-    if shape.qjl and backend != REFERENCE:
+    if isinstance(shape, QjlShape) and backend != REFERENCE:
         return "QJL codes of keys are read by the reference lanes only (TURBOCACHE_BACKEND=reference)"
     return BACKENDS[backend].lanes().unsupported(shape)
 

@@ -1,66 +1,58 @@
-"""Presets: how many bits keys and values get, and what else is done for quality. `off` stores them as they are.
+"""Presets: the bits of keys and values, and other measures for quality. `off` stores them as they are.
 
-A half bit is a code for a pair of coordinates (turbocache/codebooks/pair.py).
+A half bit means one code for a pair of coordinates (turbocache/codebooks/pair.py).
 """
 
+import re
 from dataclasses import dataclass, replace
 
 PROTECTED_BITS = 8
+DEFAULT_PRESET = "k4v4"
+QJL_PRESET = "k4v4_qjl"
+"""Keys have the two-stage code of kernels/lanes/qjl.py. For comparisons, on the reference backend only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A named pair of code widths; both are None for `off`.
-
-    `qjl`: keys have the two-stage code of kernels/lanes/qjl.py; its sign is one of their bits. `condition`: keys are
-    centred where their mean dominates (turbocache/cache/conditioning.py). `protect`: this number of layers at either
-    end of the model is stored at 8 bits. Raises ValueError for fewer than 0.
-    """
+    """A named pair of code widths. Raises ValueError for a negative `protect`."""
 
     name: str
     key_bits: float | None
+    """None in the preset `off`."""
     value_bits: float | None
-    qjl: bool = False
     condition: bool = True
+    """Centre keys where their mean dominates (turbocache/cache/conditioning.py)."""
     protect: int = 0
+    """This number of layers at each end of the model is stored at 8 bits."""
 
     def __post_init__(self) -> None:
         if self.protect < 0:
             raise ValueError(f"protect must be 0 or more layers, not {self.protect}")
 
     def of_layer(self, index: int, n_layers: int) -> "Preset":
-        """What layer `index` of a model with `n_layers` gets: this preset, or the protected layers' widths."""
+        """The preset of layer `index` of `n_layers`: this one, or the protected layers' widths."""
         if not self.compressed or self.protect <= index < n_layers - self.protect:
             return self
-        return replace(self, key_bits=PROTECTED_BITS, value_bits=PROTECTED_BITS, qjl=False)
+        return replace(self, name="protected", key_bits=PROTECTED_BITS, value_bits=PROTECTED_BITS)
 
     @property
     def compressed(self) -> bool:
         return self.key_bits is not None
 
 
-PRESETS = {
-    known.name: known
-    for known in (
-        Preset("off", None, None),
-        Preset("k8v8", 8, 8),
-        Preset("k8v4", 8, 4),
-        Preset("k8v3", 8, 3),
-        Preset("k4v4", 4, 4),
-        Preset("k4v4_qjl", 4, 4, qjl=True),
-        Preset("k4v3", 4, 3),
-        Preset("turbo3_5", 3.5, 3.5),
-        Preset("k4v2_5", 4, 2.5),
-        Preset("turbo3", 3, 3),
-        Preset("k3v3", 3, 3),
-        Preset("k3_5v2_5", 3.5, 2.5),
-        Preset("k4v2", 4, 2),
-        Preset("turbo2_5", 2.5, 2.5),
-        Preset("k2v2", 2, 2),
-    )
-}
-"""By name, from most bits to fewest. `turbo3` is `k3v3` by the name that its neighbours have."""
-DEFAULT_PRESET = "k4v4"
+def _from_name(name: str) -> Preset:
+    """`k4v2_5` has 4 and 2.5 bits, `turbo3_5` has 3.5 bits for both."""
+    widths = [float(digits.replace("_", ".")) for digits in re.findall(r"\d(?:_5)?", name)]
+    key_bits, value_bits = (int(bits) if bits.is_integer() else bits for bits in (widths[0], widths[-1]))
+    return Preset(name, key_bits, value_bits)
+
+
+_NAMES = (
+    *("k8v8", "k8v4", "k8v3", "k4v4", QJL_PRESET, "k4v3", "turbo3_5", "k4v2_5"),
+    *("turbo3", "k3v3", "k3_5v2_5", "k4v2", "turbo2_5", "k2v2"),
+)
+PRESETS = {"off": Preset("off", None, None), **{name: _from_name(name) for name in _NAMES}}
+"""By name, from most bits to fewest. `turbo3` and `k3v3` are the same."""
 
 
 def preset(name: str) -> Preset:

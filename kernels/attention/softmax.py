@@ -11,6 +11,8 @@ from functools import reduce
 
 import mlx.core as mx
 
+from kernels.attention.device import on_cpu
+
 _LOG2_E = 1.4426950408889634
 _ROUNDING = 12582912.0  # 1.5 * 2**23: adding it to a float32 rounds to an integer, which its low bits then hold
 _LOWEST = -1e30
@@ -23,11 +25,6 @@ _TILE = 1 << 19
 """Scores at a time: 2 MiB of float32."""
 _FEW_ROWS = 8
 """Up to here `product` takes rows one at a time."""
-
-
-def on_cpu() -> bool:
-    """Whether MLX computes on its CPU backend."""
-    return bool(mx.default_device().type == mx.cpu)
 
 
 def product(x: mx.array, y: mx.array) -> mx.array:

@@ -30,7 +30,6 @@ class Profile:
     """
 
     name: ProfileName
-    warps: int
     threadgroups: int
     min_pages: int
     max_splits: int
@@ -45,17 +44,17 @@ class Profile:
 
 PROFILES: dict[ProfileName, Profile] = {
     # No kernels of our own run.
-    "none": Profile("none", warps=0, threadgroups=0, min_pages=0, max_splits=1),
+    "none": Profile("none", threadgroups=0, min_pages=0, max_splits=1),
     # For a device nobody knows: small threadgroups fit everywhere, and splits of 512 tokens merge cheaply.
-    "portable": Profile("portable", warps=4, threadgroups=64, min_pages=8, max_splits=32),
+    "portable": Profile("portable", threadgroups=64, min_pages=8, max_splits=32),
     # Apple's base chips, 7 to 10 cores: few threadgroups fill them.
-    "mac": Profile("mac", warps=4, threadgroups=80, min_pages=8, max_splits=32),
+    "mac": Profile("mac", threadgroups=80, min_pages=8, max_splits=32),
     # Pro chips, 14 to 20 cores, and the smaller Max ones.
-    "sustained": Profile("sustained", warps=4, threadgroups=160, min_pages=4, max_splits=64),
+    "sustained": Profile("sustained", threadgroups=160, min_pages=4, max_splits=64),
     # Max and Ultra, 24 to 80 cores.
-    "wide": Profile("wide", warps=4, threadgroups=320, min_pages=4, max_splits=128),
+    "wide": Profile("wide", threadgroups=320, min_pages=4, max_splits=128),
     # Three threadgroups for each of some 132 multiprocessors (measured on one H200: two are slower).
-    "cuda": Profile("cuda", warps=4, threadgroups=396, min_pages=4, max_splits=128),
+    "cuda": Profile("cuda", threadgroups=396, min_pages=4, max_splits=128),
 }
 """The table. The Apple rows are estimates from core counts; none of them was measured on Apple hardware."""
 

@@ -45,8 +45,6 @@ class LaneShape:
     key_bits: float
     """Bits per coordinate of a key: 1 to 8, or 2.5 or 3.5."""
     value_bits: float
-    qjl: bool = False
-    """One of the keys' bits is the sign of a projection of the residual (kernels/lanes/qjl.py)."""
 
     @property
     def n_repeats(self) -> int:
@@ -56,7 +54,7 @@ class LaneShape:
     @property
     def widths(self) -> str:
         """Such as `k4v3`: how presets are named."""
-        return f"k{self.key_bits:g}v{self.value_bits:g}{'_qjl' if self.qjl else ''}"
+        return f"k{self.key_bits:g}v{self.value_bits:g}"
 
 
 @dataclass(frozen=True, slots=True)

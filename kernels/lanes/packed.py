@@ -17,8 +17,9 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
+from kernels.attention.device import on_cpu
 from kernels.attention.page_tables import PageIndex
-from kernels.attention.softmax import causal_mask, divided, on_cpu, product, weigh
+from kernels.attention.softmax import causal_mask, divided, product, weigh
 from kernels.codec.layout import PAGE, pack, words_for
 from kernels.codec.rotation import Rotation
 from kernels.lanes.base import (

@@ -7,12 +7,12 @@ from mlx.nn.layers.base import Module
 
 from kernels.codec.layout import PAGE
 from kernels.lanes.base import LaneShape
-from kernels.lanes.qjl import QjlLanes
+from kernels.lanes.qjl import QjlLanes, QjlShape
 from kernels.lanes.reference import ReferenceLanes
 from turbocache.backend import BackendUnavailable, choose_backend, make_lanes, supported_widths
 from turbocache.cache.ring import RingConfig
 from turbocache.mlxlm.plan import LayerGeometry, LayerPlan
-from turbocache.presets import PRESETS, preset
+from turbocache.presets import PRESETS, QJL_PRESET, preset
 from turbocache.store import CacheStore, compressed_layer
 
 
@@ -50,7 +50,7 @@ def test_an_odd_key_dim_gets_whole_bits_and_levels() -> None:
         assert float(mx.square(keys - tokens).mean()) < 0.02
 
 
-@pytest.mark.parametrize("name", [name for name, known in PRESETS.items() if known.compressed and not known.qjl])
+@pytest.mark.parametrize("name", [name for name, known in PRESETS.items() if known.compressed and name != QJL_PRESET])
 def test_every_preset_starts_on_a_machine_without_fused_kernels(name: str) -> None:
     backend = choose_backend("packed", [plan()], preset(name))
     assert all(check.passed for check in backend.checks)
@@ -78,7 +78,7 @@ def test_qjl_codes_are_for_the_reference_only_and_auto_says_so() -> None:
         with pytest.raises(BackendUnavailable, match=r"packed: QJL codes of keys are read by the reference lanes only"):
             choose_backend(name, [plan()], preset("k4v4_qjl"))
     with pytest.raises(ValueError, match="reference lanes only"):
-        make_lanes("packed", LaneShape(4, 2, 64, 64, 4, 4, qjl=True))
+        make_lanes("packed", QjlShape(4, 2, 64, 64, 4, 4))
     backend = choose_backend("reference", [plan()], preset("k4v4_qjl"))
     assert backend.reason == "asked for by name; all checks passed"
     assert str(backend.layers[0].use) == "4/2 heads x 64, k4v4_qjl, float32"

@@ -13,13 +13,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from kernels.attention.device import on_cpu
 from turbocache.backend import Backend
 from turbocache.benchmark.contenders import Contender, open_contender
 from turbocache.benchmark.loops import Times, play
 from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.subject import Subject
 from turbocache.evaluation.storage import Stored
-from turbocache.machine.memory import on_cpu
 
 SKIPPED = 4
 """Tokens whose decode steps are not timed: the first ones of a process find everything cold."""

@@ -8,10 +8,10 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
+from kernels.attention.device import on_cpu
 from kernels.probe.verdict import dtype_name
 from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.shapes import DTYPES, MAX_POSITIONS, SHAPES, random_model
-from turbocache.machine.memory import on_cpu
 from turbocache.mlxlm.model import load_model
 from turbocache.mlxlm.plan import LayerPlan
 from turbocache.store import checked_plans

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from kernels.attention.device import on_cpu
 from kernels.probe.verdict import Backend, LayerVerdict
 from turbocache.backend import BackendUnavailable, choose_backend, layer_uses
 from turbocache.benchmark.contenders import Contender, contenders
@@ -20,7 +21,7 @@ from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.subject import Subject, make_subject
 from turbocache.documents import machine, versions
 from turbocache.machine import blas
-from turbocache.machine.memory import device_memory, keep_freed_memory, on_cpu
+from turbocache.machine.memory import device_memory, keep_freed_memory
 from turbocache.mlxlm.plan import LayerPlan, plan_layers
 from turbocache.presets import Preset
 from turbocache.store import checked_plans

@@ -7,15 +7,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from kernels.attention.device import on_cpu
+
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMINFO = Path("/proc/meminfo")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _KEPT = 1 << 28
-
-
-def on_cpu() -> bool:
-    """Whether MLX computes on its CPU backend."""
-    return bool(mx.default_device().type == mx.cpu)
 
 
 def device_memory() -> int:

@@ -12,7 +12,8 @@ from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, get_total_parameters
 
-from turbocache.machine.memory import available_memory, on_cpu
+from kernels.attention.device import on_cpu
+from turbocache.machine.memory import available_memory
 from turbocache.mlxlm.group import Group
 from turbocache.mlxlm.sharding import Unshardable, shard
 
