@@ -150,9 +150,9 @@ def candidate(name: str, lanes: Any, **options: Any) -> Candidate:
     """A fused candidate with these lanes, whose pages have the reference's bytes unless told otherwise."""
 
     def build(shape: LaneShape) -> Any:
-        widths = shape.key_bits, shape.value_bits
-        levels = (levels_for(lanes.codebook, bits) for bits in widths)
-        return lanes(shape, Codebooks(*levels, *(zooms_for(lanes.codebook, bits) for bits in widths)))
+        keys, values = (levels_for(lanes.codebook, bits) for bits in (shape.key_bits, shape.value_bits))
+        zooms = (zooms_for(lanes.codebook, bits) for bits in (shape.key_bits, shape.value_bits))
+        return lanes(shape, Codebooks(keys, values, *zooms))
 
     def oracle(shape: LaneShape) -> Any:
         return make_lanes("reference", shape, lanes.codebook)

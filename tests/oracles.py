@@ -33,7 +33,8 @@ def attend_dense(queries: Array, keys: Array, values: Array, scale: float, sinks
     scores = np.concatenate([scores, extra], axis=1)
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     weights /= weights.sum(axis=1, keepdims=True)
-    return np.einsum("ht,thd->hd", weights[:, :-1], values[:, of_head].astype(np.float64))
+    out: Array = np.einsum("ht,thd->hd", weights[:, :-1], values[:, of_head].astype(np.float64))
+    return out
 
 
 def visible_positions(position: int, keep: int, max_size: int | None) -> Array:
@@ -54,7 +55,7 @@ def quantise_row(row: Array, levels: Array, *, unbiased: bool, zooms: tuple[floa
     if rms == 0:
         return np.zeros_like(row)
     tried = [levels[np.abs(zoom * row[:, None] / rms - levels).argmin(axis=1)] for zoom in (1.0, *zooms)]
-    read = max(tried, key=lambda read: (read @ row) / np.linalg.norm(read))
+    read: Array = max(tried, key=lambda read: float((read @ row) / np.linalg.norm(read)))
     scale = (row @ row) / (read @ row) if unbiased else (read @ row) / (read @ read)
     return float(np.float16(min(scale, 65504.0))) * read
 
@@ -233,9 +234,9 @@ class Paged:
                     self.worst = max(self.worst, float(np.abs(got[row, :, column] - want).max()))
                     self.n_compared += 1
                     np.testing.assert_allclose(got[row, :, column], want, atol=self.tolerance, rtol=0)
-        for row, n in zip(self.rows, lengths, strict=True):
+        for history, n in zip(self.rows, lengths, strict=True):
             if n:
-                row.flushed = self.blocks_in_pages(row.offset - 1, row.flushed)
+                history.flushed = self.blocks_in_pages(history.offset - 1, history.flushed)
 
     def _judged(self, n: int, most: int = 16) -> list[int]:
         """Columns to compare: all of a short chunk; of a long one both ends and a random choice."""

@@ -1,9 +1,11 @@
 """Correctness and speed of the fused kernels on this machine's GPU: `python -m tests.gpu`."""
 
 import argparse
+import importlib.metadata
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -17,7 +19,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     parts = options.only.split(",")
-    result = {"device": mx.device_info(), "mlx": mx.__version__, "date": time.strftime("%Y-%m-%d")}
+    result: dict[str, Any] = {
+        "device": mx.device_info(),
+        "mlx": importlib.metadata.version("mlx"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     failed = 0
     checks = {
         "correctness": lambda: correctness.run_all(options.every),

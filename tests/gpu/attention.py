@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from kernels.attention.page_tables import RowIndex
 from kernels.codec.layout import PAGE
@@ -80,7 +81,7 @@ def step_of(case: Case, profile: Profile | None = None) -> tuple[Callable[[mx.ar
         else mx.random.uniform(0.5, 1.5, (total, *s)).astype(d)
         for s, d in lanes.page_arrays()
     ]
-    order = mx.random.permutation(total).tolist()
+    order = np.array(mx.random.permutation(total)).tolist()
     rows = RowIndex(
         tuple(tuple(order[r * n_pages : (r + 1) * n_pages]) for r in range(case.n_rows)),
         (KEEP + n_pages * PAGE + WINDOW,) * case.n_rows,

@@ -99,10 +99,10 @@ def main() -> None:
             for model, name, sizes in (({}, "tiny-recall", (2,)), (wide, "random, 4 KV heads", (2, 4))):
                 at = folder / f"{turn}-{name[:4]}"
                 at.mkdir()
-                with running(at, SERVE, **model) as server:
+                with running(at, SERVE, None, **model) as server:
                     _note(rows, f"{name}: one process", measured(server, options.tokens, "0"))
                 for n in sizes:
-                    with running_group(at / f"ranks-{n}", n, **model) as group:
+                    with running_group(at / f"ranks-{n}", n, 0, **model) as group:
                         _note(rows, f"{name}: {n} ranks, loopback", measured(group.server, options.tokens, str(n - 1)))
                 if can_make_hosts():
                     with group_on_hosts(at / "hosts", 2, options.delay / 1e3, **model) as server:

@@ -39,9 +39,10 @@ def write(folder: Path, kind: str = "qwen3") -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     mx.random.seed(SEED)
     model = module.Model(module.ModelArgs.from_dict(config))
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     weights = {
         name: mx.random.normal(weight.shape) * GAIN / weight.shape[-1] ** 0.5 if weight.ndim == 2 else weight
-        for name, weight in tree_flatten(model.parameters())
+        for name, weight in parameters.items()
     }
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     return folder

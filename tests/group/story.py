@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -52,12 +53,15 @@ class Teller:
             self._note(answer)
 
     def _ask(self, name: str, messages: list[dict[str, str]], share: float) -> Answer:
+        asked: list[Any] = [*messages]
         answer = self._client.chat.completions.create(
-            model="default", messages=messages, temperature=0, max_tokens=int(share * self._tokens), logit_bias=GO_ON,
+            model="default", messages=asked, temperature=0, max_tokens=int(share * self._tokens), logit_bias=GO_ON,
             extra_body={"prompt_cache_key": name},
         )  # fmt: skip
         usage = answer.usage
-        cached = usage.prompt_tokens_details.cached_tokens
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        cached = usage.prompt_tokens_details.cached_tokens or 0
         return answer.choices[0].message.content or "", usage.prompt_tokens, cached, usage.completion_tokens
 
     def _note(self, answer: Answer) -> None:

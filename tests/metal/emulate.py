@@ -37,7 +37,7 @@ def emulate(runner: Runner = run) -> Iterator[Launches]:
     Kernels made before keep what they are: clear caches of them first, and again afterwards.
     """
     launches = Launches()
-    make_metal = mx.fast.metal_kernel
+    make_metal: Callable[..., Any] = mx.fast.metal_kernel
 
     def launch(kernel: Kernel, inputs: Sequence[mx.array]) -> list[mx.array]:
         values = [to_numpy(x) for x in inputs]

@@ -99,7 +99,9 @@ def _make_vec(match: re.Match[str]) -> str:
 
 def _shared_arrays(text: str, form: str) -> tuple[str, tuple[str, ...]]:
     """Replaces `threadgroup T x[n], y;` by one statement for each array, on the same line."""
-    out, names, at = [], [], 0
+    out: list[str] = []
+    names: list[str] = []
+    at = 0
     while match := _DECLARATION.search(text, at):
         end, statements = match.start(2), []
         while True:

@@ -10,6 +10,6 @@ from turbocache.backends import BACKENDS
 assert turbocache  # it has put the fast BLAS in front
 
 BACKENDS["cuda"] = with_lanes("cuda", faulty("encode", compile_error))
-mx.device_info = lambda: {"architecture": "sm_90", "device_name": "Pretended GPU"}
+setattr(mx, "device_info", lambda *_: {"architecture": "sm_90", "device_name": "Pretended GPU"})  # noqa: B010
 
 app = create_app()

@@ -26,6 +26,7 @@ def check_whole(body: bytes, limit: int | None) -> str:
     (choice,) = answer.choices
     assert choice.finish_reason in _ENDS, choice
     _check_usage(answer.usage, limit)
+    assert choice.message.content is not None
     return choice.message.content
 
 

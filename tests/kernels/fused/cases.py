@@ -54,7 +54,7 @@ class Setting:
 
     @property
     def scale(self) -> float:
-        return self.key_dim**-0.5
+        return float(self.key_dim**-0.5)
 
     def lanes(self, language: Language) -> FusedLanes:
         return LANES[language](self.shape, Codebooks(codebook(self.key_bits), codebook(self.value_bits)))

@@ -13,12 +13,12 @@ GREEDY = SamplingParams(temperature=0)
 class Answer:
     """Collects one request's events."""
 
-    def __init__(self, engine: MlxEngine, asked: str | list[dict[str, Any]], name: str | None, **options: Any) -> None:
+    def __init__(self, engine: MlxEngine, asked: str | list[dict[str, Any]], name: str | None, **chosen: Any) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
         prompt = engine.tokenize(
             Conversation([{"role": "user", "content": asked}] if isinstance(asked, str) else asked)
         )
-        options = {"max_tokens": 8, "sampling": GREEDY} | options
+        options: dict[str, Any] = {"max_tokens": 8, "sampling": GREEDY} | chosen
         self.request = GenerationRequest(f"request-{uuid.uuid4()}", prompt, session=name, **options)
         engine.submit([self.request], self.events.put)
 

@@ -26,7 +26,7 @@ class Talk:
 
     def feed(self, cache: list[Any], tokens: Sequence[int]) -> mx.array:
         """The logits after the last of the tokens."""
-        logits = self.model(mx.array([list(tokens)]), cache=cache)[0, -1]
+        logits: mx.array = self.model(mx.array([list(tokens)]), cache=cache)[0, -1]
         mx.eval(logits)
         return logits
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.settings import MemoryBudget, Settings
-from tests.serving.launch import Server, running
+from tests.serving.launch import UVICORN, Server, running
 from tests.soak.disk.chatting import Chatting, Tally
 from tests.soak.disk.stored import Found, Look, look
 from tests.soak.disk.talks import Talk, talks
@@ -130,7 +130,7 @@ class Rounds:
     @contextmanager
     def _running(self) -> Iterator[Server]:
         sizes = {"KEEP": str(KEEP), "WINDOW": str(WINDOW), "KV_MEMORY": str(BUDGET)}
-        with running(self._logs, SESSION_DIR=str(self._folder), **sizes) as server:
+        with running(self._logs, UVICORN, None, SESSION_DIR=str(self._folder), **sizes) as server:
             self._result.starts += 1
             yield server
 

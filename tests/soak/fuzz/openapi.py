@@ -119,7 +119,10 @@ def _schema(server: Server, seed: int, phases: tuple[str, ...], examples: int) -
 
     @schema.hook
     def filter_failure(
-        context: schemathesis.HookContext, failure: Failure, case: schemathesis.Case, response: schemathesis.Response
+        context: schemathesis.HookContext,
+        failure: Failure,
+        case: schemathesis.Case[Any],
+        response: schemathesis.Response,
     ) -> bool:
         if isinstance(failure, AllowHeaderMismatch):
             # A session's name may end like an action of another, so that its address takes more methods; and the
@@ -139,7 +142,7 @@ def _shortened(schema: schemathesis.BaseSchema) -> Iterator[None]:
         "token": tokens["prompt"]["oneOf"][2]["items"]["maximum"],
     }
 
-    def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
+    def before_call(context: schemathesis.HookContext, case: schemathesis.Case[Any], kwargs: dict[str, Any]) -> None:
         positive = case.meta is not None and case.meta.generation.mode.is_positive
         sent = sendable(case.operation.path, case.body, positive=positive, limits=limits)
         # A body that is set is looked at anew, and no body at all would count as an invalid one.

@@ -1,6 +1,7 @@
 """Random JSON schemas: nested, with enums, arrays, unions, formats, patterns, bounds and recursive references."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 Schema = dict[str, Any]
@@ -44,12 +45,18 @@ class SchemaMaker:
         return schema
 
     def _any(self, depth: int, recursive: bool = False) -> Schema:
-        plain = [self._string, self._number, self._enum, self._const, lambda: {"type": "boolean"}]
+        plain: list[Callable[[], Schema]] = [
+            self._string,
+            self._number,
+            self._enum,
+            self._const,
+            lambda: {"type": "boolean"},
+        ]
         if depth <= 0:
             return self._dice.choice(plain)()
         if recursive and self._dice.random() < 0.15:
             return {"$ref": "#/$defs/node"}
-        nested = [
+        nested: list[Callable[[], Schema]] = [
             lambda: self._object(depth - 1, recursive),
             lambda: self._array(depth - 1, recursive),
             lambda: self._union(depth - 1, recursive),

@@ -50,7 +50,8 @@ class Client:
                 await self._ask(n_requests, lambda body: _plain(plain, body))
                 return
             url = f"{self._url}/v1"
-            sdk = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=None, http_client=plain)
+            client: Any = plain  # openai's type is that of a package with another name
+            sdk = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=None, http_client=client)
             await self._ask(n_requests, lambda body: _by_sdk(sdk, body))
 
     async def _ask(self, n_requests: int, request: Callable[[dict[str, Any]], Coroutine[Any, Any, None]]) -> None:
