@@ -15,6 +15,8 @@ import pytest
 from tests.processes import patient
 from tests.serving.launch import Server, endless, filler, running
 
+pytestmark = pytest.mark.slow  # each starts a server of its own, or waits for a time limit
+
 CHAT = "/v1/chat/completions"
 
 

@@ -68,6 +68,7 @@ def test_a_stream_has_the_same_end_as_a_whole_answer(server: Server) -> None:
     assert server.client().responses.retrieve(streamed.id).output_text == text
 
 
+@pytest.mark.slow
 def test_a_conversation_and_its_cache_survive_a_restart(tmp_path: Path) -> None:
     where = {"SESSION_DIR": str(tmp_path / "sessions")}
     with running(tmp_path, **where) as server:

@@ -16,6 +16,8 @@ import pytest
 from tests.processes import patient, wait_until
 from tests.serving.launch import SERVE, UVICORN, Server, endless, running
 
+pytestmark = pytest.mark.slow  # each starts a server of its own, or waits for a time limit
+
 CHAT = "/v1/chat/completions"
 STOPPED = {
     "error": {"message": "The server is shutting down.", "type": "server_error", "param": None, "code": "shutting_down"}

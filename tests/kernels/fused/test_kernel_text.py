@@ -64,6 +64,7 @@ def test_nvrtc_takes_the_text(setting: Setting, architecture: str) -> None:
         assert compile_cuda(kernel, architecture).startswith(b"\x7fELF")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_nvrtc(), reason="no libnvrtc: nvidia-cuda-nvrtc is not installed")
 def test_no_name_clashes_with_what_mlx_includes() -> None:
     for kernel in texts(BASE, "cuda"):

@@ -104,6 +104,7 @@ def test_logits_of_a_biased_model_do_not_depend_on_how_tokens_came(biased: Modul
         assert np.abs(other - whole).max() < 2e-2 * spread
 
 
+@pytest.mark.slow
 def test_an_ordinary_model_is_left_alone(bundled: LoadedModel) -> None:
     """Bit for bit: no head of the bundled model is conditioned."""
     tokens = bundled.tokenizer.encode("A crate of green apples stands beside the gate of the old warehouse. " * 40)[
