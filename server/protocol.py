@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from server.errors import ContextLengthExceeded
+
 FinishReason = Literal["stop", "length", "tool_calls"]
 ToolChoice = Literal["none", "auto", "required"]
 Channel = Literal["content", "reasoning"]
@@ -255,6 +257,15 @@ class ModelInfo:
     """Size of the vocabulary. Token ids are below it."""
     rotates_at: int | None = None
     """A longer conversation loses its oldest tokens. None: sessions never rotate."""
+
+    def answer_limit(self, request: GenerationRequest) -> int:
+        """Most tokens that the answer may have. Raises ContextLengthExceeded, also when not one new token fits."""
+        n_prompt, wanted = len(request.prompt.tokens), request.max_tokens
+        if n_prompt + (wanted or 1) > self.max_tokens:
+            raise ContextLengthExceeded(
+                limit=self.max_tokens, prompt_tokens=n_prompt, max_tokens=wanted, param=request.prompt.param
+            )
+        return wanted or self.max_tokens - n_prompt
 
 
 class Engine(Protocol):

@@ -100,6 +100,11 @@ def _split_origins(text: str) -> tuple[str, ...]:
     return origins
 
 
+def _own(**options: Any) -> Any:
+    """A field that each process of a group keeps. All other fields have rank 0's value in the whole group."""
+    return Field(json_schema_extra={"scope": "process"}, **options)
+
+
 class Settings(BaseSettings):
     """Validated settings. Each field's description completes the sentence "expected ..." and names the unit.
 
@@ -130,36 +135,36 @@ class Settings(BaseSettings):
     )
     keep: int = Field(default=64, ge=0, description="a number of tokens, 0 or more")
     window: int = Field(default=128, gt=0, multiple_of=PAGE, description="a positive multiple of 64 (tokens)")
-    kv_memory: Annotated[MemoryBudget | None, NoDecode, _from_text(parse_memory)] = Field(
+    kv_memory: Annotated[MemoryBudget | None, NoDecode, _from_text(parse_memory)] = _own(
         default=None,
         description="bytes (at least 1 MiB), a size such as 512MB or 4GiB, or a fraction of memory such as 0.5 or 1.0",
     )
     max_batch: int = Field(default=8, ge=1, description="a number of requests, 1 or more")
-    queue_limit: int = Field(default=64, ge=1, description="a number of waiting requests, 1 or more")
-    api_keys: Annotated[tuple[str, ...], NoDecode, _from_text(_split)] = Field(
+    queue_limit: int = _own(default=64, ge=1, description="a number of waiting requests, 1 or more")
+    api_keys: Annotated[tuple[str, ...], NoDecode, _from_text(_split)] = _own(
         default=(), repr=False, description="API keys separated by commas"
     )
-    cors_origins: Annotated[tuple[str, ...], NoDecode, _from_text(_split_origins)] = Field(
+    cors_origins: Annotated[tuple[str, ...], NoDecode, _from_text(_split_origins)] = _own(
         default=(),
         description="* or origins separated by commas, each as browsers send it, such as http://localhost:3000 "
         "(lower case, no path, no slash at the end, no default port)",
     )
-    deadline: float | None = Field(
+    deadline: float | None = _own(
         default=None,
         gt=0,
         allow_inf_nan=False,
         description="a number of seconds above 0 after which a request that has not ended is ended (unset: never)",
     )
-    stop_grace: float = Field(
+    stop_grace: float = _own(
         default=5.0,
         ge=0,
         allow_inf_nan=False,
         description="a number of seconds that open requests have to end when the server is stopped, 0 or more",
     )
-    session_dir: Path | None = Field(
+    session_dir: Path | None = _own(
         default=None, description="a folder for sessions on disk (unset: sessions live in memory only)"
     )
-    session_disk: Annotated[int, _from_text(parse_bytes)] = Field(
+    session_disk: Annotated[int, _from_text(parse_bytes)] = _own(
         default=16 << 30, ge=1 << 20, description="a number of bytes, at least 1 MiB, or a size such as 16GiB"
     )
     session_save_after: float = Field(
@@ -174,32 +179,32 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="a number of seconds above 0 after which an unused session leaves memory (unset: never)",
     )
-    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], _from_text(str.lower)] = Field(
+    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], _from_text(str.lower)] = _own(
         default="info", description="one of debug, info, warning, error, critical"
     )
-    log_format: Literal["text", "json"] = Field(
+    log_format: Literal["text", "json"] = _own(
         default="text", description="text (lines for a person) or json (one object per line)"
     )
-    metrics_exemplars: bool = Field(
+    metrics_exemplars: bool = _own(
         default=False, description="true or false: whether histograms name requests for scrapers of OpenMetrics"
     )
-    blas: str | None = Field(default=None, description="a BLAS library (read before MLX is loaded)")
-    rank_timeout: float = Field(
+    blas: str | None = _own(default=None, description="a BLAS library (read before MLX is loaded)")
+    rank_timeout: float = _own(
         default=5.0,
         gt=0,
         allow_inf_nan=False,
         description="a number of seconds above 0 for which a rank of a group may not answer the others",
     )
-    rank_address: str | None = Field(
+    rank_address: str | None = _own(
         default=None,
         min_length=1,
         description="an IP address of this machine under which the other ranks of a group reach it (unset: the "
         "launcher's)",
     )
     prefill_chunk: int = Field(default=512, ge=1, description="a number of tokens per prefill step, 1 or more")
-    keepalive_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False, description="a number of seconds above 0")
+    keepalive_seconds: float = _own(default=10.0, gt=0, allow_inf_nan=False, description="a number of seconds above 0")
     stall_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False, description="a number of seconds above 0")
-    body_limit: Annotated[int, _from_text(parse_bytes)] = Field(
+    body_limit: Annotated[int, _from_text(parse_bytes)] = _own(
         default=16 << 20, ge=1024, description="a number of bytes, at least 1024, or a size such as 16MiB"
     )
 
@@ -228,6 +233,12 @@ def load_settings(env_file: Path | None = Path(".env")) -> Settings:
         raise SettingsError("\n".join(_explain(error))) from error
     _check_together(settings)
     return settings
+
+
+def shared_settings(settings: Settings) -> dict[str, Any]:
+    """The values that all processes of a group must share."""
+    fields = type(settings).model_fields.items()
+    return {name: getattr(settings, name) for name, field in fields if field.json_schema_extra is None}
 
 
 def _unknown_names(names: Mapping[str, str | None], where: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The memory budget as a ledger: what accepted requests may still need, promised before they are accepted."""
+"""The memory budget: bytes are promised to a request before it is accepted."""
 
 import threading
 from collections.abc import Callable
@@ -26,9 +26,8 @@ class _Promise:
 class Budget:
     """Promises of bytes to accepted requests. Safe to call from any thread.
 
-    `cost(n)` is what a session needs to reach `n` tokens, `scratch(n)` what reading a prompt of `n` tokens needs
-    besides. A promise covers the whole session, so as long as promises stay within `total`, idle sessions can always be
-    evicted to keep them.
+    `cost(n)` is the size of a session of `n` tokens. `scratch(n)` is what reading a prompt of `n` tokens takes besides.
+    A promise covers the whole session. So while promises stay within `total`, evicting idle sessions always makes room.
     """
 
     def __init__(self, total: int, cost: Callable[[int], int], scratch: Callable[[int], int] = lambda n: 0) -> None:
@@ -40,20 +39,18 @@ class Budget:
 
     @property
     def promised(self) -> int:
-        """Bytes promised to requests that wait or run."""
+        """Bytes promised to requests in the queue or the batch."""
         with self._lock:
             return sum(promise.nbytes for promise in self._promised.values())
 
     @property
     def started(self) -> int:
-        """Bytes promised to requests that run."""
+        """Bytes promised to requests in the batch."""
         with self._lock:
             return sum(promise.nbytes for promise in self._promised.values() if promise.started)
 
     def promise(self, request_id: str, n_tokens: int, n_prompt: int = 0) -> None:
-        """Set bytes aside for a request whose session will reach `n_tokens`, `n_prompt` of them its prompt's. Raises
-        OutOfMemory, and then sets none.
-        """
+        """Promise bytes for a session of `n_tokens`, of which `n_prompt` are its prompt. Raises OutOfMemory."""
         promise = _Promise(self._cost(n_tokens), self._scratch(n_prompt))
         with self._lock:
             free = self.total - sum(other.nbytes for other in self._promised.values())
@@ -72,28 +69,28 @@ class Budget:
         )
 
     def start(self, request_id: str, started: bool = True) -> None:
-        """From now on room is made for the request; with False no longer."""
+        """The request enters the batch, so room is made for it. With False it has to wait again."""
         with self._lock:
             self._promised[request_id].started = started
 
     def prefilled(self, request_id: str) -> None:
-        """The request's prompt is through: what reading it took is free."""
+        """The prompt is read: its scratch memory is free."""
         with self._lock:
             self._promised[request_id].scratch = 0
 
     def record(self, request_id: str, n_tokens: int, n_prompt: int = 0) -> None:
-        """Note a promise that rank 0 has made."""
+        """Note a promise that another process has made."""
         with self._lock:
             self._promised[request_id] = _Promise(self._cost(n_tokens), self._scratch(n_prompt))
 
     def raise_to(self, request_id: str, n_tokens: int) -> None:
-        """Note that rank 0 has raised a promise."""
+        """Note that a promise was raised, here or by another process."""
         with self._lock:
             promise = self._promised[request_id]
             promise.session = max(self._cost(n_tokens), promise.session)
 
     def extend(self, request_id: str, n_tokens: int) -> bool:
-        """Raise a promise so that the session may reach `n_tokens`; False when the budget does not allow it."""
+        """Raise a promise to a session of `n_tokens`. False when the budget does not allow it."""
         needed = self._cost(n_tokens)
         with self._lock:
             mine = self._promised[request_id]
@@ -104,29 +101,32 @@ class Budget:
             return True
 
     def release(self, request_id: str) -> None:
-        """The request has ended; its promise is void. Unknown ids are ignored."""
+        """The request has ended. Unknown ids are ignored."""
         with self._lock:
             self._promised.pop(request_id, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How room was made: what had to go and is on no disk, and whether that was enough."""
+    """How room was made."""
 
     sessions: int = 0
+    """Sessions that were lost: they are not on disk."""
     checkpoints: int = 0
+    """Checkpoints that were dropped."""
     enough: bool = True
 
 
 def make_room(budget: Budget, registry: SessionRegistry, store: CacheStore, before: float | None = None) -> Room:
-    """Let go, until what runs was promised and what rests fit the budget together, of: checkpoints that no session
-    needs (their session's newest last), sessions at rest that need not be kept, sessions to keep (and, where there is a
-    disk, ends of system messages), and checkpoints of running sessions; of each the longest unused first. Sessions go
-    to disk where there is one.
+    """Evict until the promises of the batch and the idle sessions fit into the budget together. In this order:
 
-    With `before`, a time, sessions to keep that were used later stay, and it may be not enough.
+    1. checkpoints that no session needs, a session's newest last;
+    2. idle sessions that need not be kept;
+    3. idle sessions to keep, and with a disk also the ends of system messages;
+    4. checkpoints of running sessions.
 
-    Runs on the engine's thread.
+    Within each, the least recently used goes first. Sessions are spilled to disk if there is one. With `before`, a
+    time, sessions to keep that were used after it stay, so there may not be enough room. Runs on the engine's thread.
     """
     sessions = spilled = checkpoints = 0
     while budget.started + store.resting_nbytes(registry.caches()) > budget.total:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from server.commands import QueuedRequest
 from server.protocol import Deliver, DrawnToken, GenerationRequest, TextDelta, ToolCall, Usage
 from server.sessions.checkpoints import Kind
 from server.sessions.prefill_reasons import Reason
@@ -11,53 +12,73 @@ from server.sessions.session import Session
 from server.text.assembler import TextAssembler
 
 ANSWER_STEP = 1024
-"""Tokens by which the promise of a request without max_tokens grows as it goes on."""
+"""The promise of a request without max_tokens starts with this many tokens, and grows by as many."""
 
 
 @dataclass(slots=True, eq=False)
 class RunningRequest:
-    """A request, its session, and how far it has come.
+    """A request, its session, and how far its answer is."""
 
-    Of the prompt's tokens the first `cached` were in the cache, the others are prefilled for the reasons in `prefill`.
-    `allowed` is the number of answer tokens that memory is promised for; `limit` the most that the request wants.
-    `answering`: the prompt is through. `sent_ahead`: the next token's text has gone out already. `stops`: after how
-    many of the prompt's tokens to take checkpoints. `drawn`: tokens whose text has not been sent yet, if the client
-    wants to see them.
-    """
-
-    request: GenerationRequest
-    deliver: Deliver
+    queued: QueuedRequest
     session: Session
     cached: int
+    """Prompt tokens that were in the cache."""
     prefill: dict[Reason, int]
+    """Why the other prompt tokens are computed."""
     text: TextAssembler
-    limit: int
-    allowed: int
+    promised: int
+    """Answer tokens that memory is promised for."""
+    stops: dict[int, Kind] = field(default_factory=dict)
+    """Numbers of prompt tokens after which a checkpoint is taken."""
     generated: int = 0
     answering: bool = False
+    """The whole prompt is in the cache."""
     sent_ahead: bool = False
-    stops: dict[int, Kind] = field(default_factory=dict)
+    """The text of the next token is already sent."""
     drawn: list[DrawnToken] = field(default_factory=list)
+    """Tokens whose text is not yet sent, if the client asked for log-probabilities."""
     last_token: float | None = None
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self.queued.request
+
+    @property
+    def id(self) -> str:
+        return self.queued.request.request_id
+
+    @property
+    def deliver(self) -> Deliver:
+        return self.queued.deliver
 
     @property
     def usage(self) -> Usage:
         return Usage(len(self.request.prompt.tokens), self.cached, self.generated, self.text.reasoned)
 
+    @property
+    def next_promise(self) -> int:
+        """Answer tokens of the promise after the present one."""
+        return min(self.queued.limit, self.promised + ANSWER_STEP)
+
+    @property
+    def next_size(self) -> int:
+        """Tokens of the session when its answer has used the next promise."""
+        return len(self.request.prompt.tokens) + self.next_promise
+
     def send(self, deltas: Iterable[TextDelta | ToolCall]) -> None:
-        """To the client, the first text with the tokens that were `drawn` for it. Those of calls are not shown."""
+        """Send deltas. The first text carries the drawn tokens; those of calls are not shown."""
         for delta in deltas:
             drawn, self.drawn = tuple(self.drawn), []
             self.deliver(replace(delta, tokens=drawn) if drawn and isinstance(delta, TextDelta) else delta)
 
     def send_rest(self, deltas: Iterable[TextDelta | ToolCall]) -> None:
-        """The last text. Tokens without any come after it, but not those of a stop string."""
+        """Send the last text, then tokens that have no text, but not those of a stop string."""
         self.send(deltas)
         if self.drawn and not self.text.stopped:
             self.send([TextDelta("")])
 
     def token_interval(self) -> float | None:
-        """Seconds since the token before this one, None for the first."""
+        """Seconds since the previous token, None for the first."""
         now, before = time.monotonic(), self.last_token
         self.last_token = now
         return None if before is None else now - before

@@ -1,36 +1,21 @@
-"""The turns in the batch: started when there is room, stepped together, and put to rest with their sessions.
-
-Everything here runs on the engine's thread.
-"""
+"""Starts waiting requests when the batch has room, steps the batch, and ends requests."""
 
 import functools
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 
-from server.engine.budget import Budget, make_room
-from server.engine.faults import FaultLog
+from server.commands import QueuedRequest
+from server.engine.budget import make_room
 from server.engine.generator import Generator
-from server.engine.queue import QueuedRequest, WaitingQueue
-from server.engine.running import ANSWER_STEP, RunningRequest
+from server.engine.running import RunningRequest
 from server.engine.sampling import top_tokens
-from server.engine.startup import Runtime
+from server.engine.services import Services
 from server.engine.stats import Stats
-from server.errors import (
-    EngineDead,
-    GrammarFailed,
-    InternalError,
-    KernelFault,
-    OutOfMemory,
-    ServerError,
-    ShuttingDown,
-)
-from server.group.ranks import Ranks
-from server.metrics import Metrics
+from server.errors import EngineDead, GrammarFailed, InternalError, KernelFault, OutOfMemory, ServerError, ShuttingDown
 from server.protocol import (
     DrawnToken,
     Failed,
@@ -41,88 +26,71 @@ from server.protocol import (
     TokenLogprob,
 )
 from server.sessions.checkpoints import Kind, prompt_kind, prompt_stops
-from server.sessions.registry import Claim, SessionRegistry
-from server.settings import Settings
-from server.text.assembler import TextAssembler, Vocabulary
-from server.text.grammar import GrammarCompiler
-from server.text.tool_formats import ToolFormat
+from server.sessions.registry import Claim
+from server.text.assembler import TextAssembler
 from turbocache.cache.pool import PoolExhausted
 from turbocache.store import evaluate
 
 log = logging.getLogger(__name__)
 
-_AHEAD = 2
+_STEPS_AHEAD = 2
 _YIELD_SECONDS = 1e-3
-"""After a first token the event loop gets the interpreter to itself, to send it before the next step is built."""
+"""After first tokens the event loop has the interpreter for this long, so that they are sent before the next step."""
 
 
 class Scheduler:
-    """Runs requests from `waiting` in one batch. `runs` are those in it, by the generator's uids."""
+    """Runs the requests of the queue in one batch."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        metrics: Metrics,
-        runtime: Runtime,
-        ranks: Ranks,
-        waiting: WaitingQueue,
-        budget: Budget,
-        registry: SessionRegistry,
-        vocabulary: Vocabulary,
-        grammars: GrammarCompiler,
-        format: ToolFormat | None,
-    ) -> None:
-        self.runs: dict[int, RunningRequest] = {}
-        self.faults = FaultLog(metrics, runtime.backend.name)
-        self.stats = Stats(metrics, runtime, ranks, registry, budget)
-        self._settings = settings
-        self._metrics = metrics
-        self._runtime = runtime
-        self._waiting = waiting
-        self._budget = budget
-        self._registry = registry
-        self._vocabulary = vocabulary
-        self._grammars = grammars
-        self._format = format
-        self._handed: list[tuple[int, int]] = []
+    def __init__(self, services: Services) -> None:
+        self.batch: dict[int, RunningRequest] = {}
+        """Requests in the batch, by the generator's uids."""
+        self.stats = Stats(services)
+        self._services = services
+        self._metrics = services.metrics
+        self._store = services.runtime.store
+        self._queue = services.queue
+        self._budget = services.budget
+        self._registry = services.registry
+        self._tokens: list[tuple[int, int]] = []
         self.generator = self._new_generator()
 
     def _new_generator(self) -> Generator:
-        return Generator(self._runtime.model, self._settings.max_batch, self._settings.prefill_chunk)
+        settings = self._services.settings
+        return Generator(self._services.runtime.model, settings.max_batch, settings.prefill_chunk)
 
-    def done(self) -> bytes:
-        """What the last step handed out and what is held since, for ranks to compare."""
-        return repr((self._handed, self._runtime.store.spec.pool.n_used, len(list(self._waiting)))).encode()
+    def result(self) -> bytes:
+        """The tokens of the last step and what is held since. Equal on all ranks of a group."""
+        return repr((self._tokens, self._store.spec.pool.n_used, len(list(self._queue)))).encode()
 
     def refresh(self) -> None:
-        """Bring gauges and session rows up to date."""
-        self.stats.refresh(len(self._waiting), self.runs, self.generator.rings)
+        """Update metrics and session rows."""
+        self.stats.refresh(self.batch, self.generator.rings)
 
-    def refresh_now_and_then(self) -> None:
-        self.stats.refresh_now_and_then(len(self._waiting), self.runs, self.generator.rings)
+    def refresh_if_due(self) -> None:
+        self.stats.refresh_if_due(self.batch, self.generator.rings)
 
     # Into the batch.
 
     def admit(self) -> None:
-        """Start waiting requests, oldest first, while the batch has room. A turn whose session runs is passed over, and
-        so is one beside another whose prompt is not through.
+        """Start waiting requests, oldest first, while the batch has room. Those that must wait are passed over: their
+        session is running, or the prompt that they share is not yet read.
         """
-        for entry in self._waiting:
-            if len(self.runs) >= self._settings.max_batch:
+        for queued in self._queue:
+            if len(self.batch) >= self._services.settings.max_batch:
                 return
-            if not self._unread(entry.request.shares_prompt_of) and self._start(entry):
-                self._waiting.remove(entry)
+            if not self._is_unread(queued.request.shares_prompt_of) and self._start(queued):
+                self._queue.remove(queued)
 
-    def _unread(self, request_id: str | None) -> bool:
-        """Whether a request still waits or reads its prompt."""
+    def _is_unread(self, request_id: str | None) -> bool:
+        """Whether a request waits or reads its prompt."""
         if request_id is None:
             return False
-        reading = any(run.request.request_id == request_id and not run.answering for run in self.runs.values())
-        return reading or any(entry.request.request_id == request_id for entry in self._waiting)
+        reading = any(running.id == request_id and not running.answering for running in self.batch.values())
+        return reading or any(queued.request.request_id == request_id for queued in self._queue)
 
-    def _start(self, entry: QueuedRequest) -> bool:
-        """Begin a turn, or refuse it for good; False when it has to wait."""
-        request = entry.request
+    def _start(self, queued: QueuedRequest) -> bool:
+        """Start a request, or end it with a refusal. False when it has to wait."""
+        request = queued.request
         self._budget.start(request.request_id)
         room = functools.partial(self.make_room, request)
         passing = request.shares_prompt_of is not None
@@ -130,49 +98,44 @@ class Scheduler:
         if claim is None:
             self._budget.start(request.request_id, started=False)
             return False
-        if not self.make_room(request):
-            self._registry.give_back(claim, request.prompt.tokens)
-            self._budget.release(request.request_id)
-            refusal = OutOfMemory(
-                "The memory is held by named conversations that were used after this request came. Please try again."
-            )
-            self._metrics.admission_refusals.labels(reason="later_sessions").inc()
-            entry.deliver(Failed(refusal))
+        if self.make_room(request):
+            self._insert(queued, claim)
             return True
-        self._insert(entry, claim)
+        self._registry.give_back(claim, request.prompt.tokens)
+        self._budget.release(request.request_id)
+        self._metrics.admission_refusals.labels(reason="later_sessions").inc()
+        refusal = "The memory is held by named conversations that were used after this request came. Please try again."
+        queued.deliver(Failed(OutOfMemory(refusal)))
         return True
 
-    def _insert(self, entry: QueuedRequest, claim: Claim) -> None:
-        request, tokens = entry.request, entry.request.prompt.tokens
-        stops = (
-            prompt_stops(request.prompt, claim.cached, self._runtime.store) if request.shares_prompt_of is None else {}
-        )
-        grammar = self._grammars.with_matcher(request.grammar)
-        uid = self.generator.insert(tokens, claim.cached, claim.cache, entry.limit, request.sampling, stops, grammar)
+    def _insert(self, queued: QueuedRequest, claim: Claim) -> None:
+        services, request, tokens = self._services, queued.request, queued.request.prompt.tokens
+        stops = prompt_stops(request.prompt, claim.cached, self._store) if request.shares_prompt_of is None else {}
+        grammar = services.grammars.with_matcher(request.grammar)
+        uid = self.generator.insert(tokens, claim.cached, claim.cache, queued.limit, request.sampling, stops, grammar)
         text = TextAssembler(
-            self._runtime.model.tokenizer,
+            services.runtime.model.tokenizer,
             tokens,
             request.stop,
             request.rules,
-            self._format,
+            services.tool_format,
             begun=request.prompt.continued,
-            vocabulary=self._vocabulary,
+            vocabulary=services.vocabulary,
         )
-        # Not the claim itself: its cache would stay beside the batch's.
-        self.runs[uid] = RunningRequest(
-            request, entry.deliver, claim.session, claim.cached, claim.prefill, text, entry.limit, entry.allowed,
-            stops=stops,
-        )  # fmt: skip
+        # The claim itself would keep its cache beside the batch's.
+        self.batch[uid] = RunningRequest(
+            queued, claim.session, claim.cached, claim.prefill, text, queued.promised, stops
+        )
         self._metrics.prompt_tokens.labels(source="cached").inc(claim.cached)
         self._metrics.checkpoint_hits.labels(kind=claim.source).inc()
-        entry.deliver(PrefillProgress(0, len(tokens) - claim.cached))
+        queued.deliver(PrefillProgress(0, len(tokens) - claim.cached))
 
     def make_room(self, request: GenerationRequest | None = None) -> bool:
-        """Hold the budget; for an unnamed request without touching named sessions that were used after it came. False
-        if that isn't enough.
+        """Evict until all fits into the budget. An unnamed request evicts no named session that was used after it came.
+        False if that is not enough.
         """
         before = request.arrived if request is not None and request.session is None else None
-        room = make_room(self._budget, self._registry, self._runtime.store, before)
+        room = make_room(self._budget, self._registry, self._store, before)
         self._metrics.evictions.labels(reason="memory").inc(room.sessions)
         self._metrics.checkpoint_drops.labels(reason="memory").inc(room.checkpoints)
         return room.enough
@@ -180,218 +143,218 @@ class Scheduler:
     # Steps.
 
     def step(self) -> None:
-        """One step of the batch: a token for each row that answers, a chunk for those that still read."""
+        """One step of the batch: a token for each row that answers, a chunk for each row that reads its prompt."""
         try:
             prompts, tokens = self.generator.next()
         except Exception as error:
             log.error("a step failed; the requests in it are answered with an error", exc_info=error)
             if not isinstance(error, PoolExhausted):
-                if not self._runtime.group.alone:  # the other ranks may wait for this one, or have lost it
-                    raise
-                self.faults.note(type(error).__name__)
-            self._drop_batch(InternalError if isinstance(error, PoolExhausted) else KernelFault, error)
+                self._services.coordinator.check_failure(error)
+                self._services.faults.note(type(error).__name__)
+            self._fail_batch(InternalError if isinstance(error, PoolExhausted) else KernelFault, error)
             return
-        self._handed = [(response.uid, response.token) for response in tokens]
+        self._tokens = [(response.uid, response.token) for response in tokens]
         if tokens:
             self._metrics.batch_rows.observe(len(tokens))
         bad = []
         for response in tokens:
-            if (run := self.runs.get(response.uid)) is None:
+            if (running := self.batch.get(response.uid)) is None:
                 continue
             if not self.generator.finite(response.uid):
                 bad.append(response.uid)
             elif failure := self.generator.grammar_error(response.uid, response.finish_reason is not None):
-                self._fail_grammar(response, run, failure)
+                self._fail_grammar(response, running, failure)
             else:
-                self._take(run, response)
+                self._take_token(running, response)
         for progress in prompts:
-            if run := self.runs.get(progress.uid):
-                self._checkpoint_stop(progress, run)
-                run.deliver(PrefillProgress(*progress.progress))
+            if running := self.batch.get(progress.uid):
+                self._checkpoint_stop(progress, running)
+                running.deliver(PrefillProgress(*progress.progress))
         bad += self._begin_answers(progress.uid for progress in prompts if progress.end_of_prompt)
         if bad:
             self._fail_rows(bad)
 
     def _begin_answers(self, uids: Iterable[int]) -> list[int]:
-        """Prompts are through: count them, and send the first token's text without waiting for the second. Returns
-        the rows that have no first token because their logits are not finite.
+        """Prompts are read: count them, and send the first token's text without waiting for the second. Returns the
+        rows without a first token because their logits are not finite.
         """
-        bad = []
-        firsts = self.generator.first_tokens(uids)
-        for uid, token in firsts.items():
-            run = self.runs[uid]
-            self._count_prefill(run)
+        bad, sent, ends = [], False, self._services.runtime.model.tokenizer.eos_token_ids
+        first_tokens = self.generator.first_tokens(uids)
+        for uid, token in first_tokens.items():
+            running = self.batch[uid]
+            self._count_prefill(running)
             if token is None:
                 bad.append(uid)
-            elif token not in self._runtime.model.tokenizer.eos_token_ids and not self.generator.grammar_error(uid):
-                self._note(run, token, self.generator.first_logprobs(uid))
-                run.send(run.text.add(token))
-                run.sent_ahead = True
-                time.sleep(_YIELD_SECONDS)
-        for uid in firsts.keys() - bad:
-            self._checkpoint_prompt(uid, self.runs[uid])
+            elif token not in ends and not self.generator.grammar_error(uid):
+                self._note_logprobs(running, token, self.generator.first_logprobs(uid))
+                running.send(running.text.add(token))
+                running.sent_ahead = sent = True
+        if sent:
+            time.sleep(_YIELD_SECONDS)
+        for uid in first_tokens.keys() - bad:
+            self._checkpoint_prompt(uid, self.batch[uid])
         return bad
 
-    def _count_prefill(self, run: RunningRequest) -> None:
-        run.answering = True
-        self._budget.prefilled(run.request.request_id)
-        self._metrics.prompt_tokens.labels(source="prefilled").inc(len(run.request.prompt.tokens) - run.cached)
-        for reason, n in run.prefill.items():
+    def _count_prefill(self, running: RunningRequest) -> None:
+        running.answering = True
+        self._budget.prefilled(running.id)
+        n_prefilled = len(running.request.prompt.tokens) - running.cached
+        self._metrics.prompt_tokens.labels(source="prefilled").inc(n_prefilled)
+        for reason, n in running.prefill.items():
             self._metrics.prefilled_tokens.labels(reason=reason).inc(n)
 
-    def _checkpoint_stop(self, progress: PromptProcessingBatch.Response, run: RunningRequest) -> None:
-        """A prompt has come to a place at which it may have to stop."""
-        at = run.cached + progress.progress[0]
-        if progress.end_of_segment and not progress.end_of_prompt and (kind := run.stops.get(at)):
-            self._checkpoint(progress.uid, run, kind, at)
+    def _checkpoint_stop(self, progress: PromptProcessingBatch.Response, running: RunningRequest) -> None:
+        """Take a checkpoint if the prompt has reached one of its stops."""
+        at = running.cached + progress.progress[0]
+        if progress.end_of_segment and not progress.end_of_prompt and (kind := running.stops.get(at)):
+            self._checkpoint(progress.uid, running, kind, at)
 
-    def _checkpoint_prompt(self, uid: int, run: RunningRequest) -> None:
-        """The prompt is in the cache and nothing of the answer."""
-        if (
-            self._runtime.store.can_checkpoint
-            and self._runtime.store.can_go_back
-            and run.request.shares_prompt_of is None
-        ):
-            self._checkpoint(uid, run, prompt_kind(run.request.prompt), len(run.request.prompt.tokens))
+    def _checkpoint_prompt(self, uid: int, running: RunningRequest) -> None:
+        """The cache holds the prompt and nothing of the answer."""
+        prompt = running.request.prompt
+        if self._store.can_checkpoint and self._store.can_go_back and running.request.shares_prompt_of is None:
+            self._checkpoint(uid, running, prompt_kind(prompt), len(prompt.tokens))
 
-    def _checkpoint(self, uid: int, run: RunningRequest, kind: Kind, n_tokens: int) -> None:
+    def _checkpoint(self, uid: int, running: RunningRequest, kind: Kind, n_tokens: int) -> None:
         cache = self.generator.snapshot(uid)
-        self._registry.checkpoint(run.session, kind, run.request.prompt.tokens[:n_tokens], cache)
-        self.make_room(run.request)
+        self._registry.checkpoint(running.session, kind, running.request.prompt.tokens[:n_tokens], cache)
+        self.make_room(running.request)
 
-    def _take(self, run: RunningRequest, response: GenerationBatch.Response) -> None:
-        """One token of one run."""
-        run.generated += 1
+    def _take_token(self, running: RunningRequest, response: GenerationBatch.Response) -> None:
+        running.generated += 1
         self._metrics.generated_tokens.inc()
-        if (interval := run.token_interval()) is not None:
+        if (interval := running.token_interval()) is not None:
             self._metrics.inter_token_latency_seconds.observe(interval)
-        if run.sent_ahead:
-            run.sent_ahead = False
+        if running.sent_ahead:
+            running.sent_ahead = False
         elif response.finish_reason != "stop":
-            self._note(run, response.token, response.logprobs)
-            run.send(run.text.add(response.token))
-        if run.text.stopped or response.finish_reason is not None:
-            reason: FinishReason = "length" if response.finish_reason == "length" and not run.text.stopped else "stop"
-            self._finish(response.uid, run, reason, response.prompt_cache, response.all_tokens)
-        elif run.generated == run.allowed:
-            self._finish(response.uid, run, "length", None, None)
+            self._note_logprobs(running, response.token, response.logprobs)
+            running.send(running.text.add(response.token))
+        if running.text.stopped or response.finish_reason is not None:
+            length = response.finish_reason == "length" and not running.text.stopped
+            self._finish(running, response.uid, "length" if length else "stop", response)
+        elif running.generated == running.promised:
+            self._finish(running, response.uid, "length")
 
-    def _note(self, run: RunningRequest, token: int, logprobs: mx.array) -> None:
-        """Keep a token for a client that wants to see what was drawn."""
-        if (n := run.request.logprobs) is not None:
+    def _note_logprobs(self, running: RunningRequest, token: int, logprobs: mx.array) -> None:
+        """Keep a token for a client that asked for log-probabilities."""
+        if (n := running.request.logprobs) is not None:
+            token_bytes = self._services.vocabulary.token_bytes
             own, best = top_tokens(logprobs, token, n)
-            top = tuple(TokenLogprob(self._vocabulary.token_bytes(other), value) for other, value in best)
-            run.drawn.append(DrawnToken(self._vocabulary.token_bytes(token), own, top))
+            top = tuple(TokenLogprob(token_bytes(other), value) for other, value in best)
+            running.drawn.append(DrawnToken(token_bytes(token), own, top))
 
-    # Answers that outgrow what was promised.
+    # Answers that outgrow their promise.
 
-    def growth(self) -> dict[str, bool]:
-        """Of the runs that have used up what memory was promised for, but for two tokens: whether they may go on. Their
-        promises are raised with it. Two, because a group does a step before it hears of it.
+    def wanted_extensions(self) -> dict[str, bool]:
+        """Requests with at most two tokens of their promise left, and whether the budget allows the next promise. It is
+        made if so. Two tokens, because a group uses a plan one step after it was made.
         """
-        due = [run for run in self.runs.values() if run.generated + _AHEAD >= run.allowed < run.limit]
-        return {run.request.request_id: self._promise_more(run) for run in due}
+        due = [
+            running
+            for running in self.batch.values()
+            if running.generated + _STEPS_AHEAD >= running.promised < running.queued.limit
+        ]
+        return {running.id: self._budget.extend(running.id, running.next_size) for running in due}
 
-    def grow(self, growth: Mapping[str, bool]) -> None:
-        """Do what `growth` has said, here or on rank 0."""
-        for run in self.runs.values():
-            if growth.get(run.request.request_id):
-                self._budget.raise_to(run.request.request_id, _grown(run))
-                if self.make_room(run.request):
-                    run.allowed = min(run.limit, run.allowed + ANSWER_STEP)
-
-    def _promise_more(self, run: RunningRequest) -> bool:
-        return self._budget.extend(run.request.request_id, _grown(run))
+    def extend_promises(self, extensions: Mapping[str, bool]) -> None:
+        """Let the answers grow that the plan allows to."""
+        for running in self.batch.values():
+            if extensions.get(running.id):
+                self._budget.raise_to(running.id, running.next_size)
+                if self.make_room(running.request):
+                    running.promised = running.next_promise
 
     # Out of the batch.
 
-    def _finish(self, uid: int, run: RunningRequest, reason: FinishReason, cache: Any, tokens: Any) -> None:
-        run.send_rest(run.text.finish())
-        if cache is None:
-            cache, tokens = self.generator.remove(uid)
-        self._rest(uid, run, cache, tokens)
-        if reason == "stop" and run.text.called:
+    def _finish(
+        self,
+        running: RunningRequest,
+        uid: int,
+        reason: FinishReason,
+        response: GenerationBatch.Response | None = None,
+    ) -> None:
+        running.send_rest(running.text.finish())
+        self._release(uid, running, response)
+        if reason == "stop" and running.text.called:
             reason = "tool_calls"
-        run.deliver(Finished(reason, run.usage, run.text.stop))
+        running.deliver(Finished(reason, running.usage, running.text.stop))
 
-    def _rest(self, uid: int, run: RunningRequest, cache: Any, tokens: Any) -> None:
-        """Give a run's session its cache back and void the run's promise."""
+    def _release(self, uid: int, running: RunningRequest, response: GenerationBatch.Response | None = None) -> None:
+        """Give the session its cache back, which `response` has if the row has ended by itself, and end the promise."""
+        cache, tokens = (None, None) if response is None else (response.prompt_cache, response.all_tokens)
+        if cache is None or tokens is None:
+            cache, tokens = self.generator.remove(uid)
         evaluate(cache)
-        del self.runs[uid]
-        self._registry.put_back(run.session, cache, tokens)
-        self._budget.release(run.request.request_id)
-        # Before the client hears of the end, so that what it asks next sees this turn.
+        del self.batch[uid]
+        self._registry.put_back(running.session, cache, tokens)
+        self._budget.release(running.id)
+        # Before the client learns of the end, so that what it asks next shows this turn.
         self.refresh()
 
-    def rest_all(self) -> None:
-        """An orderly stop: what has been computed stays with its sessions."""
-        for uid, run in list(self.runs.items()):
-            self._rest(uid, run, *self.generator.remove(uid))
-            run.deliver(Failed(ShuttingDown()))
+    def stop_all(self) -> None:
+        """An orderly stop: sessions keep what was computed."""
+        for uid, running in list(self.batch.items()):
+            self._release(uid, running)
+            running.deliver(Failed(ShuttingDown()))
 
     def cancel(self, request_id: str) -> None:
-        """Stop working for a client that is gone. What its session has cached so far stays."""
-        for entry in self._waiting:
-            if entry.request.request_id == request_id:
-                self._waiting.remove(entry)
+        """Stop a request whose client has left. Its session keeps what was computed."""
+        for queued in self._queue:
+            if queued.request.request_id == request_id:
+                self._queue.remove(queued)
                 self._budget.release(request_id)
                 return
-        for uid, run in self.runs.items():
-            if run.request.request_id == request_id:
-                self._rest(uid, run, *self.generator.remove(uid))
+        for uid, running in self.batch.items():
+            if running.id == request_id:
+                self._release(uid, running)
                 return
 
-    def _fail_grammar(self, response: GenerationBatch.Response, run: RunningRequest, error: str) -> None:
-        """What the answer has so far keeps to its grammar, but how to go on is not known."""
-        log.error("%s: llguidance could not go on: %s", run.request.request_id, error)
-        cache, tokens = response.prompt_cache, response.all_tokens
-        if cache is None:
-            cache, tokens = self.generator.remove(response.uid)
-        self._rest(response.uid, run, cache, tokens)
-        run.deliver(Failed(GrammarFailed.of(run.request.request_id)))
+    # Failures.
+
+    def _fail_grammar(self, response: GenerationBatch.Response, running: RunningRequest, error: str) -> None:
+        """The answer keeps to its grammar so far, but the grammar can't continue."""
+        log.error("%s: llguidance could not go on: %s", running.id, error)
+        self._release(response.uid, running, response)
+        running.deliver(Failed(GrammarFailed.of(running.id)))
 
     def _fail_rows(self, uids: list[int]) -> None:
-        """Rows whose logits are not finite: end them before their next token, and forget what they have cached."""
-        self.faults.note(f"{len(uids)} of {len(self.runs)} rows with logits that are not finite")
+        """End rows whose logits are not finite before their next token, and forget their sessions' caches."""
+        self._services.faults.note(f"{len(uids)} of {len(self.batch)} rows with logits that are not finite")
         for uid in uids:
             self.generator.drop(uid)
-            run = self.runs.pop(uid)
-            self._give_up(run, KernelFault.of(run.request.request_id))
+            running = self.batch.pop(uid)
+            self._discard(running, KernelFault.of(running.id))
 
-    def _drop_batch(self, kind: type[InternalError], error: Exception) -> None:
-        """A step failed midway: its rows can't be trusted. Fail the runs, forget their sessions' caches, start anew."""
+    def _fail_batch(self, kind: type[InternalError], error: Exception) -> None:
+        """A step failed midway, so its rows can't be trusted: end them, forget their caches, and start a new batch."""
         self.generator = self._new_generator()
-        self._runtime.store.close_all_but(self._registry.caches())
-        runs, self.runs = self.runs, {}
-        for run in runs.values():
-            failure = kind.of(run.request.request_id)
+        self._store.close_all_but(self._registry.caches())
+        batch, self.batch = self.batch, {}
+        for running in batch.values():
+            failure = kind.of(running.id)
             failure.__cause__ = error
-            self._give_up(run, failure)
+            self._discard(running, failure)
 
-    def refuse(self, verdict: str) -> None:
-        """Too many faults. What rests is kept, though nobody will be answered before a restart."""
-        if self.runs:
+    def refuse_all(self, verdict: str) -> None:
+        """Too many faults: end all requests. Sessions that are not running keep their caches until a restart."""
+        if self.batch:
             self.generator = self._new_generator()
         self.end_all(EngineDead(f"The server has stopped answering: {verdict}."))
 
-    def _give_up(self, run: RunningRequest, error: ServerError) -> None:
-        """End a run that is out of the batch; its session is forgotten and its promise void."""
-        self._registry.put_back(run.session, None, [])
-        self._budget.release(run.request.request_id)
-        self.refresh()
-        run.deliver(Failed(error))
-
     def end_all(self, error: ServerError) -> None:
-        """Nothing is computed any more: end what runs and what waits."""
-        runs, self.runs = self.runs, {}
-        for run in runs.values():
-            self._give_up(run, error)
-        for entry in self._waiting:
-            self._waiting.remove(entry)
-            self._budget.release(entry.request.request_id)
-            entry.deliver(Failed(error))
+        """End all requests in the batch and the queue."""
+        batch, self.batch = self.batch, {}
+        for running in batch.values():
+            self._discard(running, error)
+        for queued in self._queue:
+            self._queue.remove(queued)
+            self._budget.release(queued.request.request_id)
+            queued.deliver(Failed(error))
 
-
-def _grown(run: RunningRequest) -> int:
-    """Tokens of the session when its answer has grown by one step."""
-    return len(run.request.prompt.tokens) + min(run.limit, run.allowed + ANSWER_STEP)
+    def _discard(self, running: RunningRequest, error: ServerError) -> None:
+        """End a request that has left the batch, and forget its session's cache."""
+        self._registry.put_back(running.session, None, [])
+        self._budget.release(running.id)
+        self.refresh()
+        running.deliver(Failed(error))

@@ -1,53 +1,38 @@
-"""What becomes of sessions besides their turns: clients delete, fork, save and restore them, and time passes.
-
-Everything here runs on the engine's thread.
-"""
+"""Changes to sessions beside their turns: clients delete, fork, save and restore them; unused ones leave memory."""
 
 import time
 from typing import Any
 
-from server.engine.budget import Budget
+from server.commands import ChangeSession
 from server.engine.scheduler import Scheduler
+from server.engine.services import Services
 from server.errors import Conflict, InvalidRequest, SessionNotFound, SessionNotSaved
-from server.metrics import Metrics
-from server.protocol import SessionChange
 from server.sessions.checkpoints import LEAST_SHARED
-from server.sessions.clock import StepClock
-from server.sessions.disk import SessionDisk
-from server.sessions.registry import SessionRegistry
 from server.sessions.session import Session
-from server.settings import Settings
 from turbocache.store import evaluate
 
 _REST = 20
-"""Between steps a session is written when this many times as long has passed as the last one took."""
+"""After a write between steps, the next one waits this many times as long as the write took."""
 _LOOK_SECONDS = 0.25
 
 
 class SessionChanges:
-    """Changes to sessions at rest."""
+    """Changes to sessions that are not running."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        metrics: Metrics,
-        disk: SessionDisk | None,
-        budget: Budget,
-        registry: SessionRegistry,
-        scheduler: Scheduler,
-        clock: StepClock,
-    ) -> None:
-        self._settings = settings
-        self._metrics = metrics
-        self._disk = disk
-        self._budget = budget
-        self._registry = registry
+    def __init__(self, services: Services, scheduler: Scheduler) -> None:
+        self._settings = services.settings
+        self._metrics = services.metrics
+        self._coordinator = services.coordinator
+        self._disk = services.disk
+        self._budget = services.budget
+        self._registry = services.registry
+        self._clock = services.clock
         self._scheduler = scheduler
-        self._clock = clock
         self._next_write = 0.0
 
-    def make(self, change: SessionChange, owner: str, id: str, new_id: str | None = None) -> dict[str, Any]:
-        """One change that a client asks for; returns the session's row afterwards. See `server.protocol.Engine`."""
+    def make(self, command: ChangeSession) -> dict[str, Any]:
+        """Make a change that a client asks for. Returns the session's row afterwards. See `server.protocol.Engine`."""
+        change, owner, id = command.change, command.owner, command.id
         session = self._registry.find(owner, id)
         if session is None or not (session.running or session.stored or session.cache):
             why = None if self._disk is None else self._disk.refusal(owner, id)
@@ -63,15 +48,13 @@ class SessionChanges:
                 self._registry.delete(session)
                 return {"id": id, "object": "session.deleted", "deleted": True}
             if change == "fork":
-                return self._scheduler.stats.row(self._fork(session, new_id))
+                return self._scheduler.stats.row(self._fork(session, command.new_id))
             return self._scheduler.stats.row(self._save(session) if change == "save" else self._restore(session))
         finally:
             self._scheduler.refresh()
 
     def tidy(self) -> None:
-        """While nothing is asked for: write one session that has rested for a while to disk, and let one go that has
-        not been used for too long.
-        """
+        """While the engine is idle: evict one session that was unused for too long, or write one to disk."""
         now, limit = self._clock(), self._settings.session_ttl
         resting = sorted(self._registry.idle(), key=lambda session: session.last_used)
         for session in resting:
@@ -83,22 +66,24 @@ class SessionChanges:
         self._save_rested(resting)
 
     def save_between_steps(self) -> None:
-        """While others run: write one session that has rested for a while to disk, at most a twentieth of the time."""
+        """While requests run: write one unused session to disk, in at most a twentieth of the time."""
         now, began = self._clock(), time.monotonic()
         if self._disk is None or now < self._next_write:
             return
         pause = _LOOK_SECONDS
         if self._save_rested(sorted(self._registry.idle(), key=lambda session: session.last_used)):
-            pause = _REST * self._disk.slowest(time.monotonic() - began)
+            pause = _REST * self._coordinator.largest(time.monotonic() - began)
         self._next_write = now + pause
 
     def close(self) -> None:
-        """Nothing is written any more."""
+        """The engine stops: free the disk's leases."""
         if self._disk is not None:
             self._disk.close()
 
     def _save_rested(self, resting: list[Session]) -> bool:
-        """Whether one has been written, or tried. One that another server is at is passed over."""
+        """Write one session that was unused for a while. Returns whether one was written or tried. Passes over sessions
+        that another server is writing.
+        """
         before = self._clock() - self._settings.session_save_after
         for session in resting if self._disk is not None else ():
             unsaved = not session.stored and len(session.tokens) >= LEAST_SHARED and not session.unsavable

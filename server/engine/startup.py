@@ -1,12 +1,12 @@
-"""What the engine runs on: the model, the chosen backend and the cache store, loaded by the engine's thread."""
+"""Loads what the engine runs on: the model, the backend and the cache store."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from server.coordinator import Coordinator
 from server.engine.warm_up import rehearse
 from server.errors import StartupError
 from server.settings import Settings
@@ -16,7 +16,6 @@ from turbocache.cache import PAGE
 from turbocache.cache.ring import RingConfig
 from turbocache.machine import blas
 from turbocache.machine.memory import available_memory, device_memory
-from turbocache.mlxlm.group import Group
 from turbocache.mlxlm.model import LoadedModel, ModelError, load_model
 from turbocache.mlxlm.plan import LayerPlan
 from turbocache.presets import Preset, preset
@@ -25,7 +24,7 @@ from turbocache.store import CacheStore, checked_plans
 log = logging.getLogger(__name__)
 
 _DEFAULT_SHARE = 0.25
-"""Share of the device's memory, and twice this share of what is free, that the cache may use unless told otherwise."""
+"""The cache gets at most this share of the device's memory, and twice this share of the free memory."""
 
 _GIB = 2**30
 _SHORT = (5, 12, 25, 60)
@@ -33,19 +32,20 @@ _SHORT = (5, 12, 25, 60)
 of which an H200's host compiles in 31 s and keeps in a file.
 """
 _PAGED = 160
-"""Tokens of the longest of them beyond those that are kept raw."""
+"""Tokens of the longest first prompt that do not fit into sink and window."""
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Everything that is fixed from start to stop. `budget` is in bytes."""
+    """The model and its cache, fixed from start to stop."""
 
     model: LoadedModel
     backend: Backend
     store: CacheStore
     budget: int
+    """Bytes for the cache."""
     chunk: int
-    group: Group
+    """Prompt tokens of one prefill step."""
 
     def report(self) -> dict[str, Any]:
         """The JSON of GET /v1/backend."""
@@ -67,8 +67,8 @@ class Runtime:
         }
 
 
-def load_runtime(settings: Settings, group: Group) -> Runtime:
-    """Load, probe and lay out; in a group as all its ranks can. Raises StartupError with a sentence that says what to
+def load_runtime(settings: Settings, coordinator: Coordinator) -> Runtime:
+    """Load the model, choose a backend and lay out the cache. Raises StartupError with a sentence that says what to
     change.
     """
     try:
@@ -77,7 +77,7 @@ def load_runtime(settings: Settings, group: Group) -> Runtime:
     except ValueError as error:
         raise StartupError(f"TURBOCACHE_KV_PRESET: {error}.") from error
     try:
-        model = load_model(settings.model, group)
+        model = load_model(settings.model, coordinator.group)
     except ModelError as error:
         raise StartupError(str(error)) from error
     max_size = settings.max_size
@@ -88,10 +88,10 @@ def load_runtime(settings: Settings, group: Group) -> Runtime:
     except ValueError as error:
         raise StartupError(f"TURBOCACHE_MAX_SIZE, TURBOCACHE_KEEP, TURBOCACHE_WINDOW: {error}.") from error
     plans = checked_plans(model.model)
-    backend = _proven_backend(model, plans, chosen, ring, settings, group)
-    budget = min(int(other) for other in group.gather(b"%d" % _budget(settings)))
+    backend = _working_backend(model, plans, chosen, ring, settings, coordinator)
+    budget = coordinator.smallest(_budget(settings))
     layout = CacheStore(model.model, plans, chosen, backend, ring, n_pages=1)
-    page_nbytes = max(int(other) for other in group.gather(b"%d" % layout.spec.pool.page_nbytes))
+    page_nbytes = int(coordinator.largest(layout.spec.pool.page_nbytes))
     n_pages = max(1, budget // max(1, page_nbytes))
     runtime = Runtime(
         model=model,
@@ -99,7 +99,6 @@ def load_runtime(settings: Settings, group: Group) -> Runtime:
         store=CacheStore(model.model, plans, chosen, backend, ring, n_pages),
         budget=budget,
         chunk=settings.prefill_chunk,
-        group=group,
     )
     smallest = runtime.store.session_nbytes(ring.raw_slots, runtime.chunk)
     if smallest > budget:
@@ -110,20 +109,25 @@ def load_runtime(settings: Settings, group: Group) -> Runtime:
     return runtime
 
 
-def _proven_backend(
+def _working_backend(
     model: LoadedModel,
     plans: Sequence[LayerPlan],
     chosen: Preset,
     ring: RingConfig,
     settings: Settings,
-    group: Group,
+    coordinator: Coordinator,
 ) -> Backend:
-    """The backend that the probe chooses, once it has answered. One that can't is passed over as after a failed check,
-    in a group by all ranks. Raises StartupError.
+    """The backend that the probe chooses and that gives first answers. One that fails is passed over as after a failed
+    check. Raises StartupError.
     """
     failed: dict[str, Exception] = {}
     while True:
-        backend = _agreed_backend(settings.backend, plans, chosen, failed, group)
+        try:
+            backend = coordinator.choose_backend(
+                lambda: choose_backend(settings.backend, plans, chosen, failed), failed
+            )
+        except BackendUnavailable as error:
+            raise StartupError(str(error)) from error
         if backend is None:
             continue
         longest = min(ring.raw_slots + _PAGED, model.max_positions // 2)
@@ -135,51 +139,17 @@ def _proven_backend(
         try:
             store = CacheStore(model.model, plans, chosen, backend, ring, n_pages)
             seconds, failure = rehearse(model, store, settings.prefill_chunk, lengths), None
-        except Exception as error:  # whatever a model or a device throws
+        except Exception as error:  # a model or a device may raise anything
             seconds, failure = 0.0, error
-        if (failure := _first_failure(failure, group)) is None:
+        if (failure := coordinator.first_failure(failure)) is None:
             return with_warm_up_check(backend, seconds) if backend.checks else backend
         if backend.code == "nothing_to_compress":
             raise StartupError(f"The model can't answer: {type(failure).__name__}: {failure}.") from failure
         failed[backend.name] = failure
 
 
-def _agreed_backend(
-    requested: str, plans: Sequence[LayerPlan], chosen: Preset, failed: dict[str, Exception], group: Group
-) -> Backend | None:
-    """The probe's choice if it is that of all ranks. Else None, and what some rank can't use has `failed`. Raises
-    StartupError.
-    """
-    try:
-        backend, refusal = choose_backend(requested, plans, chosen, failed), ""
-    except BackendUnavailable as error:
-        backend, refusal = None, str(error)
-    told = json.dumps([backend.name if backend is not None else "", refusal]).encode()
-    choices = [json.loads(other) for other in group.gather(told)]
-    for rank, (name, why) in enumerate(choices):
-        if not name:
-            raise StartupError(why if group.alone else f"Rank {rank}: {why}")
-    assert backend is not None
-    last = max((name for name, _ in choices), key=list(BACKENDS).index)
-    if all(name == last for name, _ in choices):
-        return backend
-    if backend.name != last:
-        rank = [name for name, _ in choices].index(last)
-        failed[backend.name] = RuntimeError(f"rank {rank} of the group can only use {last}")
-    return None
-
-
-def _first_failure(own: Exception | None, group: Group) -> Exception | None:
-    """What failed here, or else on the first rank where something did."""
-    if group.alone or own is not None:
-        group.gather(b"" if own is None else f"{type(own).__name__}: {own}".encode())
-        return own
-    others = group.gather(b"")
-    return next((RuntimeError(f"rank {rank}: {why.decode()}") for rank, why in enumerate(others) if why), None)
-
-
 def announce(runtime: Runtime) -> None:
-    """The few lines that a person sees at the start."""
+    """Log what a person should see at the start."""
     report = runtime.report()
     n_compressed = sum(plan.compressed for plan in runtime.store.plans)
     cache, notes = report["cache"], ", ".join(runtime.model.notes)

@@ -1,16 +1,12 @@
-"""The state of cache and sessions as gauges and JSON rows, taken by the engine's thread."""
+"""The state of cache and sessions as metrics and JSON rows."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from server.engine.budget import Budget
 from server.engine.running import RunningRequest
-from server.engine.startup import Runtime
-from server.group.ranks import Ranks
-from server.metrics import Metrics
-from server.sessions.registry import SessionRegistry
+from server.engine.services import Services
 from server.sessions.session import Session
 from turbocache.cache.ring import PageRing
 from turbocache.machine.memory import device_memory, memory_in_use
@@ -20,33 +16,32 @@ from turbocache.store import native_nbytes, ring_of
 _EVERY_SECONDS = 0.25
 
 Rings = Callable[[], Mapping[int, PageRing]]
-"""The rings of what runs, by the uids of `Scheduler.runs`."""
+"""Returns the rings of the batch, by the uids of `Scheduler.batch`."""
 
 
 class Stats:
-    """Writes the cache's state into `Metrics` and keeps the rows of GET /v1/sessions by owner and id, and what
-    GET /v1/status says.
+    """Writes the state into `Metrics`. Other threads may read the attributes, which are replaced whole."""
 
-    `session_rows` and `status` are replaced whole, so other threads may read them at any time.
-    """
-
-    def __init__(
-        self, metrics: Metrics, runtime: Runtime, ranks: Ranks, registry: SessionRegistry, budget: Budget
-    ) -> None:
+    def __init__(self, services: Services) -> None:
+        runtime, metrics = services.runtime, services.metrics
         self.session_rows: dict[tuple[str, str], dict[str, Any]] = {}
+        """The rows of GET /v1/sessions, by owner and id."""
         self.status: dict[str, Any] = {}
+        """The JSON of GET /v1/status."""
         self.memory: dict[str, Any] = {}
-        self._budget = budget
+        """This process's memory in bytes, for the other ranks of a group."""
+        self._budget = services.budget
         self._counted: dict[tuple[str, str], tuple[Any, dict[str, int]]] = {}
         self._metrics = metrics
         self._runtime = runtime
-        self._ranks = ranks
-        self._registry = registry
+        self._queue = services.queue
+        self._coordinator = services.coordinator
+        self._registry = services.registry
         self._rotated_pages = 0
         self._device_memory = device_memory()
         self._page = runtime.store.spec.rotations.tokens_per_page
         self._paths = self._attention_paths()
-        self._taken = 0.0
+        self._refreshed = 0.0
         backend, spec = runtime.backend, runtime.store.spec
         metrics.backend_info.labels(
             requested=backend.requested, active=backend.name, reason=backend.code, profile=backend.profile
@@ -61,23 +56,23 @@ class Stats:
         metrics.layers.labels(storage="compressed").set(n_compressed)
         metrics.layers.labels(storage="native").set(len(runtime.store.plans) - n_compressed)
         metrics.compression_ratio.labels(of="page").set(_ratio(spec.fp16_page_nbytes, spec.pool.page_nbytes))
-        metrics.group_ranks.set(runtime.group.size)
+        metrics.group_ranks.set(self._coordinator.group.size)
         for label, passed in backend.passed().items():
             metrics.probe_check.labels(check=label).set(passed)
         for fallback in backend.fallbacks:
             metrics.fallbacks.labels(**{"from": fallback.source, "to": fallback.target, "reason": fallback.code}).inc()
-        self.refresh(0, {}, dict)
+        self.refresh({}, dict)
 
-    def refresh_now_and_then(self, n_waiting: int, runs: Mapping[int, RunningRequest], rings: Rings) -> None:
+    def refresh_if_due(self, batch: Mapping[int, RunningRequest], rings: Rings) -> None:
         """`refresh`, unless it was done a moment ago."""
-        if time.monotonic() - self._taken > _EVERY_SECONDS:
-            self.refresh(n_waiting, runs, rings)
+        if time.monotonic() - self._refreshed > _EVERY_SECONDS:
+            self.refresh(batch, rings)
 
-    def refresh(self, n_waiting: int, runs: Mapping[int, RunningRequest], rings: Rings) -> None:
-        """Read everything anew."""
-        self._taken = time.monotonic()
-        found = rings() if runs else {}
-        running = {run.session.key: (run, found.get(uid)) for uid, run in runs.items()}
+    def refresh(self, batch: Mapping[int, RunningRequest], rings: Rings) -> None:
+        """Read everything again."""
+        self._refreshed = time.monotonic()
+        ring_of_row, n_waiting = rings() if batch else {}, len(self._queue)
+        running = {request.session.key: (request, ring_of_row.get(uid)) for uid, request in batch.items()}
         m, spec = self._metrics, self._runtime.store.spec
         m.requests_running.set(len(running))
         m.requests_waiting.set(n_waiting)
@@ -110,7 +105,7 @@ class Stats:
         self.status = self._status(len(running), n_waiting, resting)
 
     def _refresh_memory(self, sessions: Sequence[Session], resting: int) -> None:
-        """This rank's bytes, and those of the others as they told them last. Shared pages count once."""
+        """The bytes of this rank and the last known ones of the others. Shared pages count once."""
         m, spec = self._metrics, self._runtime.store.spec
         rings = [ring for batch in spec.live for ring in batch.rings]
         pages, fp16 = spec.pool.n_used * spec.pool.page_nbytes, spec.fp16_nbytes(rings)
@@ -124,12 +119,10 @@ class Stats:
             "fp16": fp16,
         }
         m.compression_ratio.labels(of="held").set(_ratio(fp16, pages + sink + window))
-        self._tell_rank(self._runtime.group.rank, 0.0, self.memory)
-        for rank, said in self._ranks.seen.items():
-            if said["memory"]:  # it has started
-                self._tell_rank(rank, said["silent_seconds"], said["memory"])
+        for rank, (silent, memory) in self._coordinator.memory_by_rank(self.memory).items():
+            self._export_rank(rank, silent, memory)
 
-    def _tell_rank(self, rank: int, silent: float, memory: Mapping[str, Any]) -> None:
+    def _export_rank(self, rank: int, silent: float, memory: Mapping[str, Any]) -> None:
         m = self._metrics
         m.rank_silent_seconds.labels(rank=rank).set(silent)
         m.cache_fp16_bytes.labels(rank=rank).set(memory["fp16"])
@@ -142,13 +135,13 @@ class Stats:
         return counted | {"native": native_calls()}
 
     def _status(self, n_running: int, n_waiting: int, resting: int) -> dict[str, Any]:
-        """What GET /v1/status says."""
+        """The JSON of GET /v1/status."""
         budget, pool = self._budget, self._runtime.store.spec.pool
         started, promised = budget.started, budget.promised
         return {
             "object": "status",
             "model": self._runtime.model.id,
-            "ranks": self._runtime.group.size,
+            "ranks": self._coordinator.group.size,
             "requests": {"running": n_running, "waiting": n_waiting},
             "memory": {
                 "budget_bytes": budget.total,
@@ -160,13 +153,15 @@ class Stats:
             "pages": {"used": pool.n_used, "capacity": pool.capacity, "tokens": self._page, "nbytes": pool.page_nbytes},
         }
 
-    def row(self, session: Session, run: RunningRequest | None = None, ring: PageRing | None = None) -> dict[str, Any]:
-        """One session as GET /v1/sessions shows it. A running session's cache is in the batch, so its `ring` is handed
-        in, and its bytes are not told apart.
+    def row(
+        self, session: Session, running: RunningRequest | None = None, ring: PageRing | None = None
+    ) -> dict[str, Any]:
+        """A row of GET /v1/sessions. The cache of a running session is in the batch: `ring` is its ring, and its bytes
+        are not known by kind.
         """
         if ring is None:
             ring = ring_of(session.cache or ())
-        seen = len(session.tokens) if run is None else len(run.request.prompt.tokens) + run.generated
+        seen = len(session.tokens) if running is None else len(running.request.prompt.tokens) + running.generated
         limit = self._runtime.store.spec.ring.max_size
         return {
             "id": session.id,
@@ -188,8 +183,8 @@ class Stats:
         }
 
     def _nbytes(self, session: Session) -> dict[str, int]:
-        """By kind. A checkpoint's pages that the session has as well are the session's; pages that other sessions share
-        count in full. Counted anew only when the session has changed, because long sessions have thousands of pages.
+        """Bytes by kind. Pages of both a checkpoint and the session count for the session. Pages that other sessions
+        share count in full. Counted again only when the session has changed: long sessions have thousands of pages.
         """
         version = (session.last_used, len(session.tokens), tuple(id(kept) for kept in session.checkpoints))
         known, nbytes = self._counted.get(session.key, (None, {}))
@@ -222,7 +217,7 @@ def _ratio(whole: float, part: float) -> float:
 
 
 def _shape(ring: PageRing, page_tokens: int) -> dict[str, Any]:
-    """What it takes to draw a ring; counts, whatever its length."""
+    """Counts from which a client can draw a ring."""
     return {
         "offset": ring.offset,
         "sink_tokens": min(ring.offset, ring.config.keep),

@@ -78,9 +78,6 @@ class GroupDisk(SessionDisk):
         rows = self._group.gather(gone)
         return [session for i, session in enumerate(sessions) if any(row[i] for row in rows)]
 
-    def slowest(self, seconds: float) -> float:
-        return max(float(other) for other in self._group.gather(repr(seconds).encode()))
-
     def remove(self, session: Session) -> bool:
         return self._group.agree(super().remove(session))
 

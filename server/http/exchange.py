@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.errors import ContextLengthExceeded, NotFound, ServerError
+from server.errors import NotFound, ServerError
 from server.http.record import RequestRecord, session_hash
 from server.http.scope import AppContext, context_of, record_of
 from server.http.session_name import session_key
@@ -130,16 +130,8 @@ def accept(context: AppContext, requests: Sequence[GenerationRequest], record: R
     turn, model = Turn(context.engine, context.metrics, requests, record), context.engine.model
     try:
         for wanted in requests:
-            prompt_tokens = len(wanted.prompt.tokens)
-            record.rotated |= model.rotates_at is not None and prompt_tokens > model.rotates_at
-            # Without max_tokens at least one new token must fit.
-            if prompt_tokens + (wanted.max_tokens or 1) > model.max_tokens:
-                raise ContextLengthExceeded(
-                    limit=model.max_tokens,
-                    prompt_tokens=prompt_tokens,
-                    max_tokens=wanted.max_tokens,
-                    param=wanted.prompt.param,
-                )
+            record.rotated |= model.rotates_at is not None and len(wanted.prompt.tokens) > model.rotates_at
+            model.answer_limit(wanted)
         turn.submit()
     except ServerError as error:
         context.metrics.admission_refusals.labels(reason=error.code or error.type).inc()

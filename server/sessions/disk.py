@@ -182,10 +182,6 @@ class SessionDisk:
         """Those whose files are gone: the disk's budget may have cost them, or a person has deleted them."""
         return [session for session in sessions if not self.has(session)]
 
-    def slowest(self, seconds: float) -> float:
-        """What something took here, or longer on another disk of this server's."""
-        return seconds
-
     def refusal(self, owner: str, id: str) -> str | None:
         """Why what the disk has of a session is of no use here, None if it has nothing of it."""
         return self._others.reason(owner, id)

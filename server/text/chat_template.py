@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,17 @@ _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_f
 _THINKING = ("enable_thinking", "thinking")
 """Template options that turn reasoning on or off. Templates use one or the other name."""
 _NO_EFFORT = ("none", "minimal")
+
+
+def check_tokens(tokens: Iterable[int], n_tokens: int, param: str) -> None:
+    """Raises InvalidRequest for a token id that is not below `n_tokens`. `param` names its place in the request."""
+    for token in tokens:
+        if not 0 <= token < n_tokens:
+            raise InvalidRequest(
+                f"Invalid '{param}': {token} is not a token of the model, whose tokens end at {n_tokens - 1}.",
+                param=param,
+                code="invalid_value",
+            )
 
 
 class PromptBuilder:
@@ -69,23 +80,13 @@ class PromptBuilder:
 
     def decode(self, tokens: Sequence[int], param: str = "tokens") -> str:
         """See `server.protocol.Engine`."""
-        self._check(tokens, param)
+        check_tokens(tokens, self.n_tokens, param)
         return str(self._model.tokenizer.decode(list(tokens)))
 
     def token_strings(self, tokens: Sequence[int]) -> list[str]:
         """See `server.protocol.Engine`."""
-        self._check(tokens, "tokens")
+        check_tokens(tokens, self.n_tokens, "tokens")
         return list(self._model.tokenizer.convert_ids_to_tokens(list(tokens)))
-
-    def _check(self, tokens: Sequence[int], param: str) -> None:
-        n = self.n_tokens
-        for token in tokens:
-            if not 0 <= token < n:
-                raise InvalidRequest(
-                    f"Invalid '{param}': {token} is not a token of the model, whose tokens end at {n - 1}.",
-                    param=param,
-                    code="invalid_value",
-                )
 
     def _options(self, conversation: Conversation) -> dict[str, Any]:
         """The options for the template, each checked against its text."""

@@ -41,7 +41,7 @@ SCHEMA = {
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGroup]:
     """Two ranks, of which the second was given other settings: rank 0's hold."""
     folder = tmp_path_factory.mktemp("group")
-    small = "import server.engine.scheduler as t, server.engine.admission as a; t.ANSWER_STEP = a.ANSWER_STEP = 16"
+    small = "import server.engine.running as r, server.engine.admission as a; r.ANSWER_STEP = a.ANSWER_STEP = 16"
     with running_group(
         folder, 2, patches=[small, small], own={1: {"KEEP": "128", "MAX_BATCH": "1"}}, MAX_BATCH="4"
     ) as two:
@@ -99,7 +99,7 @@ def test_the_memory_of_all_ranks_is_told(group: RunningGroup) -> None:
 
 
 def test_a_rank_that_disagrees_ends_the_group(tmp_path: Path) -> None:
-    other = "import server.engine.scheduler as t; t.Scheduler.done = lambda self: b'other' if self._handed else b''"
+    other = "import server.engine.scheduler as t; t.Scheduler.result = lambda self: b'other' if self._tokens else b''"
     with started_group(tmp_path, 2, patches=["", other]) as group:
         group.wait_until_ready()
         deadline = Deadline(10)

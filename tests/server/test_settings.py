@@ -6,7 +6,16 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from server.settings import KNOWN_NAMES, MemoryBudget, Settings, SettingsError, load_settings, parse_bytes, parse_memory
+from server.settings import (
+    KNOWN_NAMES,
+    MemoryBudget,
+    Settings,
+    SettingsError,
+    load_settings,
+    parse_bytes,
+    parse_memory,
+    shared_settings,
+)
 from turbocache.backends import CHOICES
 
 
@@ -210,3 +219,13 @@ def shown(default: Any) -> str:
             return f"{default >> 30} GiB" if default >= 1 << 30 else f"{default >> 20} MiB"
         case _:
             return f"{default:g}"
+
+
+def test_a_group_shares_every_setting_that_is_not_marked_as_a_process_s_own() -> None:
+    class More(Settings):
+        new: int = 3
+
+    shared = shared_settings(More())
+    assert shared["new"] == 3
+    assert shared["kv_preset"] == "k4v4"
+    assert not shared.keys() & {"api_keys", "kv_memory", "session_dir", "rank_address"}

@@ -2,10 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
 from unittest.mock import patch
 
 from server.engine import startup
@@ -14,9 +12,8 @@ from server.metrics import Metrics
 from server.settings import Settings
 from tests.models.configs import OVERRIDES
 from tests.models.tiny import build
+from tests.server.engine.answers import on_engine
 from turbocache.mlxlm.model import load_model
-
-T = TypeVar("T")
 
 ANSWER_SECONDS = 60.0
 _PLAIN = {"llama": {"layer_types": ["full_attention"] * 4}}
@@ -55,26 +52,20 @@ def tiny_model(architecture: str, max_positions: int) -> Iterator[None]:
         yield
 
 
-def on_engine(engine: MlxEngine, work: Callable[[], T]) -> T:
-    """The result of `work`, done by the engine's own thread between two steps."""
-    done: Future[T] = engine.call(work)
-    return done.result(ANSWER_SECONDS)
-
-
 def after_each_step(engine: MlxEngine, check: Callable[[], None]) -> None:
     """From now on the engine's thread calls `check` after every step."""
-    step = engine._scheduler.step
+    step = engine.loop.scheduler.step
 
     def checked() -> None:
         step()
         check()
 
-    on_engine(engine, lambda: setattr(engine._scheduler, "step", checked))
+    on_engine(engine, lambda: setattr(engine.loop.scheduler, "step", checked))
 
 
 def is_busy(engine: MlxEngine) -> bool:
     """Whether requests run or wait. To be asked on the engine's thread."""
-    return bool(engine._scheduler.runs) or len(engine._waiting) > 0
+    return bool(engine.loop.scheduler.batch) or len(engine.services.queue) > 0
 
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float:

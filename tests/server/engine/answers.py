@@ -1,11 +1,16 @@
 """Requests put to a real engine, and what must hold of it afterwards."""
 
 import queue
+import threading
 import uuid
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from server.engine.engine import MlxEngine
 from server.protocol import Conversation, Event, Failed, Finished, GenerationRequest, SamplingParams, TextDelta, Usage
+
+T = TypeVar("T")
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -42,6 +47,28 @@ class Answer:
 
 
 def owned_by_nobody(engine: MlxEngine) -> bool:
-    spec = engine._runtime.store.spec
+    spec = engine.services.runtime.store.spec
     spec.check_integrity()
     return spec.pool.n_used == len({page for batch in spec.live for ring in batch.rings for page in ring.pages})
+
+
+def on_engine(engine: MlxEngine, work: Callable[[], T]) -> T:
+    """The result of `work`, done by the engine's own thread between two steps: as the callback of a change to a session
+    that does not exist.
+    """
+    here, done, late = threading.get_ident(), Future[T](), list[bool]()
+
+    def call(change: Future[Any]) -> None:
+        if threading.get_ident() == here:  # the change was made before the callback was there
+            late.append(True)
+            return
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    while True:
+        late.clear()
+        engine.change_session("delete", "", f"nobody-{uuid.uuid4()}").add_done_callback(call)
+        if not late:
+            return done.result(60)

@@ -82,10 +82,10 @@ def test_all_or_none_are_accepted(engine: MlxEngine) -> None:
     heavy = replace(asked(engine, "Hello!"), max_tokens=4000)
     with pytest.raises(OutOfMemory):
         engine.submit(several(heavy, 100), lambda event: None)
-    assert len(engine._waiting) == 0
-    assert engine._budget.promised == 0
+    assert len(engine.services.queue) == 0
+    assert engine.services.budget.promised == 0
     assert Answer(engine, "Hello!", None).text()
-    engine._waiting._limit = 0
+    engine.services.queue._limit = 0
     with pytest.raises(QueueFull):
         engine.submit(several(heavy, 2), lambda event: None)
 
@@ -132,11 +132,11 @@ def test_a_grammar_that_gives_up_fails_its_row_alone(engine: MlxEngine, monkeypa
     consumed = []
 
     def latest(uid: int) -> int | None:
-        token = type(engine._scheduler.generator).latest(engine._scheduler.generator, uid)
+        token = type(engine.loop.scheduler.generator).latest(engine.loop.scheduler.generator, uid)
         consumed.append(token)
         return token if len(consumed) < 4 else 10  # a token that the grammar does not know here
 
-    monkeypatch.setattr(engine._scheduler.generator, "latest", latest)
+    monkeypatch.setattr(engine.loop.scheduler.generator, "latest", latest)
     group = Group(engine, [base, held]).end()
     assert isinstance(group.ends[0], Finished)
     failed = group.ends[1]

@@ -30,11 +30,18 @@ from tests.server.engine.conftest import SETTINGS
 ROOT = Path(__file__).parents[3]
 
 
+def test_an_engine_that_has_not_loaded_says_so() -> None:
+    engine = MlxEngine(SETTINGS, Metrics())
+    assert not engine.health().alive
+    with pytest.raises(EngineDead, match="has not loaded its model"):
+        engine.sessions()
+
+
 def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
     engine: MlxEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(Answer(engine, "Hello!", "before").end(), Finished)
-    broken = engine._scheduler.generator
+    broken = engine.loop.scheduler.generator
 
     def fault() -> Any:
         raise RuntimeError("injected")
@@ -46,11 +53,11 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
     assert engine.health().alive
     assert isinstance(Answer(engine, "Hello!", "before").end(), Finished)
     assert owned_by_nobody(engine)
-    assert engine._budget.promised == 0
+    assert engine.services.budget.promised == 0
 
 
 def test_a_step_that_fails_midway_leaves_no_page_behind(engine: MlxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes = type(engine._runtime.store.spec.layers[3].lanes)
+    lanes = type(engine.services.runtime.store.spec.layers[3].lanes)
     calls = []
 
     def fault(self: Any, keys: Any, values: Any) -> Any:
@@ -62,7 +69,7 @@ def test_a_step_that_fails_midway_leaves_no_page_behind(engine: MlxEngine, monke
         patch.setattr(lanes, "encode", fault)
         assert isinstance(Answer(engine, long, "midway").end(), Failed)
     assert calls
-    assert engine._runtime.store.spec.pool.n_used == 0
+    assert engine.services.runtime.store.spec.pool.n_used == 0
     assert owned_by_nobody(engine)
     assert isinstance(Answer(engine, long, "midway").end(), Finished)
 
@@ -74,7 +81,7 @@ def test_a_dead_engine_ends_its_requests_and_says_so(engine: MlxEngine, monkeypa
     def die() -> None:
         raise SystemError("injected")
 
-    monkeypatch.setattr(engine._scheduler, "admit", die)
+    monkeypatch.setattr(engine.loop.scheduler, "admit", die)
     end = answer.end()
     assert isinstance(end, Failed)
     assert isinstance(end.error, EngineDead)
@@ -90,17 +97,17 @@ def test_a_stuck_engine_is_unhealthy_and_recovers(
     start: Callable[..., MlxEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start(stall_seconds=1.0)
-    step = engine._scheduler.step
+    step = engine.loop.scheduler.step
 
     def slow() -> None:
         time.sleep(2.5)
         step()
 
-    monkeypatch.setattr(engine._scheduler, "step", slow)
+    monkeypatch.setattr(engine.loop.scheduler, "step", slow)
     answer = Answer(engine, "Hello!", "slow", max_tokens=1)
     time.sleep(2.0)
     assert not engine.health().alive
-    monkeypatch.setattr(engine._scheduler, "step", step)
+    monkeypatch.setattr(engine.loop.scheduler, "step", step)
     assert isinstance(answer.end(), Finished)
     assert engine.health().alive
 
@@ -109,7 +116,7 @@ def test_two_turns_of_one_session_run_one_after_the_other(engine: MlxEngine) -> 
     first = Answer(engine, "Repeat after me: alpha beta", "shared", max_tokens=20)
     second = Answer(engine, "Repeat after me: alpha beta", "shared", max_tokens=20)
     assert first.text() == second.text()
-    assert engine._registry._sessions["", "shared"].turns == 2
+    assert engine.services.registry._sessions["", "shared"].turns == 2
 
 
 def test_another_history_does_not_wait_for_its_name(engine: MlxEngine) -> None:
@@ -126,16 +133,16 @@ def test_what_waits_for_the_engine_ends_with_it(engine: MlxEngine, monkeypatch: 
     waiting: list[Future[Any]] = []
 
     def die() -> None:
-        waiting.extend(engine.call(lambda: None) for _ in range(2))
+        waiting.extend(engine.change_session("delete", "", "nobody") for _ in range(2))
         assert waiting[1].cancel()  # its client is gone
         raise SystemError("injected")
 
-    monkeypatch.setattr(engine._scheduler, "admit", die)
+    monkeypatch.setattr(engine.loop.scheduler, "admit", die)
     engine._thread.join(30)
     with pytest.raises(EngineDead):
         waiting[0].result(10)
     with pytest.raises(EngineDead):
-        engine.call(lambda: None)
+        engine.change_session("delete", "", "nobody")
 
 
 @pytest.mark.parametrize("moment", [PrefillProgress, TextDelta], ids=["amid the prompt", "amid the answer"])
@@ -157,7 +164,7 @@ def test_cancelled_work_ends_before_the_next_step(engine: MlxEngine, moment: typ
         time.sleep(0.01)
     (row,) = engine.sessions()
     assert row["state"] == "resident"
-    assert engine._budget.promised == 0
+    assert engine.services.budget.promised == 0
     assert sum(isinstance(event, moment) for event in events) == 3
     if moment is PrefillProgress:
         assert isinstance(last := events[-1], PrefillProgress)
@@ -174,9 +181,9 @@ def test_a_cancelled_request_gets_no_further_events_and_its_promise_is_void(engi
     answer.events.get(timeout=60)
     engine.cancel(answer.request.request_id)
     deadline = time.monotonic() + 20
-    while engine._budget.promised and time.monotonic() < deadline:
+    while engine.services.budget.promised and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert engine._budget.promised == 0
+    assert engine.services.budget.promised == 0
     n_events = answer.events.qsize()
     assert isinstance(Answer(engine, "Hello!", "next").end(), Finished)
     assert answer.events.qsize() == n_events
@@ -208,7 +215,7 @@ def test_what_does_not_fit_a_session_rotates_or_is_refused(overflow: str) -> Non
             with pytest.raises(ContextLengthExceeded, match="maximum context length is 320 tokens"):
                 Answer(engine, asked, "b", max_tokens=n)
         ban = SamplingParams(
-            temperature=0, logit_bias=tuple((i, -100.0) for i in engine._runtime.model.tokenizer.eos_token_ids)
+            temperature=0, logit_bias=tuple((i, -100.0) for i in engine.services.runtime.model.tokenizer.eos_token_ids)
         )
         end = Answer(engine, fits, "c", max_tokens=None, sampling=ban).end()
         assert isinstance(end, Finished)

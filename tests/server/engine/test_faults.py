@@ -21,7 +21,7 @@ LONG = "Repeat after me: " + "alpha beta gamma delta epsilon zeta eta theta iota
 
 
 def n_faults(engine: MlxEngine) -> float:
-    value = engine._metrics.registry.get_sample_value("turbocache_kernel_faults_total")
+    value = engine.services.metrics.registry.get_sample_value("turbocache_kernel_faults_total")
     assert value is not None
     return value
 
@@ -32,7 +32,7 @@ class Poison:
     def __init__(self, engine: MlxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: Callable[[int], list[int]] = lambda n_rows: []
         self.times = 0
-        model = engine._runtime.model.model
+        model = engine.services.runtime.model.model
         call = type(model).__call__
 
         def poisoned(this: Any, inputs: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -73,11 +73,11 @@ def test_a_row_that_is_not_finite_fails_alone(engine: MlxEngine, poison: Poison)
     assert first.text + good.text() == alone
     assert n_faults(engine) == 1
     assert engine.health().alive
-    assert ("", "bad") not in engine._registry._sessions
+    assert ("", "bad") not in engine.services.registry._sessions
     poison.rows = lambda n_rows: []
     assert Answer(engine, LONG, "bad", max_tokens=40).text() == alone
     assert owned_by_nobody(engine)
-    assert engine._budget.promised == 0
+    assert engine.services.budget.promised == 0
 
 
 def test_a_first_token_that_is_not_finite_is_not_sent(engine: MlxEngine, poison: Poison) -> None:
@@ -130,7 +130,7 @@ def test_after_repeated_faults_nothing_more_is_served(engine: MlxEngine, poison:
     poison.rows = lambda n_rows: []
     assert not engine.health().alive  # a restart is needed
     assert n_faults(engine) == MAX_FAULTS
-    assert engine._budget.promised == 0
+    assert engine.services.budget.promised == 0
     assert owned_by_nobody(engine)
     assert engine._thread.is_alive()  # metrics and sessions are still told
 
@@ -143,14 +143,14 @@ def test_failing_steps_count_and_a_full_pool_does_not(engine: MlxEngine, monkeyp
             failing.set()
             raise raised
 
-        monkeypatch.setattr(engine._scheduler.generator, "next", fault)
+        monkeypatch.setattr(engine.loop.scheduler.generator, "next", fault)
         error = error_of(Answer(engine, "Hello!", f"step-{i}").end())
         assert failing.is_set()
         assert type(error) is (InternalError if isinstance(raised, PoolExhausted) else KernelFault)
         assert error.__cause__ is raised
     assert n_faults(engine) == 2
     assert engine.health().alive
-    monkeypatch.setattr(engine._scheduler.generator, "next", fault)
+    monkeypatch.setattr(engine.loop.scheduler.generator, "next", fault)
     assert isinstance(error_of(Answer(engine, "Hello!", "third").end()), KernelFault)
     deadline = time.monotonic() + 5
     while engine.health().alive and time.monotonic() < deadline:

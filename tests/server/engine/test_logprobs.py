@@ -10,7 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from server.engine.engine import MlxEngine
 from server.protocol import DrawnToken, Finished, SamplingParams, TextDelta
-from tests.server.engine.answers import GREEDY, Answer
+from tests.server.engine.answers import GREEDY, Answer, on_engine
 
 
 def drawn(answer: Answer) -> tuple[str, list[DrawnToken]]:
@@ -28,11 +28,11 @@ def test_they_are_those_of_a_forward_pass(engine: MlxEngine) -> None:
     text, tokens = drawn(answer)
     assert b"".join(token.token for token in tokens).decode().strip() == text.strip()
     assert len(tokens) > 3
-    model = engine._runtime.model
-    ids = {bytes(engine._scheduler._lexicon.token_bytes(i)): i for i in range(len(model.tokenizer))}
+    model = engine.services.runtime.model
+    ids = {bytes(engine.services.vocabulary.token_bytes(i)): i for i in range(len(model.tokenizer))}
     cache, fed = make_prompt_cache(model.model), list(answer.request.prompt.tokens)
     for token in tokens:
-        logits = engine.call(lambda fed=fed: _last_logits(model.model, fed, cache)).result(60)
+        logits = on_engine(engine, lambda fed=fed: _last_logits(model.model, fed, cache))
         want = logits - np.logaddexp.reduce(logits)
         assert abs(token.logprob - want[ids[token.token]]) < 1e-3
         best = np.argsort(-want)[:5]

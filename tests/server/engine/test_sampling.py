@@ -77,7 +77,7 @@ def test_top_tokens() -> None:
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine: MlxEngine) -> None:
-    long = tuple((token, -100.0) for token in engine._runtime.model.tokenizer.eos_token_ids)
+    long = tuple((token, -100.0) for token in engine.services.runtime.model.tokenizer.eos_token_ids)
     hot = SamplingParams(temperature=2.0, seed=11, logit_bias=long)
     alone = Answer(engine, ASKED, "a", sampling=hot, max_tokens=30).text()
     assert Answer(engine, ASKED, "b", sampling=hot, max_tokens=30).text() == alone
@@ -90,7 +90,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine: MlxEngine) -> N
 
 
 def test_biases_force_and_ban(engine: MlxEngine) -> None:
-    tokenizer = engine._runtime.model.tokenizer
+    tokenizer = engine.services.runtime.model.tokenizer
     (word,) = tokenizer.encode(" harbour")[-1:]
     forced = SamplingParams(temperature=1.0, logit_bias=((word, 100.0),))
     assert Answer(engine, ASKED, "a", sampling=forced, max_tokens=5).text() == tokenizer.decode([word] * 5).strip()
@@ -108,7 +108,7 @@ def test_penalties_reach_the_batch(engine: MlxEngine) -> None:
     other = Answer(engine, ASKED, "b", sampling=GREEDY, max_tokens=40)
     ban = SamplingParams(temperature=0, presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=10.0)
     text = Answer(engine, ASKED, "c", sampling=ban, max_tokens=25).text()
-    tokens = engine._runtime.model.tokenizer.encode(text)
+    tokens = engine.services.runtime.model.tokenizer.encode(text)
     assert max(Counter(tokens).values()) <= 2
     assert other.text() == alone
 
@@ -120,8 +120,8 @@ def test_no_number_that_a_request_may_have_stops_the_batch(engine: MlxEngine, se
     for only_the_likeliest in ({"temperature": least}, {"temperature": 1e-39}, {"top_p": least}, {"top_p": 1e-39}):
         asked = SamplingParams(seed=seed, **only_the_likeliest)
         assert Answer(engine, ASKED, "b", sampling=asked).text() == greedy
-    n = len(engine._runtime.model.tokenizer)
+    n = len(engine.services.runtime.model.tokenizer)
     for keeps_everything in ({"top_k": n}, {"top_k": 2**31 - 1}, {"min_p": least}, {"repetition_penalty": 0.01}):
         Answer(engine, ASKED, "c", sampling=SamplingParams(seed=seed, **keeps_everything)).whole()
-    assert engine._scheduler.faults.verdict is None
-    assert engine._metrics.kernel_faults._value.get() == 0
+    assert engine.services.faults.verdict is None
+    assert engine.services.metrics.kernel_faults._value.get() == 0

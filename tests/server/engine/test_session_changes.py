@@ -32,10 +32,10 @@ def follow_up(engine: MlxEngine, name: str | None, text: str, more: str = "And t
 def test_a_fork_shares_until_it_diverges(start: Callable[..., MlxEngine]) -> None:
     engine = start()
     text = Answer(engine, ASKED, "a", max_tokens=20).text()
-    pages = engine._runtime.store.spec.pool.n_used
+    pages = engine.services.runtime.store.spec.pool.n_used
     row = change(engine, "fork", "a", "b")
     assert (row["id"], row["state"], row["tokens_seen"]) == ("b", "resident", engine.sessions()[0]["tokens_seen"])
-    assert engine._runtime.store.spec.pool.n_used == pages
+    assert engine.services.runtime.store.spec.pool.n_used == pages
     one, prefilled = follow_up(engine, "a", text)
     assert prefilled < 15
     two, prefilled = follow_up(engine, "b", text, "Where is the mill?")
@@ -51,19 +51,21 @@ def test_bytes_are_told_by_kind(start: Callable[..., MlxEngine]) -> None:
     engine = start()
     text = Answer(engine, [of("user", TEXT * 40)], "a", max_tokens=20).text()
     Answer(engine, [of("user", TEXT * 40), of("assistant", text), of("user", "And then?")], "a", max_tokens=5).text()
-    store, (session,) = engine._runtime.store, list(engine._registry)
+    store, (session,) = engine.services.runtime.store, list(engine.services.registry)
     (row,) = engine.sessions()
     assert row["checkpoints"] == len(session.checkpoints) > 1
     assert all(row["bytes"][kind] > 0 for kind in ("pages", "sink", "window", "checkpoints"))
     assert row["bytes"]["recurrent"] == 0
-    assert sum(row["bytes"].values()) == store.resting_nbytes(engine._registry.caches())
+    assert sum(row["bytes"].values()) == store.resting_nbytes(engine.services.registry.caches())
     change(engine, "fork", "a", "b")
     assert sum(engine.sessions()[0]["bytes"].values()) == sum(row["bytes"].values())
-    assert metric(engine, "budget_bytes", kind="total", rank="0") == engine._budget.total
-    assert metric(engine, "budget_bytes", kind="resting", rank="0") == store.resting_nbytes(engine._registry.caches())
+    assert metric(engine, "budget_bytes", kind="total", rank="0") == engine.services.budget.total
+    assert metric(engine, "budget_bytes", kind="resting", rank="0") == store.resting_nbytes(
+        engine.services.registry.caches()
+    )
     assert (
         metric(engine, "pressure_ratio")
-        == metric(engine, "budget_bytes", kind="resting", rank="0") / engine._budget.total
+        == metric(engine, "budget_bytes", kind="resting", rank="0") / engine.services.budget.total
     )
 
 
@@ -77,7 +79,7 @@ def test_a_deleted_session_is_gone_from_memory_and_disk(start: Callable[..., Mlx
     assert set(states(engine)) == {"b"}
     assert len(files(tmp_path)) == 1
     change(engine, "delete", "b")
-    assert engine._runtime.store.spec.pool.n_used == 0
+    assert engine.services.runtime.store.spec.pool.n_used == 0
     _, usage = Answer(engine, ASKED, "a", max_tokens=5).whole()
     assert usage.cached_tokens == 0
     assert metric(engine, "prefilled_tokens_total", reason="evicted") == 0
@@ -168,15 +170,15 @@ def test_a_restore_that_does_not_fit_is_refused_and_loses_nothing(start: Callabl
     text = Answer(one, ASKED, "a", max_tokens=20).text()
     one.stop()
     two = start()
-    needed = two._runtime.store.session_nbytes(300, two._runtime.chunk)
-    two._budget.promise("somebody", 300)
-    while two._budget.total - two._budget.promised >= needed:
-        two._budget.extend("somebody", 300)
-        two._budget.promise(f"more {two._budget.promised}", 300)
+    needed = two.services.runtime.store.session_nbytes(300, two.services.runtime.chunk)
+    two.services.budget.promise("somebody", 300)
+    while two.services.budget.total - two.services.budget.promised >= needed:
+        two.services.budget.extend("somebody", 300)
+        two.services.budget.promise(f"more {two.services.budget.promised}", 300)
     with pytest.raises(OutOfMemory):
         change(two, "restore", "a")
-    for id in list(two._budget._promised):
-        two._budget.release(id)
+    for id in list(two.services.budget._promised):
+        two.services.budget.release(id)
     assert follow_up(two, "a", text)[1] < 15
 
 
@@ -224,7 +226,7 @@ def test_a_server_that_is_never_idle_writes_sessions_too_at_a_bounded_cost(
     engine = start(session_save_after=0.1)
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.02), sync(descriptor))[1])
-    ends = tuple((token, -100.0) for token in engine._runtime.model.tokenizer.eos_token_ids)
+    ends = tuple((token, -100.0) for token in engine.services.runtime.model.tokenizer.eos_token_ids)
     endless = SamplingParams(temperature=0, logit_bias=ends)
     answers = [Answer(engine, [of("user", f"{name}: {TEXT * 12}")], name, max_tokens=5) for name in "ab"]
     busy = Answer(engine, "Please continue.", "busy", max_tokens=3000, sampling=endless)
@@ -235,12 +237,12 @@ def test_a_server_that_is_never_idle_writes_sessions_too_at_a_bounded_cost(
         if metric(engine, "spills_total") > len(written):
             written.append((time.monotonic(), metric(engine, "spill_seconds_total")))
         busy.events.get(timeout=60)
-    assert engine._scheduler.runs
+    assert engine.loop.scheduler.batch
     assert engine.sessions()[-1]["state"] == "running"
     (first, took), (second, _) = written
     assert 15 * took < second - first < 60 * took
     engine.cancel(busy.request.request_id)
-    assert engine._changes._next_write < time.time() + 20  # what it was idle for is no time of the write
+    assert engine.loop.changes._next_write < time.time() + 20  # what it was idle for is no time of the write
 
 
 @pytest.mark.parametrize("disk", [True, False])
@@ -250,7 +252,7 @@ def test_a_session_that_nobody_uses_leaves_memory(start: Callable[..., MlxEngine
     deadline = time.monotonic() + 30
     while states(engine) != ({"a": "spilled"} if disk else {}) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert engine._runtime.store.spec.pool.n_used == 0
+    assert engine.services.runtime.store.spec.pool.n_used == 0
     _, prefilled = follow_up(engine, "a", text)
     assert (prefilled < 15) is disk
     lost = metric(engine, "prefilled_tokens_total", reason="evicted")
@@ -265,7 +267,7 @@ def test_side_requests_do_not_push_out_what_was_used_since(start: Callable[..., 
     blocker = Answer(engine, [of("user", "Hi.")], "blocker", max_tokens=60)
     blocker.events.get(timeout=60)
     late = Answer(engine, big, None, max_tokens=900)
-    for session in engine._registry:
+    for session in engine.services.registry:
         session.last_used = time.time() + 5  # as if they had answered meanwhile
     end = late.end()
     assert isinstance(end, Failed)
@@ -288,7 +290,7 @@ def test_a_restored_session_does_not_leave_again_for_its_own_sake(
     for name in names:
         Answer(engine, [of("user", f"I am {name}. " + TEXT * 12)], name, max_tokens=10).text()
     assert states(engine)["s0"] == "spilled"
-    disk = engine._changes._disk
+    disk = engine.services.disk
     assert disk is not None
     disk._budget = sum(path.stat().st_size for path in files(tmp_path))
     for _ in range(2):

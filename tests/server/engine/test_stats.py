@@ -28,7 +28,7 @@ def small() -> Iterator[MlxEngine]:
 
 def endless(engine: MlxEngine, name: str, n_tokens: int) -> Answer:
     """An answer of just so many tokens."""
-    ends = engine._runtime.model.tokenizer.eos_token_ids
+    ends = engine.services.runtime.model.tokenizer.eos_token_ids
     sampling = SamplingParams(temperature=0, logit_bias=tuple((token, -100.0) for token in ends))
     return Answer(engine, ASKED, name, max_tokens=n_tokens, sampling=sampling)
 
@@ -98,7 +98,7 @@ def test_the_status_counts_what_runs_and_its_memory(small: MlxEngine) -> None:
         used = memory["running_bytes"] + memory["resting_bytes"]
         assert memory["pressure_ratio"] == pytest.approx(used / memory["budget_bytes"], abs=1e-6)
     assert during["requests"] == {"running": 1, "waiting": 0}
-    assert during["memory"]["running_bytes"] == small._budget._cost(len(answer.request.prompt.tokens) + 40)
+    assert during["memory"]["running_bytes"] == small.services.budget._cost(len(answer.request.prompt.tokens) + 40)
     assert after["requests"] == {"running": 0, "waiting": 0}
     assert after["memory"]["running_bytes"] == 0
     assert after["memory"]["resting_bytes"] > before["memory"]["resting_bytes"]

@@ -23,7 +23,7 @@ def of(role: str, content: str) -> dict[str, str]:
 
 
 def hits(engine: MlxEngine, kind: str) -> float:
-    return engine._metrics.registry.get_sample_value("turbocache_checkpoint_hits_total", {"kind": kind}) or 0.0
+    return engine.services.metrics.registry.get_sample_value("turbocache_checkpoint_hits_total", {"kind": kind}) or 0.0
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def hybrid(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
 
 def test_a_recurrent_model_goes_back_to_the_end_of_the_messages(hybrid: Callable[..., MlxEngine]) -> None:
     engine = hybrid()
-    assert not engine._runtime.store.can_go_back
+    assert not engine.services.runtime.store.can_go_back
     first = [of("user", "Tell me about rivers, mills and the weather of the day. " * 12)]
     _, usage = Answer(engine, first, "a", max_tokens=30).whole()
     assert usage.cached_tokens == 0
@@ -88,7 +88,7 @@ def test_sessions_share_a_system_message(engine: MlxEngine) -> None:
     ]  # so long that its end is of no use
     yours = [system, of("user", "Please repeat: alpha beta gamma.")]
     alone = Answer(engine, yours, "alone", max_tokens=12).text()
-    engine._registry.delete(engine._registry._sessions["", "alone"])
+    engine.services.registry.delete(engine.services.registry._sessions["", "alone"])
     _, usage = Answer(engine, mine, "mine", max_tokens=12).whole()
     assert usage.cached_tokens == 0
     text, usage = Answer(engine, yours, "yours", max_tokens=12).whole()
@@ -96,9 +96,9 @@ def test_sessions_share_a_system_message(engine: MlxEngine) -> None:
     assert hits(engine, "system") == 1
     assert text == alone
     for name in ("mine", "yours"):  # whoever read it first may be gone
-        engine._registry.forget(engine._registry._sessions["", name])
+        engine.services.registry.forget(engine.services.registry._sessions["", name])
     text, usage = Answer(engine, yours, "again", max_tokens=12).whole()
     assert (text, usage.cached_tokens) == (alone, engine.tokenize(Conversation(yours)).system_end)
-    engine._registry.delete(engine._registry._sessions["", "again"])
-    assert engine._runtime.store.spec.pool.n_used == 0
+    engine.services.registry.delete(engine.services.registry._sessions["", "again"])
+    assert engine.services.runtime.store.spec.pool.n_used == 0
     assert owned_by_nobody(engine)

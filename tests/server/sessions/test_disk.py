@@ -25,7 +25,7 @@ def of(role: str, content: str) -> dict[str, str]:
 
 
 def metric(engine: MlxEngine, name: str, **labels: str) -> float:
-    return engine._metrics.registry.get_sample_value(f"turbocache_{name}", labels) or 0.0
+    return engine.services.metrics.registry.get_sample_value(f"turbocache_{name}", labels) or 0.0
 
 
 def files(tmp_path: Path) -> list[Path]:
@@ -67,7 +67,7 @@ def test_a_running_answer_rests_at_an_orderly_stop(start: Callable[..., MlxEngin
     one = start()
     asked = [of("user", "Please continue: " + TEXT * 12)]
     answer = Answer(one, asked, "a", max_tokens=3000)
-    while not one._scheduler.runs or next(iter(one._scheduler.runs.values())).generated < 5:
+    while not one.loop.scheduler.batch or next(iter(one.loop.scheduler.batch.values())).generated < 5:
         answer.events.get(timeout=60)
     one.stop()
     two = start()
@@ -89,8 +89,8 @@ def test_sessions_that_do_not_fit_wait_on_disk(start: Callable[..., MlxEngine]) 
         assert usage.prompt_tokens - usage.cached_tokens < 15, name
         assert owned_by_nobody(engine)
     assert metric(engine, "restores_total") == len(spilled)
-    held = engine._runtime.store.resting_nbytes(engine._registry.caches())
-    assert held + engine._budget.promised <= 20 << 20
+    held = engine.services.runtime.store.resting_nbytes(engine.services.registry.caches())
+    assert held + engine.services.budget.promised <= 20 << 20
 
 
 def test_a_system_message_outlasts_sessions_that_go_to_disk(start: Callable[..., MlxEngine]) -> None:
@@ -106,7 +106,7 @@ def test_a_system_message_outlasts_sessions_that_go_to_disk(start: Callable[...,
         engine, [system, of("user", "I am 0. " + TEXT * 12), of("user", "Well?")], "s0", max_tokens=5
     ).whole()
     assert usage.cached_tokens > 300
-    assert sum(kept.kind == "system" for kept in engine._registry.checkpoints()) == 1
+    assert sum(kept.kind == "system" for kept in engine.services.registry.checkpoints()) == 1
     assert owned_by_nobody(engine)
 
 
@@ -186,9 +186,9 @@ def test_a_session_that_fails_goes_on_from_what_the_disk_has(
     text = Answer(one, asked, "a", max_tokens=20).text()
     one.stop()
     two, more = start(), [*asked, of("assistant", text), of("user", "And then?")]
-    step = two._scheduler.generator.next
+    step = two.loop.scheduler.generator.next
     with monkeypatch.context() as patch:
-        patch.setattr(two._scheduler.generator, "next", lambda: step() and 1 / 0)
+        patch.setattr(two.loop.scheduler.generator, "next", lambda: step() and 1 / 0)
         assert isinstance(Answer(two, more, "a", max_tokens=20).end(), Failed)
     assert states(two)["a"] == "spilled"
     _, usage = Answer(two, more, "a", max_tokens=20).whole()

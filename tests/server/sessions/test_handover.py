@@ -165,12 +165,12 @@ def test_neither_a_start_nor_the_disk_s_budget_removes_what_another_server_is_at
     assert half.exists()
     leases.release(f"x{SUFFIX}")
     Talk("a").turn(engine)
-    assert engine._changes._disk is not None
-    engine._changes._disk._budget = 64 << 20
+    assert engine.services.disk is not None
+    engine.services.disk._budget = 64 << 20
     change(engine, "save", "a")
     (path,) = (path for path in files(tmp_path) if path != half)
     leases.take(path.name)
-    engine._changes._disk._budget = 2 << 20
+    engine.services.disk._budget = 2 << 20
     Talk("b", "I am b. " + TEXT * 12).turn(engine)
     with pytest.raises(SessionNotSaved):  # there is no room, and nothing else that may go
         change(engine, "save", "b")
@@ -189,8 +189,8 @@ def test_nobody_counts_on_a_file_that_another_server_has_removed(start: Callable
     change(two, "save", "c")
     for name in "ac":
         change(one, "delete", name)
-    assert two._changes._disk is not None
-    two._changes._disk._watch._next_look = 0.0  # it looks once a second
+    assert two.services.disk is not None
+    two.services.disk._watch._next_look = 0.0  # it looks once a second
     Talk("d", "I am d. " + TEXT * 12).turn(two)
     saved = {row["id"]: (row["state"], row["saved"]) for row in two.sessions()}
     assert saved == {"b": ("spilled", True), "c": ("resident", False), "d": ("resident", False)}

@@ -18,12 +18,12 @@ from server.engine.engine import MlxEngine
 from server.errors import ServerError
 from server.metrics import Metrics
 from server.settings import MemoryBudget, Settings
-from tests.server.engine.answers import Answer, owned_by_nobody
+from tests.server.engine.answers import Answer, on_engine, owned_by_nobody
 from tests.serving.launch import filler
 from tests.soak.disk.damage import Damage, draw
 from tests.soak.disk.stored import ASIDE, look
 from tests.soak.disk.talks import MAX_TOKENS, QUESTION
-from tests.soak.engines import loaded_once, on_engine, sample, started
+from tests.soak.engines import loaded_once, sample, started
 from turbocache.storage.session_codec import SessionFiles
 
 SETTINGS = Settings(keep=16, window=64, kv_memory=MemoryBudget(bytes=256 << 20), prefill_chunk=128)
@@ -94,7 +94,7 @@ class Place:
         self.asks: dict[str, list[dict[str, str]]] = {}
         self.texts: dict[str, str] = {}
         with started(self.settings) as engine:
-            files = SessionFiles(engine._runtime.model, engine._runtime.store)
+            files = SessionFiles(engine.services.runtime.model, engine.services.runtime.store)
             for i in range(n_sessions):
                 opening = [{"role": "user", "content": f"My locker code is {1009 + 311 * i}. {filler(_SENTENCES, i)}"}]
                 text, _ = Answer(engine, opening, f"session-{i}", max_tokens=MAX_TOKENS).whole()
@@ -206,7 +206,7 @@ class Asking:
 
 def _forget(engine: MlxEngine, name: str | None = None) -> None:
     """Take a session out of memory, or all that are there; the disk keeps what it has."""
-    registry = engine._registry
+    registry = engine.services.registry
     for session in list(registry):
         if session.id == name or (name is None and session.cache is not None):
             registry.forget(session)

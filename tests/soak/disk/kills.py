@@ -215,7 +215,7 @@ def run(times: int, seed: int, n_talks: int = 10, n_turns: int = 9, say: Callabl
     dice, result = random.Random(seed), Kills()
     with started(Settings(keep=KEEP, window=WINDOW, kv_memory=MemoryBudget(bytes=1 << 30))) as engine:
         told = talks(engine, n_talks, n_turns, seed, say)
-        files = SessionFiles(engine._runtime.model, engine._runtime.store)
+        files = SessionFiles(engine.services.runtime.model, engine.services.runtime.store)
     with tempfile.TemporaryDirectory(prefix="kills-") as place:
         rounds = Rounds(Path(place), told, files, dice, result)
         rounds.begin()

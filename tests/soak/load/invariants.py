@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from server.engine.engine import MlxEngine
-from tests.soak.engines import after_each_step, is_busy, on_engine
+from tests.server.engine.answers import on_engine
+from tests.soak.engines import after_each_step, is_busy
 from turbocache.store import ring_of
 
 _REST_SECONDS = 60.0
@@ -49,7 +50,7 @@ class Watch:
     def _check(self) -> None:
         """On the engine's thread, which must not die of what is found."""
         self.checks += 1
-        engine, spec = self._engine, self._engine._runtime.store.spec
+        engine, spec = self._engine, self._engine.services.runtime.store.spec
         self.most_pages = max(self.most_pages, spec.pool.n_used)
         try:
             spec.check_integrity()
@@ -59,16 +60,16 @@ class Watch:
         if spec.pool.n_used != len(owned):
             self._note(f"{spec.pool.n_used} pages are in use, {len(owned)} are in rings")
         # In this order: whoever is promised memory waits or runs, but may have come a moment ago.
-        promised = engine._budget.promised
+        promised = engine.services.budget.promised
         if not is_busy(engine):
-            resting = engine._runtime.store.resting_nbytes(engine._registry.caches())
-            if promised or resting > engine._budget.total:
+            resting = engine.services.runtime.store.resting_nbytes(engine.services.registry.caches())
+            if promised or resting > engine.services.budget.total:
                 self._note(f"nothing runs, but {promised} bytes are promised and {resting} rest")
 
     def _check_rest(self) -> None:
         gc.collect()  # pages in a cycle of references are late, not lost
-        pool = self._engine._runtime.store.spec.pool
-        rings = [ring for cache in self._engine._registry.caches() if (ring := ring_of(cache)) is not None]
+        pool = self._engine.services.runtime.store.spec.pool
+        rings = [ring for cache in self._engine.services.registry.caches() if (ring := ring_of(cache)) is not None]
         resting = {page for ring in rings for page in ring.pages}
         if pool.n_used != len(resting):
             self._note(f"{pool.n_used} pages are in use, but sessions at rest have {len(resting)}")
