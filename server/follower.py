@@ -1,4 +1,4 @@
-"""A rank of a group that serves nobody: it computes what rank 0 decides, until that one ends or stops."""
+"""A rank that has no HTTP server: it computes what rank 0 decides, until rank 0 stops or ends."""
 
 try:
     import turbocache  # isort: skip  # first, for the same reason as in server/app.py
@@ -20,12 +20,14 @@ __all__ = ["follow", "turbocache"]
 log = logging.getLogger(__name__)
 
 _FAILED = 3
-"""As uvicorn ends when the application does not start."""
+"""The exit status of uvicorn when the application does not start."""
 
 
 def follow() -> int:
-    """Run this rank to its end; returns the exit status. Signals that stop a server are for rank 0, which takes the
-    others along: launchers and supervisors send them to all ranks at once. If only this one is told, rank 0 is asked.
+    """Run this rank to its end. Returns the exit status.
+
+    Launchers and supervisors signal all ranks at once. Rank 0 obeys and stops the others, so this rank ignores SIGINT
+    and SIGHUP. After a SIGTERM it asks rank 0 to stop.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The engine: one thread that owns every MLX object, and the sessions whose caches it keeps."""
+"""The engine: one thread owns every MLX object and all sessions. Code here runs on that thread unless it says more."""
 
 from server.engine.engine import MlxEngine
 from server.metrics import Metrics
@@ -6,5 +6,5 @@ from server.settings import Settings
 
 
 def build_engine(settings: Settings, metrics: Metrics) -> MlxEngine:
-    """An engine for the settings; `start` loads the model and begins to serve."""
+    """An engine that is not yet started."""
     return MlxEngine(settings, metrics)

@@ -126,7 +126,7 @@ def make_room(budget: Budget, registry: SessionRegistry, store: CacheStore, befo
     4. checkpoints of running sessions.
 
     Within each, the least recently used goes first. Sessions are spilled to disk if there is one. With `before`, a
-    time, sessions to keep that were used after it stay, so there may not be enough room. Runs on the engine's thread.
+    time, sessions to keep that were used after it stay, so there may not be enough room.
     """
     sessions = spilled = checkpoints = 0
     while budget.started + store.resting_nbytes(registry.caches()) > budget.total:

@@ -1,4 +1,4 @@
-"""Faults of the computation while serving: counted, and after repeated ones nothing more is served."""
+"""Counts faults of the computation. After repeated faults the engine refuses all requests."""
 
 import logging
 import time
@@ -11,25 +11,24 @@ from turbocache.backends import FALLBACK
 log = logging.getLogger(__name__)
 
 MAX_FAULTS = 3
-"""This many faults within `WINDOW_SECONDS` and the process refuses to work: what it computes can't be trusted."""
+"""After this many faults within `WINDOW_SECONDS` the results can't be trusted."""
 
 WINDOW_SECONDS = 600.0
 
 
 class FaultLog:
-    """Notes faults. `verdict` is None while the engine may serve; then a sentence that says why not and what to do,
-    which stays until the process is restarted. Written by the engine's thread, read by any.
-    """
+    """Written by the engine's thread, read by any."""
 
     def __init__(self, metrics: Metrics, backend: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.verdict: str | None = None
+        """Why the engine serves no more and what to do, from then until a restart."""
         self._metrics = metrics
         self._backend = backend
         self._clock = clock
         self._times: deque[float] = deque(maxlen=MAX_FAULTS)
 
     def note(self, what: str) -> None:
-        """One fault, in a few words without user text."""
+        """Note one fault. `what` is a few words without user text."""
         self._metrics.kernel_faults.inc()
         self._times.append(self._clock())
         recent = len(self._times) == MAX_FAULTS and self._times[-1] - self._times[0] <= WINDOW_SECONDS

@@ -1,7 +1,6 @@
-"""Sessions on the disks of a group: each rank has files of its own share, and a session is there if all of them are.
+"""Sessions on the disks of a group. Each rank writes its own share, and a session exists if all ranks have theirs.
 
-What one rank's disk does, a write that fails or a file that somebody has deleted, decides for all, so that they go on
-alike. All methods are collective.
+A failed write or a deleted file on one rank counts for all ranks, so that all stay alike. All methods are collective.
 """
 
 import json
@@ -21,9 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class GroupDisk(SessionDisk):
-    """A `SessionDisk` whose outcomes are the same on all ranks. The group's folders are its own: what another group
-    writes there meanwhile is not looked for.
-    """
+    """A `SessionDisk` with the same results on all ranks. No other group may use its folders at the same time."""
 
     def __init__(
         self, folder: Path, budget: int, files: SessionFiles, metrics: Metrics, others: OtherGroups, group: Group
@@ -32,14 +29,16 @@ class GroupDisk(SessionDisk):
         self._group = group
 
     def stored(self) -> Iterator[Session]:
-        """The sessions of which every rank has the same turn."""
-        here = {_version(found).decode(): found for found in super().stored()}
+        """The sessions that every rank has with the same turn."""
+        here = {_version(session).decode(): session for session in super().stored()}
         everywhere = set[str](here)
         for versions in self._group.gather(json.dumps(sorted(here)).encode()):
             everywhere &= set(json.loads(versions))
         if torn := len(here) - len(everywhere):
             log.warning("%d sessions are not on the disks of all ranks with the same turn, and will be read anew", torn)
-        yield from sorted((here[version] for version in everywhere), key=lambda found: (found.last_used, found.key))
+        yield from sorted(
+            (here[version] for version in everywhere), key=lambda session: (session.last_used, session.key)
+        )
 
     def find(self, owner: str, id: str) -> Session | None:
         return self._agreed(super().find(owner, id))
@@ -63,8 +62,8 @@ class GroupDisk(SessionDisk):
     def load(self, session: Session) -> str | None:
         why = super().load(session)
         loaded = session.cache is not None
-        told = json.dumps([loaded, why, _turn(session) if loaded else None]).encode()
-        answers = [json.loads(answer) for answer in self._group.gather(told)]
+        own = json.dumps([loaded, why, _turn(session) if loaded else None]).encode()
+        answers = [json.loads(answer) for answer in self._group.gather(own)]
         if all(answer[0] for answer in answers) and len({answer[2] for answer in answers}) == 1:
             return None
         session.cache, session.checkpoints = None, []
@@ -81,21 +80,17 @@ class GroupDisk(SessionDisk):
     def remove(self, session: Session) -> bool:
         return self._group.agree(super().remove(session))
 
-    def _agreed(self, found: Session | None) -> Session | None:
-        versions = self._group.gather(b"" if found is None else _version(found))
-        return found if versions[0] and all(version == versions[0] for version in versions) else None
+    def _agreed(self, session: Session | None) -> Session | None:
+        versions = self._group.gather(b"" if session is None else _version(session))
+        return session if versions[0] and all(version == versions[0] for version in versions) else None
 
 
-def _version(found: Session) -> bytes:
-    """What tells one turn of a session from any other."""
-    return json.dumps([*found.key, found.last_used, found.turns, _crc(found)]).encode()
+def _version(session: Session) -> bytes:
+    """Identifies one turn of a session."""
+    return json.dumps([*session.key, session.last_used, session.turns, zlib.crc32(session.tokens.tobytes())]).encode()
 
 
 def _turn(session: Session) -> str:
-    """What tells what was loaded of a session from what was loaded elsewhere."""
+    """Identifies what was loaded of a session: its tokens and its checkpoints."""
     held = [session.tokens, *(kept.tokens for kept in session.checkpoints)]
     return " ".join(f"{zlib.crc32(tokens.tobytes()):x}" for tokens in held)
-
-
-def _crc(session: Session) -> int:
-    return zlib.crc32(session.tokens.tobytes())

@@ -1,7 +1,7 @@
-"""How the ranks of a group notice that one of them is gone.
+"""How the ranks of a group notice that one of them is lost.
 
-A rank that waits in a collective of MLX can't tell a slow rank from one that is dead, stopped or cut off. So each
-answers `GET /rank` over HTTP, from a thread that computes nothing, and asks every other one once a second.
+A rank that waits in a collective of MLX can't distinguish a slow rank from one that is dead, stopped or cut off. So
+each rank answers `GET /rank` over HTTP, from a thread that computes nothing, and asks every other rank once a second.
 """
 
 import http.client
@@ -26,12 +26,14 @@ _BLAME_SECONDS = 1.5
 _HOSTFILE = "MLX_HOSTFILE"
 
 Report = Callable[[], Mapping[str, Any]]
-"""What this rank says of itself, as JSON takes it. Called from any thread."""
+"""Returns what this rank tells the others, as JSON values. Called from any thread."""
 
 
 def own_address(rank: int, given: str | None = None) -> str:
-    """The address under which the other ranks reach this one: as `given`, else as the launcher's host file has it, else
-    the one from which this machine reaches rank 0 (NCCL_HOST_IP), else this machine alone.
+    """The address at which the other ranks reach this one.
+
+    It is `given`, or from the launcher's host file, or the one from which this machine reaches rank 0 (NCCL_HOST_IP).
+    Without any of these it is the loopback address, for ranks of one machine.
     """
     if given is not None:
         return given
@@ -49,9 +51,9 @@ def own_address(rank: int, given: str | None = None) -> str:
 class RankWatch:
     """Answers for this rank, and watches the others.
 
-    `on_lost` is called once, from a thread of the watch's, with a sentence that says which rank is lost and how;
-    `on_stop` when another rank asks for an orderly stop. `seen` has what each other rank said last. `silence` is the
-    most seconds for which a rank may not answer.
+    silence: seconds without an answer after which a rank is lost.
+    on_lost: called once, from a thread of the watch, with a sentence that names the lost rank and the reason.
+    on_stop: called when another rank asks for an orderly stop.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class RankWatch:
         on_stop: Callable[[], None],
     ) -> None:
         self.seen: dict[int, dict[str, Any]] = {}
+        """The last answer of each other rank."""
         self._rank = rank
         self._silence = silence
         self._report = report
@@ -81,27 +84,27 @@ class RankWatch:
         self._start(self._server.serve_forever)
 
     def watch(self, addresses: Sequence[str]) -> None:
-        """Begin to ask the ranks at these addresses, in their order; this one's is passed over."""
+        """Begin to ask the ranks at these addresses, which are in the order of ranks."""
         self._peers = {rank: address for rank, address in enumerate(addresses) if rank != self._rank}
         for rank, address in self._peers.items():
             self._start(self._follow, rank, address)
 
     def stop(self) -> None:
-        """An orderly end: nobody is missed from here on."""
+        """An orderly stop: from now on no rank is reported as lost."""
         self._stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
     def end(self, reason: str) -> None:
-        """Tell the others why this rank ends the group."""
+        """Tell the other ranks why this one ends the group."""
         self._ending = self._ending or reason
 
     def ask_to_stop(self) -> None:
-        """Tell the others that this rank was told to stop."""
+        """Tell the other ranks that this one should stop."""
         self._stopping = True
 
     def blame(self) -> str | None:
-        """Who is lost, when a collective has failed and the watch may not have noticed yet. Takes a second or so."""
+        """The reason of the loss, after a collective has failed. Waits up to 1.5 s until the watch notices it."""
         until = time.monotonic() + _BLAME_SECONDS
         while self._lost is None and time.monotonic() < until:
             time.sleep(_AGAIN_SECONDS / 3)
@@ -125,7 +128,7 @@ class RankWatch:
         while not self._stopped.is_set():
             asked = time.monotonic()
             try:
-                said = _ask(address, self._silence / 2)
+                answer = _ask(address, self._silence / 2)
             except ConnectionError:  # nobody listens there, or the connection was reset
                 refused += 1
                 if refused >= _REFUSED_TWICE:
@@ -134,10 +137,10 @@ class RankWatch:
                 refused = 0
             else:
                 heard, refused = asked, 0
-                self.seen[rank] = said
-                if said.get("ending"):
-                    return self._lose(str(said["ending"]))
-                if said.get("stopping") and not asked_to_stop:
+                self.seen[rank] = answer
+                if answer.get("ending"):
+                    return self._lose(str(answer["ending"]))
+                if answer.get("stopping") and not asked_to_stop:
                     asked_to_stop = True
                     self._on_stop()
             silent = time.monotonic() - heard
@@ -161,8 +164,7 @@ def _ask(address: str, timeout: float) -> dict[str, Any]:
     host, port = address.rsplit(":", 1)
     with closing(http.client.HTTPConnection(host, int(port), timeout=timeout)) as connection:
         connection.request("GET", "/rank")
-        said = json.loads(connection.getresponse().read())
-    return dict(said)
+        return dict(json.loads(connection.getresponse().read()))
 
 
 def _handler(answer: Callable[[], dict[str, Any]]) -> type[BaseHTTPRequestHandler]:
@@ -179,6 +181,6 @@ def _handler(answer: Callable[[], dict[str, Any]]) -> type[BaseHTTPRequestHandle
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: it is asked once a second."""
+            """No log: every rank asks once a second."""
 
     return Handler
