@@ -1,4 +1,4 @@
-"""What reports of measurements have in common: what computed, files replaced in one step, cells of Markdown tables."""
+"""Shared parts of measurement reports: machine, versions, atomic files, Markdown cells and plots."""
 
 import json
 import os
@@ -11,15 +11,15 @@ import mlx.core as mx
 
 
 class DocumentError(Exception):
-    """A file of results can't be written or drawn; the message says which and why."""
+    """A file of results can't be written or drawn. The message says which one and why."""
 
 
 class PlotsUnavailable(Exception):
-    """matplotlib is not installed; the message says how to get it."""
+    """matplotlib is not installed. The message says how to install it."""
 
 
 def machine() -> dict[str, Any]:
-    """What computed, without its name."""
+    """The machine's system, device and cores, without its host name."""
     device = mx.device_info()
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -31,16 +31,16 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes, those that are installed."""
-    found = {"mlx": version("mlx"), "mlx-lm": version("mlx-lm"), "turbocache": version("turbocache")}
+    """Versions of the installed packages that compute."""
+    installed = {"mlx": version("mlx"), "mlx-lm": version("mlx-lm"), "turbocache": version("turbocache")}
     try:
-        return found | {"mlx-vlm": version("mlx-vlm")}
+        return installed | {"mlx-vlm": version("mlx-vlm")}
     except ModuleNotFoundError:
-        return found
+        return installed
 
 
 def make_folder(path: Path) -> None:
-    """The folder of a file to come. Raises DocumentError where it can't be made."""
+    """Make the folder of a file. Raises DocumentError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,7 +48,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Replace a file in one step. Raises DocumentError where that can't be."""
+    """Replace a file in one step. Raises DocumentError."""
     make_folder(path)
     beside = path.with_name(path.name + ".part")
     try:
@@ -58,17 +58,17 @@ def write_text(path: Path, content: str) -> None:
         raise DocumentError(f"can't write {str(path)!r}: {error.strerror}") from error
 
 
-def as_json(told: dict[str, Any]) -> str:
-    return json.dumps(told, indent=1, allow_nan=False) + "\n"
+def as_json(results: dict[str, Any]) -> str:
+    return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
 def inline(text: str) -> str:
-    """Text for a cell or an item: one line, without a table's own sign."""
+    """Text for a table's cell or a list's item: one line, with `|` escaped."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def figure_class(extra: str) -> Any:
-    """matplotlib's Figure. Raises PlotsUnavailable, which names the package's `extra` that brings it."""
+    """matplotlib's Figure. Raises PlotsUnavailable, which names the package's `extra` to install."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -77,7 +77,7 @@ def figure_class(extra: str) -> Any:
 
 
 def save_figures(figures: dict[str, Any], folder: Path) -> list[str]:
-    """Each figure as PNG and SVG, by name; None is left out. Returns the PNG files' names. Raises DocumentError."""
+    """Save each figure as PNG and SVG. None is skipped. Returns the PNG files' names. Raises DocumentError."""
     from matplotlib import rc_context
 
     try:
@@ -85,7 +85,7 @@ def save_figures(figures: dict[str, Any], folder: Path) -> list[str]:
         with rc_context({"svg.hashsalt": "turbocache"}):
             for name, figure in figures.items():
                 if figure is not None:
-                    # Without a date and chance the same numbers give the same bytes.
+                    # Without a date and random ids, the same numbers give the same bytes.
                     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
                     figure.savefig(folder / f"{name}.png", dpi=120)
     except OSError as error:

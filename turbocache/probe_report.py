@@ -1,10 +1,10 @@
-"""The probe's answer for a person at a terminal."""
+"""The probe's result as text for a terminal."""
 
 from kernels.probe.verdict import Backend, Check
 
 
 def probe_report(backend: Backend) -> str:
-    """Device and profile, each check with its error and time, then what each kind of layer uses, the choice and why."""
+    """Device and profile, every check with error and time, what each kind of layer uses, the backend and the reason."""
     width = max((len(check.name) for check in backend.checks), default=0)
     lines = [f"device   {backend.device}", f"profile  {backend.profile} ({backend.profile_reason})", ""]
     lines += [_line(check, width) for check in backend.checks]

@@ -1,4 +1,4 @@
-"""Which tokens of which pages the rows of a batch read, in integers; shared by all layers of a pass."""
+"""Which pages and tokens the rows of a batch read, as integers. All layers of a pass share them."""
 
 from dataclasses import InitVar, dataclass
 from functools import cached_property
@@ -13,25 +13,27 @@ from kernels.codec.layout import PAGE
 
 @dataclass(frozen=True)
 class PageIndex:
-    """Which pages each of `B` rows reads: `tables[b]` lists row b's page ids, oldest first."""
+    """Which pages each of `B` rows reads."""
 
     tables: tuple[tuple[int, ...], ...]
+    """Page ids of each row, oldest first."""
 
     @cached_property
     def n_pages(self) -> int:
-        """P: the longest table."""
+        """P: the length of the longest table."""
         return max((len(t) for t in self.tables), default=0)
 
     @cached_property
     def table(self) -> mx.array:
-        """Page ids, int32 `[B, P]`. Shorter rows are filled up with a page of their own, which must be masked."""
+        """Page ids, int32 `[B, P]`. Shorter rows repeat a page of their own, which must be masked."""
         rows = [[*table, *[table[0] if table else 0] * (self.n_pages - len(table))] for table in self.tables]
         return resident(mx.array(rows, dtype=mx.int32))
 
     @cached_property
     def pageless(self) -> mx.array | None:
-        """Rows without a page among rows with pages, bool `[B, 1, 1, 1]`, or None when there is none. What `table`
-        makes them read belongs to others, so its values must not even be multiplied by 0: they may be NaN.
+        """Rows without pages among rows with pages, bool `[B, 1, 1, 1]`, or None if there are none.
+
+        `table` makes such a row read a page of another row. Multiplying its values by 0 is not enough: they may be NaN.
         """
         if self.n_pages == 0 or all(self.tables):
             return None
@@ -42,7 +44,7 @@ class PageIndex:
         return {}
 
     def heads(self, n_kv_heads: int) -> mx.array:
-        """`table` for arrays whose page and head axes are one: int32 `[B, n_kv_heads, P]`."""
+        """`table` for arrays whose page and head axes are merged: int32 `[B, n_kv_heads, P]`."""
         if n_kv_heads not in self._by_head:
             self._by_head[n_kv_heads] = self.table[:, None, :] * n_kv_heads + mx.arange(n_kv_heads)[None, :, None]
         return self._by_head[n_kv_heads]
@@ -50,30 +52,31 @@ class PageIndex:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """One decode step of `B` rows in integers, shared by all layers. Arrays are made when they are first asked for.
+    """One decode step of `B` rows as integers, shared by all layers. Each array is made at its first use.
 
-    `tables` are page ids, oldest first; `offsets` the positions of the rows' first queries; row b's pages hold blocks
-    `first[b]`, `first[b] + 1`, ... Where a row's tokens lie:
+    Where a row's tokens lie:
 
         page `i` of the table, token t   position keep + PAGE * (first + i) + t
         raw slot s < keep                position s
-        raw slot s >= keep               the position p from keep + PAGE * (first + n_pages) on, the window's start, for
-                                         which s = keep + (p - keep) % window_slots
+        raw slot s >= keep               the position p >= keep + PAGE * (first + n_pages), the window's start, with
+                                         s = keep + (p - keep) % window_slots
 
-    Window and step together have to fit into `window_slots`. Query i of a row is at q = offset + i and sees p if
+    Window and step together must fit into `window_slots`. Query i of a row is at q = offset + i and sees p if
     p <= q, and p < keep or p > q - (max_size - keep).
-
-    `previous` is the step before: where only offsets have moved, by one each, its arrays are taken further.
     """
 
     tables: tuple[tuple[int, ...], ...]
+    """Page ids of each row, oldest first."""
     offsets: tuple[int, ...]
+    """Position of each row's first query."""
     first: tuple[int, ...]
+    """Row b's pages hold blocks `first[b]`, `first[b] + 1`, ..."""
     n_queries: int
     keep: int
     window_slots: int
     max_size: int | None
     previous: InitVar["RowIndex | None"] = None
+    """The step before. Its arrays are reused if only the offsets differ, by one each."""
 
     def __post_init__(self, previous: "RowIndex | None") -> None:
         if previous is None or previous.tables != self.tables:
@@ -94,7 +97,7 @@ class RowIndex:
 
     @cached_property
     def launches(self) -> dict[Any, Any]:
-        """What lanes have worked out for this step, for all layers of their kind."""
+        """Results that lanes keep for this step, shared by layers of the same kind."""
         return {}
 
     @cached_property
@@ -103,7 +106,7 @@ class RowIndex:
 
     @property
     def table(self) -> mx.array:
-        """Page ids, int32 `[B, P]`; what follows a row's own pages means nothing."""
+        """Page ids, int32 `[B, P]`. Entries behind a row's own pages have no meaning."""
         return self.index.table
 
     @cached_property
@@ -116,7 +119,7 @@ class RowIndex:
 
     @cached_property
     def page_mask(self) -> mx.array | None:
-        """Which tokens of the pages each query sees, bool `[B, 1, L, P * PAGE]`; None when they all do."""
+        """Which tokens of the pages each query sees, bool `[B, 1, L, P * PAGE]`. None: all of them."""
         starts, ends = self._page_bounds
         full = all(len(table) == self.index.n_pages for table in self.tables)
         if full and (self._oldest[:, -1] <= starts).all() and (ends <= self._queries[:, 0]).all():
@@ -126,18 +129,18 @@ class RowIndex:
 
     @cached_property
     def n_raw(self) -> int:
-        """Raw slots from here on are empty in every row."""
+        """Number of raw slots up to the last one that any query sees."""
         return int(np.flatnonzero(self._seen_raw.any(axis=(0, 1)))[-1]) + 1
 
     @cached_property
     def raw_mask(self) -> mx.array | None:
-        """Which of the first `n_raw` raw slots each query sees, bool `[B, 1, L, n_raw]`; None when they all do."""
+        """Which of the first `n_raw` raw slots each query sees, bool `[B, 1, L, n_raw]`. None: all of them."""
         seen = self._seen_raw[:, :, : self.n_raw]
         return None if seen.all() else mx.array(seen[:, None])
 
     @cached_property
     def mask(self) -> mx.array | None:
-        """As `Lanes.attend` wants it: `page_mask` and `raw_mask` in one."""
+        """`page_mask` and `raw_mask` in one, as `Lanes.attend` takes it."""
         if self.page_mask is None and self.raw_mask is None:
             return None
         shape = (len(self.tables), 1, self.n_queries)
@@ -146,7 +149,7 @@ class RowIndex:
 
     @cached_property
     def _page_bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """First position of each row's pages, and of its window."""
+        """First position of each row's pages and of its window."""
         starts = self.keep + PAGE * np.array(self.first)
         return starts, starts + PAGE * np.array([len(table) for table in self.tables])
 
@@ -157,7 +160,7 @@ class RowIndex:
 
     @cached_property
     def _oldest(self) -> np.ndarray:
-        """First position behind the sink that each query sees, `[B, L]`."""
+        """First position after the sink that each query sees, `[B, L]`."""
         return self._queries * 0 if self.max_size is None else self._queries + 1 - (self.max_size - self.keep)
 
     @cached_property
@@ -168,7 +171,7 @@ class RowIndex:
         return self._seen(np.concatenate([sink, ring], axis=1), np.iinfo(np.int64).max)
 
     def _seen(self, positions: np.ndarray, end: np.ndarray | int) -> np.ndarray:
-        """`positions` `[B, n]` that lie before `end` and that each query sees, bool `[B, L, n]`."""
+        """Which `positions` `[B, n]` before `end` each query sees, bool `[B, L, n]`."""
         at, queries = positions[:, None], self._queries[..., None]
         recent = (at < self.keep) | (at >= self._oldest[..., None])
         return np.asarray((at <= queries) & recent & (positions < end)[:, None])

@@ -1,12 +1,12 @@
-"""Codes: the nearest entry of a codebook, what an entry stands for, and how codes become streams.
+"""Codes: find the nearest entry of a codebook, look entries up, and pack codes into streams.
 
 A codebook in units of N(0, 1) is a table of either
 
     [n]      sorted levels, one code a coordinate (scalar code, n = 2**bits)
-    [n, 2]   points, one code for a pair of neighbouring coordinates (pair code, n = 2**(2 * bits); bits may be a half)
+    [n, 2]   points, one code for a pair of neighbouring coordinates (pair code, n = 2**(2 * bits); half bits possible)
 
-Everything runs along the last axis: pair code i stands for coordinates 2i and 2i + 1. A scalar code is also the pair
-code c0 | c1 << bits, so the streams of both kinds are read by the same kernels.
+Everything runs along the last axis: pair code i stands for coordinates 2i and 2i + 1. Two scalar codes are also the
+pair code c0 | c1 << bits, so the same kernels read the streams of both kinds.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,9 @@ class Code:
 
 
 def down_columns(nearest: Nearest) -> Nearest:
-    """The search along m in `[..., m, n]`: codes come in the order of their streams, `[..., n, m]` or
-    `[..., n, m / 2]`, entries where the coordinates lay.
+    """The same search along m in `[..., m, n]`.
+
+    Codes come in the order of their streams, `[..., n, m]` or `[..., n, m / 2]`; entries in that of the coordinates.
     """
 
     def search(units: mx.array) -> tuple[mx.array, mx.array]:
@@ -75,11 +76,10 @@ def nearest_level(levels: mx.array) -> Nearest:
 
 
 def nearest_pair(table: mx.array) -> Nearest:
-    """Search in a table of pairs, float32 `[n, 2]`, by trying them one after the other. Ties go to the lower code.
+    """Search in a table of pairs, float32 `[n, 2]`, by trying one after the other. Ties go to the lower code.
 
-    That keeps memory at a few times the input's, and squared differences are far more accurate next to a border than a
-    matrix product's |c|^2 - 2 <c, u>. NaN and infinity count as 0, so that a broken row does not spoil the one that it
-    is paired with.
+    Memory stays at a few times the input's. Next to a border, squared differences are far more accurate than a matrix
+    product's |c|^2 - 2 <c, u>. NaN and infinity count as 0, so that a broken row does not spoil its pair.
     """
     points: list[list[float]] = np.array(table).tolist()
 

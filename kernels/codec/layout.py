@@ -1,9 +1,9 @@
-"""The packed layout: how codes of 1 to 8 bits lie in 32-bit words.
+"""The packed layout of codes of 1 to 8 bits in 32-bit words.
 
-A row of `n` codes of `bits` bits is one little-endian bit stream: code `i` occupies the stream's bits
-`[i*bits, (i+1)*bits)`, and stream bit `j` is bit `j % 32` of word `j // 32`. The last word is filled with zero bits.
-A code stands for one coordinate, or for two: then its bits are twice those of a coordinate, which may be 2.5 or 3.5.
-For the widths that `mx.quantize` knows this is also MLX's own order, so MLX's quantised matrix products read it.
+A row of `n` codes of `bits` bits is one little-endian bit stream. Code `i` is its bits `[i*bits, (i+1)*bits)`, and
+stream bit `j` is bit `j % 32` of word `j // 32`. Zero bits fill the last word. A code stands for one coordinate, or for
+two; then it has twice a coordinate's bits, which may be 2.5 or 3.5. For the widths of `mx.quantize` this is also MLX's
+order, so MLX's quantised matrix products can read it.
 """
 
 import math
@@ -13,13 +13,13 @@ import mlx.core as mx
 from kernels.codec import PAGE as PAGE
 
 LAYOUT_VERSION = 2
-"""Changes whenever bytes written by an older version would be read differently."""
+"""Raise it when bytes of an older version would be read differently."""
 
 _WORD = 32
 
 
 def words_for(n: int, bits: float) -> int:
-    """Number of 32-bit words that hold the codes of `n` coordinates at `bits` bits each."""
+    """Number of 32-bit words for the codes of `n` coordinates of `bits` bits."""
     return math.ceil(n * bits / _WORD)
 
 
@@ -40,11 +40,11 @@ def pack(codes: mx.array, bits: int) -> mx.array:
     low = mx.left_shift(groups, shifts)
     words = []
     for word in range(bits):
-        first, last = -(-_WORD * word // bits), -(-_WORD * (word + 1) // bits)  # codes that begin in this word
+        first, last = -(-_WORD * word // bits), -(-_WORD * (word + 1) // bits)  # codes that start in this word
         total = low[..., first:last].sum(axis=-1)
-        begun = first * bits - _WORD * word  # bits of this word that belong to a code begun in the word before
-        if begun:
-            total = total + mx.right_shift(groups[..., first - 1], mx.array(bits - begun, dtype=mx.uint32))
+        carried = first * bits - _WORD * word  # bits of a code that starts in the word before
+        if carried:
+            total = total + mx.right_shift(groups[..., first - 1], mx.array(bits - carried, dtype=mx.uint32))
         words.append(total)
     packed = mx.stack(words, axis=-1).reshape(*lead, -1)
     return packed[..., : words_for(n, bits)]
@@ -66,7 +66,7 @@ def unpack(words: mx.array, n: int, bits: int) -> mx.array:
     spills = mx.array([s % _WORD + bits > _WORD for s in starts])
     following = mx.minimum(word + 1, words.shape[-1] - 1)
     low = mx.right_shift(mx.take(words, word, axis=-1), shift)
-    # A shift by 32 is undefined; codes that do not spill shift by 31 and are discarded.
+    # A shift by 32 is undefined. Codes that do not spill shift by 31, and the result is discarded.
     up = mx.where(spills, _WORD - shift.astype(mx.int32), 31).astype(mx.uint32)
     high = mx.where(spills, mx.left_shift(mx.take(words, following, axis=-1), up), mx.array(0, dtype=mx.uint32))
     return (low | high) & mask

@@ -1,4 +1,4 @@
-"""The random rotation that makes every coordinate of a key or value alike, so that one codebook fits them all."""
+"""The random rotation that makes all coordinates of a key or value alike, so that one codebook fits them all."""
 
 import math
 
@@ -6,15 +6,15 @@ import mlx.core as mx
 import numpy as np
 
 ROTATION_SEED = 0x7042
-"""Part of the stored format: another seed reads another cache."""
+"""Part of the stored format. Another seed can't read the cache."""
 
 
 class Rotation:
     """y = (Q ⊗ H) (s ⊙ x): seeded signs s, Walsh-Hadamard H on blocks of 2**k, and Q across the m blocks.
 
-    `dim = m * 2**k` with m odd. Q = I - (2/m) 11^T (a Householder reflection; the identity for m = 1) mixes the blocks
-    of a head dim that is not a power of two, without padding. Both factors are symmetric and orthogonal, so the
-    rotation keeps norms and inner products and `inverse` is the same passes backwards. Any dim >= 1.
+    `dim = m * 2**k` with m odd; any dim >= 1. Q = I - (2/m) 11^T is a Householder reflection (for m = 1 the identity).
+    It mixes the blocks of a head dim that is not a power of two, without padding. Both factors are symmetric and
+    orthogonal, so norms and inner products stay, and `inverse` runs the same passes backwards.
     Source: TurboQuant (arXiv 2504.19874) asks for a random rotation; the Hadamard form is PolarQuant's (2502.02617).
     """
 

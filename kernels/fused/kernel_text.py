@@ -1,8 +1,8 @@
-"""The fused kernels' sources, assembled for a language and handed to MLX.
+"""Assembles the text of the fused kernels for one language and passes it to MLX.
 
-A kernel is a body (`sources/NAME.metal`, a long one in several files), written once in Metal's words. In front of it go
-the language's prelude, what all kernels share (`sources/shapes.h`, `sources/common.h`) and, where there is one, the
-kernel's own functions (`sources/NAME.h`).
+A kernel is a body (`sources/NAME.metal`; a long one has several files), written once, in Metal's syntax. In front of it
+go the language's prelude, the shared parts (`sources/shapes.h`, `sources/common.h`) and the kernel's own functions
+(`sources/NAME.h`), if there are any.
 """
 
 import re
@@ -21,7 +21,7 @@ _SOURCES = Path(__file__).parent / "sources"
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A kernel's sources, and its inputs and outputs by name, in order."""
+    """A kernel's source files, and the names of its inputs and outputs in order."""
 
     sources: tuple[str, ...]
     inputs: tuple[str, ...]
@@ -33,8 +33,8 @@ _ATTEND = ("attend_1_setup", "attend_2_raw", "attend_3_pages")
 _STEP = ("queries", "step_keys", "step_values", "raw_keys", "raw_values", "table", "rows", *_PAGES, "constants")
 _STORED = ("new_keys", "new_values")
 
-# Every array that a launch names costs the host time, so what does not change is one array (sources/shapes.h), and
-# attention sinks are only there for models that have them.
+# Each array of a launch costs host time. So all constant inputs are one array (sources/shapes.h), and only models with
+# attention sinks pass them.
 KERNELS = {
     "encode": Signature(("encode",), ("keys", "values", "constants"), _PAGES),
     "expand": Signature(("expand",), (*_PAGES, "table", "constants"), ("keys", "values")),
@@ -42,8 +42,8 @@ KERNELS = {
     "attend": Signature(_ATTEND, _STEP, ("parts", *_STORED)),
     "merge": Signature(("merge",), ("parts", "constants"), ("out",)),
     "merge_sinks": Signature(("merge",), ("parts", "constants", "sinks"), ("out",)),
-    # attend and merge in one launch; needs threadgroups that see each other's memory, which Metal does not promise. Its
-    # parts are in `workspace`, an input that it writes to, behind its counters.
+    # attend and merge in one launch. Threadgroups must see each other's memory, which Metal does not guarantee. The
+    # kernel writes to its input `workspace`: counters, then parts.
     "attend_merged": Signature(_ATTEND, (*_STEP, "workspace"), ("out", *_STORED)),
     "attend_merged_sinks": Signature(_ATTEND, (*_STEP, "workspace", "sinks"), ("out", *_STORED)),
 }
@@ -60,7 +60,7 @@ _TYPES = {
 def body(name: str, language: Language, constants: Constants) -> str:
     """The body of a kernel's function, with its constants and types in front.
 
-    They are part of the text, not MLX's template arguments, which it would take apart at every launch.
+    They are part of the text, because MLX would parse template arguments at every launch.
     """
     lines = [_constant(key, value, language) for key, value in constants]
     lines += [f"#define {option.upper()}\n" for option in ("raw", "merged", "sinks") if f"_{option}" in name]
@@ -71,8 +71,10 @@ def body(name: str, language: Language, constants: Constants) -> str:
 
 
 def header(name: str, language: Language, bounds: tuple[int, int] | None = None) -> str:
-    """What stands in front of the kernel's function. `bounds`, on CUDA: threads of a threadgroup, and how many of them
-    one multiprocessor must be able to hold, which limits a thread's registers.
+    """The text in front of the kernel's function.
+
+    `bounds`, on CUDA only: threads per threadgroup, and threadgroups that must fit one multiprocessor, which limits a
+    thread's registers.
     """
     own = _SOURCES / f"{name.partition('_')[0]}.h"
     shared = [_SOURCES / file for file in ("shapes.h", f"prelude_{language}.h", "common.h")]
@@ -80,7 +82,7 @@ def header(name: str, language: Language, bounds: tuple[int, int] | None = None)
     text = "".join(_text(part, language) for part in parts)
     if bounds is None or language != "cuda":
         return text
-    # MLX writes the signature, so the attribute goes in with the function's name; the body undoes the macro.
+    # MLX writes the signature, so a macro adds the attribute to the function's name. The body undefines it.
     return f"{text}#define {_symbol(name)} __launch_bounds__({bounds[0]}, {bounds[1]}) {_symbol(name)}\n"
 
 
@@ -88,9 +90,9 @@ def header(name: str, language: Language, bounds: tuple[int, int] | None = None)
 def kernel(
     name: str, language: Language, constants: Constants, bounds: tuple[int, int] | None = None
 ) -> Callable[..., list[mx.array]]:
-    """The kernel as MLX calls it; compiled at its first launch.
+    """The kernel as a function of MLX, compiled at its first launch.
 
-    Raises RuntimeError or ValueError where this build of MLX has no such language.
+    Raises RuntimeError or ValueError if this build of MLX lacks the language.
     """
     build: Any = mx.fast.metal_kernel if language == "metal" else mx.fast.cuda_kernel
     signature = KERNELS[name]
@@ -105,7 +107,7 @@ def kernel(
 
 
 def _symbol(name: str) -> str:
-    """The function's name in the text that MLX makes."""
+    """The function's name in MLX's text."""
     return f"custom_kernel_turbocache_{name}"
 
 
@@ -116,9 +118,10 @@ def _constant(key: str, value: Constant, language: Language) -> str:
 
 
 def _text(path: Path, language: Language) -> str:
-    """A source as it goes into a kernel's text, which MLX copies and hashes at every launch: for CUDA its name, behind
-    the shapes of inputs that it reads (MLX passes those whose names it finds); for Metal, which includes no files of
-    ours, itself without comments and indentation.
+    """A source file in the form for a kernel's text, which is short because MLX copies and hashes it at every launch.
+
+    For CUDA it is an #include, behind the names of the input shapes that the file reads: MLX passes those that it finds
+    in the text. Metal can't include our files, so it gets the file without comments and indentation.
     """
     lines = [re.sub(r"//.*", "", line).strip() for line in path.read_text().splitlines()]
     if language == "metal":

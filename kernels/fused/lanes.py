@@ -1,7 +1,7 @@
-"""The fused lanes: encode, expand and attend in one kernel each, on Metal and on CUDA.
+"""The fused lanes for Metal and CUDA: encode, expand and attend are one kernel each.
 
-The bytes of a page are those of kernels/lanes/reference.py. The sources describe the kernels. An unsupported shape is
-refused before anything is launched; the layer then uses other lanes.
+A page has the bytes of kernels/lanes/reference.py. The source files describe the kernels. Unsupported shapes are
+refused before a launch, and the layer uses other lanes.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.attention.device import resident
-from kernels.attention.masks import MaskForm, roomy
+from kernels.attention.masks import MaskForm, pad_tokens
 from kernels.codec.layout import PAGE
 from kernels.codec.rotation import Rotation
 from kernels.fused.kernel_text import Language, kernel
@@ -35,20 +35,20 @@ LOG2_E = 1.4426950408889634
 
 _BITS = (2, 2.5, 3, 3.5, 4, 8)
 _SLICE = 16
-"""Tokens that one threadgroup of expand takes."""
+"""Tokens per threadgroup of the kernel expand."""
 
 
 @cache
 def device_profile() -> Profile:
-    """This device's row of the table; the portable one where no kernel of ours belongs."""
+    """This device's profile, or the portable one if the device's profile runs no kernels."""
     profile, _ = choose_profile(mx.device_info())
     return profile if profile.threadgroups else PROFILES["portable"]
 
 
 def pair_table(levels: np.ndarray) -> np.ndarray:
-    """A codebook as kernels read it: the two levels of every pair code, float16 `[2**pair_bits, 2]`.
+    """A codebook in the form for kernels: the two levels of every pair code, float16 `[2**pair_bits, 2]`.
 
-    Scalar levels `[2**bits]` make the pair codes `c0 | c1 << bits`; a pair codebook is its own table.
+    Scalar levels `[2**bits]` give the pair codes `c0 | c1 << bits`. A pair codebook is already this table.
     """
     if levels.ndim == 2:
         return levels.astype(np.float16)
@@ -57,7 +57,7 @@ def pair_table(levels: np.ndarray) -> np.ndarray:
 
 
 class FusedLanes(Lanes):
-    """`Lanes` on the kernels of one language. Subclasses name it."""
+    """`Lanes` on the kernels of one language, which a subclass names."""
 
     name: ClassVar[str]
     language: ClassVar[Language]
@@ -68,7 +68,7 @@ class FusedLanes(Lanes):
         self.profile = profile or device_profile()
         self._paired = [levels.ndim == 2 for levels in (codebooks.keys, codebooks.values)]
         self._codebooks = codebooks
-        # One table in fast memory serves both where it is the same.
+        # Equal tables of the same width share fast memory.
         two_tables = shape.key_bits == shape.value_bits and not np.array_equal(codebooks.keys, codebooks.values)
         self._constants: dict[float, mx.array] = {}
         self._launcher = StepLauncher(self.language, shape, self.profile, two_tables=two_tables)
@@ -84,7 +84,7 @@ class FusedLanes(Lanes):
             if dim % 16 or not 16 <= dim <= 256:
                 return f"the fused kernels take {what} dims that are multiples of 16 up to 256, not {dim}"
         if shape.n_heads % shape.n_kv_heads:
-            return f"{shape.n_heads} query heads can't be shared out over {shape.n_kv_heads} KV heads"
+            return f"{shape.n_heads} query heads can't be divided by {shape.n_kv_heads} KV heads"
         return None
 
     def page_arrays(self) -> Sequence[tuple[tuple[int, ...], mx.Dtype]]:
@@ -114,8 +114,9 @@ class FusedLanes(Lanes):
     def expand_rows(
         self, pages: Pages, table: mx.array, dtype: mx.Dtype, raw: Sequence[mx.array] = ()
     ) -> tuple[mx.array, mx.array]:
-        """The pages of `table`, int32 `[B, P]`, as keys and values `[B, n_kv_heads, P * PAGE, dim]` in `dtype`; behind
-        them, if given, `raw` keys and values `[B, n_kv_heads, S, dim]` of that dtype.
+        """The pages of `table`, int32 `[B, P]`, as keys and values `[B, n_kv_heads, P * PAGE, dim]` in `dtype`.
+
+        If given, `raw` keys and values `[B, n_kv_heads, S, dim]` of that dtype are appended.
         """
         n_rows, n_pages = table.shape
         s, n_raw = self.shape, raw[0].shape[2] if raw else 0
@@ -133,8 +134,8 @@ class FusedLanes(Lanes):
         queries, (raw_keys, raw_values), pages, index, mask, scale, sinks = chunk
         n_tokens, n_paged = queries.shape[2], index.n_pages * PAGE
         if isinstance(mask, mx.array):  # it may be larger than queries and keys
-            queries = roomy(queries, mask.shape[2])
-            raw_keys, raw_values = (roomy(x, mask.shape[3] - n_paged) for x in (raw_keys, raw_values))
+            queries = pad_tokens(queries, mask.shape[2])
+            raw_keys, raw_values = (pad_tokens(x, mask.shape[3] - n_paged) for x in (raw_keys, raw_values))
         keys, values = raw_keys, raw_values
         if index.pageless is not None:
             page_keys, page_values = self.expand_rows(pages, index.table, raw_keys.dtype)
@@ -172,7 +173,7 @@ class FusedLanes(Lanes):
         return "fused" if n_tokens is None else "expanded"
 
     def _constants_for(self, scale: float) -> mx.array:
-        """What never changes for layers with this attention scale, as uint32 words; shapes.h has the layout."""
+        """The constant inputs of layers with this attention scale, as uint32 words. shapes.h has the layout."""
         if scale not in self._constants:
             s, books = self.shape, self._codebooks
             signs = [np.array(Rotation(dim).signs) for dim in (s.key_dim, s.value_dim)]
@@ -194,6 +195,6 @@ class MetalLanes(FusedLanes):
 class CudaLanes(FusedLanes):
     name: ClassVar[str] = "cuda"
     language: ClassVar[Language] = "cuda"
-    # MLX makes numbers of bools there, once for each layer, and cuDNN plans each pair of lengths anew, which takes some
-    # 40 ms: without rounding, every prompt that goes on from a cache would wait for that.
+    # On CUDA MLX converts bool masks to numbers once per layer. cuDNN builds a plan for each pair of lengths, which
+    # takes about 40 ms. Without rounding, every prompt that continues from a cache would wait for a plan.
     masks = MaskForm(added=True, rounded=True)

@@ -1,7 +1,7 @@
-"""Device profiles: how the fused kernels cut their work, chosen from what the device says about itself.
+"""Device profiles: how the fused kernels divide their work, chosen from `mx.device_info()`.
 
-A device tells its architecture and its memory, not its number of cores (`mx.device_info()`: Metal `applegpu_g16s`, CUDA
-`sm_90`, a CPU `x86_64`). The table is therefore coarse, and a wrong row costs speed, never correctness.
+A device reports its architecture (Metal `applegpu_g16s`, CUDA `sm_90`, a CPU `x86_64`) and its memory, but not its
+number of cores. So the table is coarse. A wrong row costs speed, never correctness.
 """
 
 import re
@@ -13,58 +13,59 @@ ProfileName = Literal["portable", "wide", "sustained", "mac", "cuda", "none"]
 T = TypeVar("T", int, str)
 
 WIDE_BYTES = 40 * 2**30
-"""Recommended working set from which on an Apple chip of the Pro and Max kind counts as a Max. Metal names both with an
-`s`. It recommends about three quarters of the memory: a Pro with 48 GB stays below, a Max with 64 GB is above.
+"""An Apple chip with an `s` is a Pro or a Max. It counts as a Max if Metal's recommended working set has this size.
+That is about three quarters of the memory: a Pro with 48 GB is below, a Max with 64 GB above.
 """
 
 OLDEST_CUDA = 80
-"""First compute capability (times 10) that the `cuda` row was made for: half-precision matrix units, `cp.async`."""
+"""Lowest compute capability (times 10) of the `cuda` row: half-precision matrix units, `cp.async`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Geometry of the attention over pages.
-
-    `warps` simdgroups of 32 threads make one threadgroup; one dispatch should have about `threadgroups` of them to fill
-    the device; a split reads at least `min_pages` pages, and there are at most `max_splits` of one row.
-    """
+    """Geometry of the attention over pages."""
 
     name: ProfileName
     threadgroups: int
+    """About this number of threadgroups fills the device."""
     min_pages: int
+    """A split reads at least this number of pages."""
     max_splits: int
+    """Most splits of one row."""
 
     def splits(self, n_pages: int, n_groups: int, n_raw: int = 0) -> int:
-        """Into how many splits to cut rows of up to `n_pages` pages and `n_raw` blocks of raw tokens when there are
-        `n_groups` threadgroups without splitting (rows times KV heads). No more than fill the device once. At least 1.
+        """Number of splits, at least 1, for rows of up to `n_pages` pages and `n_raw` blocks of raw tokens.
+
+        `n_groups` is the number of threadgroups without splitting (rows times KV heads). The splits fill the device at
+        most once.
         """
         wanted = n_raw + -(-n_pages // max(1, self.min_pages))
         return max(1, min(wanted, self.threadgroups // max(1, n_groups), self.max_splits))
 
 
 PROFILES: dict[ProfileName, Profile] = {
-    # No kernels of our own run.
+    # No fused kernels run.
     "none": Profile("none", threadgroups=0, min_pages=0, max_splits=1),
-    # For a device nobody knows: small threadgroups fit everywhere, and splits of 512 tokens merge cheaply.
+    # For unknown devices: small threadgroups fit everywhere, and splits of 512 tokens merge cheaply.
     "portable": Profile("portable", threadgroups=64, min_pages=8, max_splits=32),
-    # Apple's base chips, 7 to 10 cores: few threadgroups fill them.
+    # Apple's base chips, 7 to 10 cores: a few threadgroups fill them.
     "mac": Profile("mac", threadgroups=80, min_pages=8, max_splits=32),
     # Pro chips, 14 to 20 cores, and the smaller Max ones.
     "sustained": Profile("sustained", threadgroups=160, min_pages=4, max_splits=64),
     # Max and Ultra, 24 to 80 cores.
     "wide": Profile("wide", threadgroups=320, min_pages=4, max_splits=128),
-    # Three threadgroups for each of some 132 multiprocessors (measured on one H200: two are slower).
+    # Three threadgroups for each of about 132 multiprocessors (measured on one H200: two are slower).
     "cuda": Profile("cuda", threadgroups=396, min_pages=4, max_splits=128),
 }
-"""The table. The Apple rows are estimates from core counts; none of them was measured on Apple hardware."""
+"""The Apple rows are estimates from core counts. None of them was measured on Apple hardware."""
 
 
 class MissingDeviceKey(LookupError):
-    """The device does not tell something that a choice needs; the message names the key."""
+    """The device does not report a value that a choice needs. The message names the key."""
 
 
 def device_value(info: Mapping[str, object], key: str, kind: type[T]) -> T:
-    """`info[key]` of this type. Raises MissingDeviceKey when it is absent or of another type."""
+    """`info[key]` of this type. Raises MissingDeviceKey if it is absent or has another type."""
     value = info.get(key)
     if not isinstance(value, kind):
         raise MissingDeviceKey(f"the device's info has no {key!r} (it has {', '.join(sorted(info)) or 'nothing'})")
@@ -72,9 +73,9 @@ def device_value(info: Mapping[str, object], key: str, kind: type[T]) -> T:
 
 
 def choose_profile(info: Mapping[str, object]) -> tuple[Profile, str]:
-    """The profile for a device as `mx.device_info()` describes it, and why.
+    """The profile for the device that `mx.device_info()` describes, and the reason.
 
-    A CPU gets `none`, an unknown chip `portable`, and so does a device that does not tell what the choice needs.
+    A CPU gets `none`. An unknown chip, or a device that does not report what the choice needs, gets `portable`.
     """
     try:
         return _choose(info)
@@ -83,7 +84,7 @@ def choose_profile(info: Mapping[str, object]) -> tuple[Profile, str]:
 
 
 def missing_key(info: Mapping[str, object]) -> str | None:
-    """What a choice for this device needs and the device does not tell, or None."""
+    """Why the choice lacks a value that the device does not report, or None."""
     try:
         _choose(info)
     except MissingDeviceKey as error:

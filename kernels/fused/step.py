@@ -1,4 +1,4 @@
-"""What a decode step launches: the kernels for its sizes, with all but a layer's own arrays, worked out once a step."""
+"""The launches of a decode step: kernels for its sizes, prepared once per step for all layers of a kind."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from kernels.fused.profiles import PROFILES, Profile
 from kernels.lanes.base import LaneShape, Pages, coded_page_arrays
 
 WARPS = 4
-"""Simdgroups in a threadgroup of every kernel but merge."""
+"""Simdgroups per threadgroup in every kernel."""
 THREADS = 32 * WARPS
 MAX_SPLITS = max(profile.max_splits for profile in PROFILES.values())
 MAX_QUERIES = 8
-"""Query tokens of a row that one step may have."""
+"""Most query tokens per row in one step."""
 
 _TILE = 8
 _AT_FIRST = -1
-"""In every word of a workspace: what its counters count from, and NaN as a part that nobody wrote."""
+"""Every word of a new workspace: the start of its counters, and NaN in a part that was not written."""
 _SHARED_BYTES = 48 << 10
-"""Of one CUDA threadgroup, without asking for more."""
+"""Shared memory of one CUDA threadgroup without opting in to more."""
 
 
 def code_constants(shape: LaneShape) -> Constants:
-    """What every kernel that reads or writes pages is compiled for."""
+    """The constants of every kernel that reads or writes pages."""
     return (
         ("DK", shape.key_dim),
         ("DV", shape.value_dim),
@@ -42,29 +42,32 @@ def code_constants(shape: LaneShape) -> Constants:
 
 @dataclass(frozen=True, slots=True)
 class _Kernels:
-    """The kernels of a step (`merge` None where attend does it), the groups that its query rows are cut into, and
-    blocks of raw tokens.
-    """
+    """The kernels of a step."""
 
     attend: Callable[..., list[mx.array]]
     merge: Callable[..., list[mx.array]] | None
+    """None if attend merges too."""
     groups: int
+    """Groups of query rows per KV head."""
     raw_blocks: int
+    """Blocks of raw tokens per row."""
 
 
 class Launch(NamedTuple):
-    """A step's kernels with all but a layer's own arrays; `no_pages` stands in for pages where there are none."""
+    """A step's kernels with all inputs except a layer's own arrays."""
 
     attend: Callable[..., list[mx.array]]
     merge: Callable[..., list[mx.array]] | None
     shared: tuple[mx.array, ...]
     no_pages: Pages | None
+    """Placeholder if no row has pages."""
     constants: tuple[mx.array, ...]
 
 
 class StepLauncher:
-    """Makes the launches of one layer kind's decode steps. `two_tables`: keys and values of the same width have
-    codebooks that differ.
+    """Makes the launches for decode steps of one kind of layer.
+
+    `two_tables`: keys and values have the same width but different codebooks.
     """
 
     def __init__(self, language: Language, shape: LaneShape, profile: Profile, *, two_tables: bool) -> None:
@@ -72,7 +75,7 @@ class StepLauncher:
         self._kernels: dict[Any, _Kernels] = {}
 
     def attend(self, dtype: mx.Dtype, rows: RowIndex, constants: mx.array, *, has_sinks: bool) -> Launch:
-        """The kernels of a step with its sizes and the inputs that all layers share; `constants` as in shapes.h."""
+        """The kernels of a step, with the inputs that all layers share. `constants` is as in shapes.h."""
         s, n_pages, n_rows = self._shape, rows.index.n_pages, len(rows.offsets)
         step = self._for_sizes(dtype, rows.n_queries, rows.keep, rows.window_slots, rows.max_size, has_sinks)
         n_groups = n_rows * s.n_kv_heads * step.groups
@@ -90,7 +93,7 @@ class StepLauncher:
         )
         fixed: tuple[mx.array, ...] = (constants,)
         if merged:
-            # Counters and room for parts, which the kernel writes to: a step's layers follow each other, steps may not.
+            # The kernel writes counters and parts here. Layers of a step run one after another; steps may overlap.
             n_words = -(-n_groups // 4) * 4 + prod(parts_shape)
             fixed = (*fixed, mx.full((n_words,), _AT_FIRST, dtype=mx.int32))
         shared = rows.table if n_pages else self._no_pages[0], rows.rows
@@ -108,7 +111,7 @@ class StepLauncher:
 
     @cached_property
     def _no_pages(self) -> tuple[mx.array, Pages]:
-        """A table and a page that nobody reads: an empty array has another type in Metal."""
+        """A table and a page that no kernel reads. Not empty: an empty array has another type in Metal."""
         table, pages = (
             mx.zeros((1, 1), dtype=mx.int32),
             [mx.zeros((1, *s), dtype=d) for s, d in coded_page_arrays(self._shape)],
@@ -145,7 +148,7 @@ class StepLauncher:
             ("SPAN", 0 if max_size is None else max_size - keep),
         )
         groups = -(-needed // tiles)
-        # Three threadgroups fit a multiprocessor where a thread's part of output and page is small enough.
+        # Three threadgroups fit a multiprocessor if a thread's part of output and page is small.
         bounds = (THREADS, 3 if tiles == 1 and max(s.key_dim, s.value_dim) <= 128 else 1)
         merging: Constants = (("MAX_PARTS", MAX_SPLITS + raw_blocks),)
         sinks = "_sinks" if has_sinks else ""
@@ -171,10 +174,12 @@ class StepLauncher:
 
     @cached_property
     def _most_tiles(self) -> int:
-        """Tiles of 8 query rows that one threadgroup takes at most: all query heads of a KV head share a decoded page
-        as far as fast memory and registers reach."""
+        """Most tiles of 8 query rows per threadgroup.
+
+        All query heads of a KV head share a decoded page, within the limits of fast memory and registers.
+        """
         if self._language == "metal":
-            return 1  # its output takes a register for each of 8 queries and 8 dims
+            return 1  # the output takes a register for each of 8 queries and 8 dims
         s = self._shape
         tables = sum(128 << int(2 * bits) for bits in {s.key_bits, s.value_bits} if bits != 8) * (1 + self._two_tables)
         output = 4 * (WARPS if s.value_dim <= 128 else 2) * _TILE * (s.value_dim + 4)

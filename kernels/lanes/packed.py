@@ -1,13 +1,14 @@
-"""The fallback: the same codec read by MLX's own quantised matrix products, so it runs wherever MLX runs.
+"""The fallback: MLX's own quantised matrix products read the codes, so it runs wherever MLX runs.
 
-Rotated as in the reference, but levels are equally spaced, so a code c stands for `low + step * c`, which MLX's affine
-lanes compute inside the product; the row's scale is applied to scores and to probabilities instead. Compared with
-`mx.quantize`, which keeps a scale and a bias for each group, a row keeps one float16: a page has as many bytes as in
-the reference layout.
+Tokens are rotated as in the reference. Levels are equally spaced, so a code c stands for `low + step * c`, which MLX
+computes inside the product. The row's scale is applied to scores and probabilities. `mx.quantize` keeps a scale and a
+bias per group; here a row keeps one float16, so a page has as many bytes as in the reference layout.
 
-Page bytes, for each KV head: key codes packed along the page's tokens (`[key_dim, PAGE]`: the product over the head
-dim is then the fast one of MLX's two forms), value codes packed along the head dim, padded to a multiple of 32 codes,
-key scales and value scales `[PAGE]` in float16.
+Page bytes, for each KV head:
+
+    key codes     `[key_dim, PAGE]`, packed along the page's tokens, so that MLX's product takes its fast form
+    value codes   packed along the head dim, padded to a multiple of 32 codes
+    scales        key scales and value scales `[PAGE]` in float16
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 
 from kernels.attention.device import on_cpu
 from kernels.attention.page_tables import PageIndex
-from kernels.attention.softmax import causal_mask, divided, product, weigh
+from kernels.attention.softmax import causal_mask, normalise, product, softmax_weights
 from kernels.codec.layout import PAGE, pack, words_for
 from kernels.codec.rotation import Rotation
 from kernels.lanes.base import (
@@ -40,14 +41,14 @@ _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (128, 64, 32)
 
 _FEW_TOKENS = 48
-"""Up to here pages are read packed; for longer chunks it is cheaper to expand them once. Measured on a CPU over 4,096
-tokens: 24.5 ms against 28.3 for 48 tokens, 88 against 85 for 128. Rotating queries and chunk instead of the expanded
-pages made no difference beyond the noise from 64 tokens on.
+"""Longer chunks expand the pages once, which is then cheaper than reading them packed. Measured on a CPU over 4,096
+tokens: 24.5 ms packed and 28.3 ms expanded for 48 tokens, 88 and 85 ms for 128. From 64 tokens on, rotating queries and
+chunk instead of the expanded pages made no measurable difference.
 """
 
 
 class _Grid:
-    """Equally spaced levels as MLX's affine lanes see them. Raises ValueError for any other codebook."""
+    """Equally spaced levels as MLX's affine products read them. Raises ValueError for any other codebook."""
 
     def __init__(self, levels: np.ndarray) -> None:
         steps = np.diff(levels)
@@ -57,19 +58,19 @@ class _Grid:
         self.bits = self.n_levels.bit_length() - 1
 
     def nearest(self, units: mx.array) -> tuple[mx.array, mx.array]:
-        """Coordinates to codes and levels by rounding, which costs a tenth of a search."""
+        """Coordinates to codes and levels by rounding, in a tenth of a search's time."""
         codes = mx.clip(mx.round((units - self.low) / self.step), 0, self.n_levels - 1)
-        # NaN as an integer is anything: kept within its own bits, it can't reach the neighbours' when packed.
+        # NaN may become any integer. The mask keeps it out of its neighbours' bits.
         return codes.astype(mx.uint32) & (self.n_levels - 1), self.low + self.step * codes
 
     def affine(self, shape: tuple[int, ...], dtype: mx.Dtype) -> Pair:
-        """Scales and biases of MLX's lanes, constant."""
+        """Constant scales and biases for MLX."""
         return mx.full(shape, self.step, dtype=dtype), mx.full(shape, self.low, dtype=dtype)
 
     def product(self, x: mx.array, words: mx.array, bits: int, group: int) -> mx.array:
         """`x` `[..., R, K]` times the levels of `words` `[..., K, n_words]`, float32 `[..., R, 32 * n_words / bits]`.
 
-        MLX's quantised product, except on the CPU, where it decodes the codes anew for every row of `x`.
+        Uses MLX's quantised product, except on the CPU, where MLX decodes the codes again for every row of `x`.
         """
         if on_cpu():
             if 8 % bits == 0:
@@ -81,12 +82,12 @@ class _Grid:
         return mx.quantized_matmul(x, words, scales, biases, transpose=False, group_size=group, bits=bits)
 
     def _product_of_bytes(self, x: mx.array, words: mx.array, bits: int) -> mx.array:
-        """The same product without taking bytes apart.
+        """The same product from whole bytes.
 
         With u_k = byte >> (k * bits), the k-th code of a byte is c_k = u_k - 2**bits * u_(k+1). So x @ c_k is the
-        difference of two plain products, and bytes become floats in order, without the interleaving that makes
-        `mx.dequantize` slow on a CPU. The products are larger than their difference, which costs float32 a digit or
-        two; u_k around 0 keep that small, and their differences are then the levels in units of the step.
+        difference of two plain products. Bytes become floats in order; the interleaving in `mx.dequantize` is slow on a
+        CPU. The products are larger than their difference, so float32 loses a digit or two. Centring u_k on 0 keeps the
+        loss small, and the differences are then the levels in units of the step.
         """
         x, above, codes = x * self.step, None, []
         for u in reversed(_shifted_bytes(bits)(words.view(mx.uint8))):
@@ -98,7 +99,7 @@ class _Grid:
 
 @cache
 def _shifted_bytes(bits: int) -> Callable[[mx.array], tuple[mx.array, ...]]:
-    """Bytes to all their u_k as float32, each less the middle of its range; one pass where MLX can compile it."""
+    """Bytes to all their u_k as float32, centred on 0. One pass if MLX can compile it."""
 
     def shift(in_bytes: mx.array) -> tuple[mx.array, ...]:
         shifted = [mx.right_shift(in_bytes, mx.array(k, dtype=mx.uint8)) if k else in_bytes for k in range(0, 8, bits)]
@@ -158,7 +159,7 @@ class PackedLanes(Lanes):
         return self._key_rotation.inverse(keys).astype(dtype), self._value_rotation.inverse(values).astype(dtype)
 
     def expand_rotated(self, pages: Pages) -> Pair:
-        """`expand` without rotating back, in float32: the codes' levels times their scales."""
+        """`expand` without the inverse rotation: levels times scales, in float32."""
         key_words, value_words, key_scales, value_scales = pages
         s = self.shape
         key_affine = self._keys.affine((*key_words.shape[:-1], 1), mx.float32)
@@ -198,7 +199,7 @@ class PackedLanes(Lanes):
         queries, raw, pages, index, _, scale, sinks = chunk
         n_rows, n_heads, n_tokens, key_dim = queries.shape
         n_kv_heads, n_repeats = self.shape.n_kv_heads, n_heads // self.shape.n_kv_heads
-        # All query heads of a KV head, and all their tokens, are rows of one product.
+        # One product has a row for each query head of the KV head and each token.
         grouped = queries.astype(mx.float32).reshape(n_rows, n_kv_heads, n_repeats * n_tokens, key_dim) * scale
         keys, values = raw[0].astype(mx.float32), raw[1].astype(mx.float32)
         parts = [(product(grouped, keys.swapaxes(-1, -2)), raw_mask)]
@@ -206,27 +207,27 @@ class PackedLanes(Lanes):
             parts.append((self._page_scores(self._key_rotation.apply(grouped), pages, index), page_mask))
         shape = (n_rows, n_kv_heads, n_repeats, n_tokens)
         masked = [(x.reshape(*shape, -1), None if seen is None else seen[:, :, None]) for x, seen in parts]
-        weights, total = weigh(masked, sinks)
+        weights, total = softmax_weights(masked, sinks)
         out = product(weights[0].flatten(2, 3), values)
         if index.n_pages:
             out = out + self._value_rotation.inverse(self._page_values(weights[1].flatten(2, 3), pages, index))
-        out = divided(out.reshape(*shape, -1), total).reshape(n_rows, n_heads, n_tokens, self.shape.value_dim)
+        out = normalise(out.reshape(*shape, -1), total).reshape(n_rows, n_heads, n_tokens, self.shape.value_dim)
         return out.astype(queries.dtype)
 
     def _page_scores(self, grouped: mx.array, pages: Pages, index: PageIndex) -> mx.array:
-        """Queries `[B, n_kv_heads, R, key_dim]` against every page: `[B, n_kv_heads, R, P * PAGE]`."""
+        """Scores of queries `[B, n_kv_heads, R, key_dim]` with every page: `[B, n_kv_heads, R, P * PAGE]`."""
         words, scales = self._gather(pages[0], index), self._gather(pages[2], index)
         words = words.swapaxes(2, 3).flatten(-2)  # [B, n_kv_heads, key_dim, P * words]
         scores = self._keys.product(grouped, words, self._keys.bits, PAGE)
         return scores * scales.flatten(-2)[:, :, None]
 
     def _page_values(self, weights: mx.array, pages: Pages, index: PageIndex) -> mx.array:
-        """Weights `[B, n_kv_heads, R, P * PAGE]` over every page's values: `[B, n_kv_heads, R, value_dim]`."""
+        """Values weighted by `[B, n_kv_heads, R, P * PAGE]`: `[B, n_kv_heads, R, value_dim]`."""
         words, scales = self._gather(pages[1], index).flatten(2, 3), self._gather(pages[3], index)
         weights = weights * scales.flatten(-2)[:, :, None]
         out = self._values.product(weights, words, self._values.bits, self._value_group)[..., : self.shape.value_dim]
         return out if index.pageless is None else mx.where(index.pageless, 0.0, out)
 
     def _gather(self, array: mx.array, index: PageIndex) -> mx.array:
-        """`[n_pages, n_kv_heads, ...]` to the rows' pages, head first: `[B, n_kv_heads, P, ...]`."""
+        """The rows' pages of `[n_pages, n_kv_heads, ...]`, as `[B, n_kv_heads, P, ...]`."""
         return mx.take(array.flatten(0, 1), index.heads(self.shape.n_kv_heads), axis=0)

@@ -1,21 +1,21 @@
 """The codec in plain MLX operations: the definition of correct for every other backend.
 
-A row (one token of one KV head, rotated) x of `dim` coordinates becomes codes c and one scale a, read back as
-x' = a * levels[c] and rotated back. The levels are those of N(0, 1), which is what the coordinates of u look like:
+A row x is one rotated token of one KV head, with `dim` coordinates. It becomes codes c and one scale a. It is read as
+x' = a * levels[c], then rotated back. The levels are those of N(0, 1), because the coordinates of u look like it:
 
     u = x sqrt(dim) / |x|,  c_i = argmin_j |u_i - levels[j]|,  r = levels[c]      (u_i: a coordinate, or a pair)
     keys:    a = |x|^2 / <r, x>          so that <x', x> = |x|^2: inner products have no bias (EDEN, arXiv 2604.18555)
     values:  a = <r, x> / <r, r>         the least-squares scale
 
-Where codebooks have zooms z, c is that of u or of one of the z u: the one whose r makes the smallest angle with u. Rows
-are read the same way, because a does not depend on z.
+If codebooks have zooms z, encoding tries u and each z u, and keeps the c whose r has the smallest angle with u. Reading
+does not change, because a does not depend on z.
 
 Page bytes, layout 2 (kernels/codec/layout.py has the bit streams), for each KV head:
 
     key codes     uint32 [PAGE, words_for(key_dim, key_bits)]         a stream per token along the head dim
     value codes   uint32 [value_dim, words_for(PAGE, value_bits)]     a stream per dim along the page's tokens
 
-A pair code stands for dims 2i and 2i + 1 of a key, and for one dim of the values of tokens 2t and 2t + 1.
+A pair code stands for dims 2i and 2i + 1 of a key, or for one dim of the values of tokens 2t and 2t + 1.
 
     key scales    float16 [PAGE]                                      clamped to the largest finite value
     value scales  float16 [PAGE]
@@ -40,16 +40,16 @@ _FLOAT16_MAX = 65504.0
 def quantise(
     rows: mx.array, nearest: Nearest, *, unbiased: bool, zooms: Sequence[float] = ()
 ) -> tuple[mx.array, mx.array]:
-    """Rotated rows `[..., dim]` to codes of the nearest entries (uint32, as `nearest` lays them) and scales `[...]`
-    (float16).
+    """Rotated rows `[..., dim]` to codes of the nearest entries (uint32, in the order of `nearest`) and float16 scales
+    `[...]`.
 
-    `unbiased` takes the key scale, else the value scale. A zero row gets scale 0; a row with NaN or infinity gets a
-    NaN or clamped scale and affects no other row. The scale's relative error is float16's, at most 2**-11 for scales
-    above 6e-5; a scale is about the root mean square of its row.
+    `unbiased` selects the key scale, else the value scale. A zero row gets scale 0. A row with NaN or infinity gets a
+    NaN or clamped scale and affects no other row. A scale is about the root mean square of its row. Its relative error
+    is float16's: at most 2**-11 for scales above 6e-5.
     """
     rows = rows.astype(mx.float32)
     norms = mx.linalg.norm(rows, axis=-1, keepdims=True)
-    # Divided first: the root of the dimension would take the largest rows past float32.
+    # Divide first: times the root of the dimension, the largest rows would overflow float32.
     units = rows / mx.maximum(norms, 1e-30) * math.sqrt(rows.shape[-1])
     codes, levels = nearest(units * _best_zoom(units, zooms, nearest) if zooms else units)
     along = (levels * units).sum(axis=-1)
@@ -60,7 +60,7 @@ def quantise(
 
 
 def _best_zoom(units: mx.array, zooms: Sequence[float], nearest: Nearest) -> mx.array:
-    """For each row the factor, 1 or one of `zooms`, whose levels lie closest to the row's direction: `[..., 1]`."""
+    """For each row the factor, 1 or one of `zooms`, whose levels have the smallest angle with the row: `[..., 1]`."""
 
     def fit(zoom: float) -> mx.array:
         levels = nearest(units * zoom)[1]
@@ -75,7 +75,7 @@ def _best_zoom(units: mx.array, zooms: Sequence[float], nearest: Nearest) -> mx.
 
 
 class ReferenceLanes(Lanes):
-    """`Lanes` in plain MLX operations, for any head dim and any codebook; codes for pairs need an even key dim."""
+    """`Lanes` in plain MLX operations, for any head dim and codebook. Pair codes need an even key dim."""
 
     name: ClassVar[str] = "reference"
     codebook: ClassVar[CodebookKind] = "pair"
@@ -107,7 +107,7 @@ class ReferenceLanes(Lanes):
         return self._key_rotation.inverse(keys).astype(dtype), self._value_rotation.inverse(values).astype(dtype)
 
     def expand_rotated(self, pages: Pages) -> Pair:
-        """`expand` without rotating back, in float32: the codes' levels times their scales."""
+        """`expand` without the inverse rotation: levels times scales, in float32."""
         key_words, value_words, key_scales, value_scales = pages
         keys, values = self._keys.read(key_words, self.shape.key_dim), self._values.read(value_words, PAGE)
         values = values.swapaxes(-1, -2)

@@ -1,13 +1,13 @@
-"""The start-up probe: run every candidate backend on this machine against the reference and choose one.
+"""The start-up probe: compare every candidate backend on this machine with the reference, and choose one.
 
-Building a kernel proves nothing, so each candidate encodes, expands and attends over random data for every shape and
-dtype that the loaded model needs (`kernels.probe.trials`). The verdict is by layer shape and by part:
+A kernel that compiles may still be wrong. So each candidate encodes, expands and attends over random data, for every
+shape and dtype of the loaded model (`kernels.probe.trials`). Each layer shape and part has its own verdict:
 
-- a shape that a candidate refuses, or encodes or expands wrongly, or decodes too slowly, takes the next candidate;
-- a candidate whose attention fails keeps its pages, and attention goes over expanded pages (`kernels.lanes.expanded`);
-- other shapes and dtypes are not touched by either.
+- If a candidate refuses a shape, encodes or expands it wrongly or decodes it too slowly, the next candidate takes it.
+- If only attention fails, the candidate keeps its pages, and attention expands them first (`kernels.lanes.expanded`).
+- Other shapes and dtypes are not affected.
 
-Only `auto` falls back. A backend asked for by name must pass everything.
+Only `auto` falls back. A backend that is requested by name must pass every check.
 """
 
 import logging
@@ -30,7 +30,7 @@ _EXPECTED = ("no_device",)
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend asked for by name does not work here, or none does; the message says why and what to do."""
+    """The requested backend, or every backend, does not work here. The message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ class _Failed(Exception):
 def probe(
     requested: str, candidates: Sequence[Candidate], uses: Sequence[LayerUse], info: Mapping[str, object] | None = None
 ) -> Backend:
-    """Choose a backend for the kinds of layers that the model has, on a device that describes itself by `info`.
+    """Choose a backend for the model's kinds of layers, on the device that `info` describes.
 
-    `requested` is `auto` or a candidate's name. Raises BackendUnavailable when the
-    named one fails in anything, or when nothing works for some layer, with every reason in the message.
+    `requested` is `auto` or a candidate's name. Raises BackendUnavailable if the named candidate fails any check, or if
+    nothing works for some layer. The message has every reason.
     """
     chosen = [c for c in candidates if (c.automatic if requested == "auto" else c.name == requested)]
     if not chosen:
@@ -78,7 +78,7 @@ def probe(
 
 
 class _Probe:
-    """One run of the probe: what was tried and what failed so far."""
+    """One run of the probe, with the checks and failures so far."""
 
     def __init__(self, requested: str, known: Sequence[Candidate], chosen: Sequence[Candidate]) -> None:
         self._requested = requested
@@ -94,7 +94,7 @@ class _Probe:
             raise self._unavailable([f"{name}: {reason}" for name, (_, reason) in self._missing])
 
     def judge(self, use: LayerUse) -> LayerVerdict:
-        """The first candidate that can serve this kind of layer, with as many of its parts as pass."""
+        """The first candidate that can serve this kind of layer, and which of its attention parts pass."""
         refused: list[tuple[str, _Failed]] = []
         for candidate in self._able:
             try:
@@ -116,7 +116,7 @@ class _Probe:
         used = {verdict.lanes for verdict in verdicts}
         backend = next((c for c in self._able if c.name in used), self._able[0])
         fallbacks = [Fallback(name, backend.name, code, reason) for name, (code, reason) in self._missing]
-        if backend.fused:  # then it is no news that this machine has no other kind of device
+        if backend.fused:  # a machine has one kind of device, so the others are not fallbacks
             fallbacks = [fallback for fallback in fallbacks if fallback.code != "no_device"]
         fallbacks += self._fallbacks
         profile, profile_reason = PROFILES["none"], "no kernels of our own run"
@@ -150,7 +150,7 @@ class _Probe:
         return next((code for code in codes if code not in _EXPECTED), codes[0] if codes else "first_choice")
 
     def _try(self, candidate: Candidate, use: LayerUse) -> dict[Part, _Failed]:
-        """All checks for one kind of layer. Returns the parts whose attention failed; raises _Failed for the rest."""
+        """Run all checks for one kind of layer. Returns the attention parts that failed. Raises _Failed for others."""
         refusal = candidate.unsupported(use.shape)
         if refusal:
             raise self._note(candidate, "shape", use, _Failed("unsupported_shape", refusal))
@@ -159,7 +159,7 @@ class _Probe:
             trial = Trial(lanes, candidate.oracle(use.shape), use.dtype, shared=candidate.shared)
         except ValueError as error:
             raise self._note(candidate, "shape", use, _Failed("unsupported_shape", str(error))) from error
-        except Exception as error:  # whatever a device throws is this candidate's failure, not the server's
+        except Exception as error:  # any exception here is the candidate's failure, not the server's
             raise self._note(candidate, "shape", use, _Failed(*reason_of(error))) from error
         failed: dict[Part, _Failed] = {}
         for part, form, run in trial.parts():
@@ -185,8 +185,9 @@ class _Probe:
         reason = None
         if not measured.passed:
             reason = f"{part} differs from the reference by {measured.error:.2g} (allowed {measured.limit:g}): {detail}"
-        found = Check(candidate.name, part, detail, measured.passed, measured.error, measured.microseconds, reason)
-        self._checks.append(found)
+        self._checks.append(
+            Check(candidate.name, part, detail, measured.passed, measured.error, measured.microseconds, reason)
+        )
         if reason:
             raise _Failed("wrong_result", reason)
 
@@ -199,12 +200,12 @@ class _Probe:
             own = decode_microseconds(lanes, use.dtype)
         except Exception as error:
             raise self._note(candidate, "speed", use, _Failed(*reason_of(error))) from error
-        theirs = decode_microseconds(baseline.build(use.shape), use.dtype)
+        baseline_time = decode_microseconds(baseline.build(use.shape), use.dtype)
         reason = None
-        if own > SLOWEST * theirs:
+        if own > SLOWEST * baseline_time:
             reason = (
                 f"a decode step over {SPEED_TOKENS} tokens takes {own:.0f} us, over {SLOWEST:g} times the "
-                f"{theirs:.0f} us of {baseline.name}: {use}"
+                f"{baseline_time:.0f} us of {baseline.name}: {use}"
             )
         self._checks.append(Check(candidate.name, "speed", str(use), reason is None, None, own, reason))
         if reason:
@@ -222,7 +223,7 @@ class _Probe:
 
 
 def reason_of(error: Exception) -> tuple[ReasonCode, str]:
-    """What an exception that a backend has thrown says, in one word and in one line."""
+    """The code and the one-line text of an exception that a backend raised."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if len(text) > _LONGEST_REASON:  # compilers print whole sources
         text = f"{text[:_LONGEST_REASON]}..."

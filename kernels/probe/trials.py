@@ -1,6 +1,6 @@
-"""What the probe tries on a candidate's lanes: each part, in every form that a cache can give it, on random data.
+"""The probe's checks of a candidate's lanes: each part, with every form of input that a cache can give it.
 
-The reference is computed on the CPU in float32, whatever the device, so that a device never judges itself.
+Inputs are random. The reference is always computed on the CPU in float32, so that no device judges itself.
 """
 
 import time
@@ -20,14 +20,14 @@ from kernels.lanes.base import ChunkInputs, Lanes, LaneShape, Pages, Pair, StepI
 T = TypeVar("T")
 
 Part = Literal["device", "shape", "encode", "expand", "attend", "attend_step", "speed", "answer"]
-"""Everything that a check can be about. `device` and `shape`: can it be tried at all? `answer`: a whole model's, which
-whoever serves it tries when the rest has passed.
+"""The subject of a check. `device` and `shape`: whether it can be tried at all. `answer`: the warm-up of a whole model,
+which the server runs when everything else has passed.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Largest errors that pass: max |got - reference| / max |reference| of what a part returns."""
+    """Largest errors that pass: max |actual - reference| / max |reference| of a part's result."""
 
     expand: float
     attend_step: float
@@ -35,26 +35,26 @@ class Limits:
 
 
 LIMITS = {
-    # Results carry 24 bits, and expanding needs few operations: 1e-6. In attention matrix units may hold decoded values
-    # and probabilities in half precision (as TF32 in MLX's own products), which was measured at 4e-4.
+    # Results have 24 bits, and expanding takes few operations: 1e-6. In attention, matrix units may hold decoded values
+    # and probabilities in half precision (as TF32 in MLX's own products). Measured: 4e-4.
     mx.float32: Limits(expand=1e-4, attend_step=2e-3, attend=2e-3),
-    # 11 bits: rounding the result is 5e-4 of a value. MLX's attention rounds scores, probabilities and sums as well:
-    # 1.9e-3 measured on a CPU.
+    # 11 bits: rounding the result costs 5e-4 of a value. MLX's attention also rounds scores, probabilities and sums.
+    # Measured on a CPU: 1.9e-3.
     mx.float16: Limits(expand=1e-3, attend_step=4e-3, attend=4e-3),
-    # 8 bits: rounding the result is 4e-3 of a value, and MLX's attention over a chunk differs by 1.5e-2.
+    # 8 bits: rounding the result costs 4e-3 of a value. MLX's attention over a chunk differs by 1.5e-2.
     mx.bfloat16: Limits(expand=8e-3, attend_step=1.6e-2, attend=3e-2),
 }
-"""By the dtype of the model's keys and queries. A wrong token among a few hundred is above 4e-2."""
+"""By the dtype of the model's keys and queries. One wrong token among a few hundred costs more than 4e-2."""
 
 ENCODE_LIMIT = 1e-2
-"""Largest |got - reference| / |reference| over all pages read back, in the Euclidean norm, for every dtype: inputs are
-the same numbers and arithmetic is float32. A coordinate just between two levels may go either way, which costs 5e-4
-each, and a row just between two zooms 5e-3; one wrong token among a thousand costs 3e-2.
+"""Largest |actual - reference| / |reference| over all decoded pages, in the Euclidean norm. It holds for every dtype,
+because inputs are the same numbers and arithmetic is float32. A coordinate just between two levels may go either way,
+which costs 5e-4 each. A row just between two zooms costs 5e-3, one wrong token among a thousand 3e-2.
 """
 
 SPEED_TOKENS = 4096
 SLOWEST = 1.25
-"""At `SPEED_TOKENS` tokens of one row a candidate's decode step may take this many times the fallback's, no more."""
+"""A candidate's decode step over `SPEED_TOKENS` tokens of one row may take at most this many times the baseline's."""
 
 _N_PAGES = 6
 _CALLS = 8
@@ -102,10 +102,10 @@ def steps() -> dict[str, RowIndex]:
 
 
 class Trial:
-    """One candidate's lanes against the reference's `oracle` (on the same codebooks) in one dtype.
+    """Compares one candidate's lanes with reference lanes (`oracle`, same codebooks) in one dtype.
 
-    `shared`: both have the same page bytes, so that each part can be judged on the reference's own pages; else the
-    lanes' own pages are used, and what they expand to is judged with `encode`.
+    `shared`: both have the same page bytes, so each part is checked on the reference's pages. Otherwise the lanes' own
+    pages are used, and `encode` checks what they expand to.
     """
 
     def __init__(self, lanes: Lanes, oracle: Lanes, dtype: mx.Dtype, *, shared: bool) -> None:
@@ -115,7 +115,7 @@ class Trial:
         self._judge = oracle if shared else lanes
 
     def parts(self) -> Iterator[tuple[Part, str, Callable[[], Measured]]]:
-        """Part, form and the trial itself, in the order in which a failure makes the later ones pointless."""
+        """Part, form and check. If one part fails, later ones may be pointless."""
         yield "encode", "", self.encode
         yield "expand", "", self.expand
         yield "attend", "few tokens", partial(self.attend, 5, ((0, 2, 1), (3,)))
@@ -130,17 +130,17 @@ class Trial:
         if [(page.shape, page.dtype) for page in pages] != arrays:
             return Measured(float("inf"), ENCODE_LIMIT, microseconds)
         with mx.stream(mx.cpu):
-            got = self._judge.expand(pages, mx.float32)
-            want = self.oracle.expand(self._oracle_pages, mx.float32)
-            wrong = [_norm(g - w) for g, w in zip(got, want, strict=True)]
-            error = max(got_norm / _norm(w) for got_norm, w in zip(wrong, want, strict=True))
+            actual = self._judge.expand(pages, mx.float32)
+            expected = self.oracle.expand(self._oracle_pages, mx.float32)
+            differences = [_norm(g - w) for g, w in zip(actual, expected, strict=True)]
+            error = max(difference / _norm(w) for difference, w in zip(differences, expected, strict=True))
             return Measured(error, ENCODE_LIMIT, microseconds)
 
     def expand(self) -> Measured:
-        got, microseconds = timed(lambda: self.lanes.expand(self._pages, self.dtype))
+        actual, microseconds = timed(lambda: self.lanes.expand(self._pages, self.dtype))
         with mx.stream(mx.cpu):
-            want = self._judge.expand(self._pages, mx.float32)
-            error = max(self._error(g, w) for g, w in zip(got, want, strict=True))
+            expected = self._judge.expand(self._pages, mx.float32)
+            error = max(self._error(g, w) for g, w in zip(actual, expected, strict=True))
         return Measured(error, self._limits.expand, microseconds)
 
     def attend(self, n_tokens: int, tables: tuple[tuple[int, ...], ...]) -> Measured:
@@ -153,36 +153,36 @@ class Trial:
             visible = mx.stack([columns >= 5, (columns < PAGE) | (columns >= 3 * PAGE)])[:, None, None]
             mask = mx.repeat(visible, n_tokens, axis=2)
         chunk = ChunkInputs(queries, (keys, values), self._pages, index, mask, self._shape.key_dim**-0.5, None)
-        got, microseconds = timed(lambda: self.lanes.attend(chunk))
+        actual, microseconds = timed(lambda: self.lanes.attend(chunk))
         with mx.stream(mx.cpu):
             q, k, v = (x.astype(mx.float32) for x in (queries, keys, values))
-            want = attend_expanded(self._judge.expand, chunk._replace(queries=q, raw=(k, v)))
-            return Measured(self._error(got, want), self._limits.attend, microseconds)
+            expected = attend_expanded(self._judge.expand, chunk._replace(queries=q, raw=(k, v)))
+            return Measured(self._error(actual, expected), self._limits.attend, microseconds)
 
     def attend_step(self, rows: RowIndex, with_sinks: bool = False) -> Measured:
         n_rows, n_raw = len(rows.tables), rows.keep + rows.window_slots
-        # Slots that no query may see hold random numbers as well, and so do those of the step's own tokens.
+        # Slots that no query may see hold random numbers too, as do those of the step's own tokens.
         queries, keys, values = random_step(self._shape, self.dtype, 30, n_rows, rows.n_queries, n_raw)
         tokens = random_step(self._shape, self.dtype, 33, n_rows, rows.n_queries, rows.n_queries)[1:]
         sinks = mx.linspace(-1, 2, self._shape.n_heads).astype(self.dtype) if with_sinks else None
         step = StepInputs(queries, tokens, (keys, values), self._pages, rows, self._shape.key_dim**-0.5, sinks)
-        (got, kept), microseconds = timed(lambda: self.lanes.attend_step(step))
+        (actual, kept), microseconds = timed(lambda: self.lanes.attend_step(step))
         with mx.stream(mx.cpu):
             stored = store_tokens(tokens, step.raw, rows)
             k, v = (x[:, :, : rows.n_raw].astype(mx.float32) for x in stored)
             chunk = ChunkInputs(
                 queries.astype(mx.float32), (k, v), step.pages, rows.index, rows.mask, step.scale, sinks
             )
-            want = attend_expanded(self._judge.expand, chunk)
-            error = self._error(got, want)
+            expected = attend_expanded(self._judge.expand, chunk)
+            error = self._error(actual, expected)
             if not all(bool(mx.array_equal(a, b)) for a, b in zip(kept, stored, strict=True)):
                 error = float("inf")
         return Measured(error, self._limits.attend_step, microseconds)
 
-    def _error(self, got: mx.array, want: mx.array) -> float:
-        if got.shape != want.shape or got.dtype != self.dtype:
+    def _error(self, actual: mx.array, expected: mx.array) -> float:
+        if actual.shape != expected.shape or actual.dtype != self.dtype:
             return float("inf")
-        return float(np.array(mx.abs(got.astype(mx.float32) - want).max() / mx.abs(want).max()))
+        return float(np.array(mx.abs(actual.astype(mx.float32) - expected).max() / mx.abs(expected).max()))
 
     @cached_property
     def _blocks(self) -> tuple[mx.array, mx.array]:
@@ -218,14 +218,15 @@ def random_step(
 
 
 def decode_microseconds(lanes: Lanes, dtype: mx.Dtype) -> float:
-    """Time of one decode step over `SPEED_TOKENS` tokens of one row: the best of several rounds, each of several calls
-    in one graph, so that what the host needs for an evaluation does not hide what the device does.
+    """Time of one decode step over `SPEED_TOKENS` tokens of one row: the best of several rounds.
+
+    Each round has several calls in one graph, so that the host's time for an evaluation does not hide the device's.
     """
     shape, n_pages = lanes.shape, SPEED_TOKENS // PAGE
     blocks = [_normal(40 + i, 4, shape.n_kv_heads, PAGE, d) for i, d in enumerate((shape.key_dim, shape.value_dim))]
-    some = lanes.encode(*(x.astype(dtype) for x in blocks))
-    pages = tuple(mx.concatenate([array] * (n_pages // 4)) for array in some)
-    # A step for each call: calls that do not follow each other may run at once, and a step has one workspace.
+    encoded = lanes.encode(*(x.astype(dtype) for x in blocks))
+    pages = tuple(mx.concatenate([array] * (n_pages // 4)) for array in encoded)
+    # Each call has its own step: independent calls may run at the same time, and a step has one workspace.
     tables = (tuple(range(n_pages)),)
     steps = [RowIndex(tables, (PAGE + SPEED_TOKENS + PAGE,), (0,), 1, PAGE, 2 * PAGE, None) for _ in range(_CALLS)]
     raw, tokens = (random_step(shape, dtype, 50 + n, 1, 1, n)[1:] for n in (3 * PAGE, 1))
@@ -249,7 +250,7 @@ def decode_microseconds(lanes: Lanes, dtype: mx.Dtype) -> float:
 
 
 def timed(run: Callable[[], T], repeats: int = 3) -> tuple[T, float]:
-    """A result, evaluated, and the median microseconds of getting it once it has been had."""
+    """The evaluated result, and the median time of a call in microseconds after a first call."""
     mx.eval(run())
     times = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""The probe's answer as plain data: what runs for each kind of layer, why, and what was tried."""
+"""The probe's result as plain data: what runs for each kind of layer, why, and what was tried."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -18,21 +18,21 @@ ReasonCode = Literal[
     "too_slow",
     "missing_device_key",
 ]
-"""Why something was passed over, from a fixed set, so that metrics can count it."""
+"""Why a candidate or a part of it was rejected. The set is fixed, so that metrics can count it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One test of one candidate. `max_error` is relative to the reference's largest value (`encode`: to its norm),
-    `microseconds` the median time of one evaluation; both None where the check did not get that far.
-    """
+    """One check of one candidate."""
 
     backend: str
     part: Part
     detail: str
     passed: bool
     max_error: float | None = None
+    """Relative to the reference's largest value (`encode`: to its norm). None if nothing was computed."""
     microseconds: float | None = None
+    """Median time of one evaluation. None if nothing was timed."""
     reason: str | None = None
 
     @property
@@ -41,7 +41,7 @@ class Check:
 
     @property
     def label(self) -> str:
-        """Backend and part: from a closed set, for metrics."""
+        """Backend and part, for metrics."""
         return f"{self.backend}_{self.part}"
 
     def as_json(self) -> dict[str, Any]:
@@ -57,17 +57,18 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """Something that `auto` passed over, and what is used instead: a backend, or `expanded` pages."""
+    """A candidate or part that `auto` rejected, and what is used instead."""
 
     source: str
     target: str
+    """A backend, `expanded` pages or a profile."""
     code: ReasonCode
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class LayerUse:
-    """A kind of layer that the model has: its shape and the dtype of its keys."""
+    """A kind of layer in the model: its shape and the dtype of its keys."""
 
     shape: LaneShape
     dtype: mx.Dtype
@@ -80,14 +81,15 @@ class LayerUse:
 
 @dataclass(frozen=True, slots=True)
 class LayerVerdict:
-    """What layers of one kind use: the lanes of the backend `lanes`, except that the parts in `expanded` go over
-    expanded pages. `reason` says why it is not all the first choice.
-    """
+    """What layers of one kind use."""
 
     use: LayerUse
     lanes: str
+    """The backend whose lanes they use."""
     expanded: tuple[Part, ...] = ()
+    """Attention parts that expand all pages instead."""
     reason: str | None = None
+    """Why this is not the first choice in all parts."""
 
     def as_json(self) -> dict[str, Any]:
         return {"layers": str(self.use), "lanes": self.lanes, "expanded": list(self.expanded), "reason": self.reason}
@@ -95,14 +97,11 @@ class LayerVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The probe's answer: what runs, what was asked for, why, what each kind of layer uses, and all that was tried.
-
-    `code` is the reason in one word: `named`, `first_choice`, `nothing_to_compress`, or a fallback's code, that of a
-    failure before that of a missing device.
-    """
+    """The probe's result: what runs, and why."""
 
     name: str
     requested: str
+    """`auto` or a backend's name."""
     reason: str
     profile: str
     device: str
@@ -111,16 +110,17 @@ class Backend:
     layers: tuple[LayerVerdict, ...] = ()
     profile_reason: str = ""
     code: str = "first_choice"
+    """`named`, `first_choice`, `nothing_to_compress`, or the code of a fallback: a failure's before `no_device`."""
 
     def verdict(self, use: LayerUse) -> LayerVerdict:
-        """What layers of this kind use. Raises KeyError for one that was not probed."""
+        """What layers of this kind use. Raises KeyError if the kind was not probed."""
         for verdict in self.layers:
             if verdict.use == use:
                 return verdict
         raise KeyError(f"{use} was not probed")
 
     def passed(self) -> dict[str, bool]:
-        """Whether all checks of a backend's part passed, by `Check.label`."""
+        """By `Check.label`: whether all checks of a backend's part passed."""
         labels = dict.fromkeys(check.label for check in self.checks)
         return {label: all(c.passed for c in self.checks if c.label == label) for label in labels}
 

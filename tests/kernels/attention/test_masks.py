@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.attention.masks import Mask, MaskForm, rounded_up
+from kernels.attention.masks import Mask, MaskForm, round_up
 
 FORMS = [MaskForm(), MaskForm(added=True), MaskForm(rounded=True), MaskForm(added=True, rounded=True)]
 
@@ -41,7 +41,7 @@ def test_a_form_sees_the_same(n_queries: int, more: int, form: MaskForm, kind: i
 @pytest.mark.parametrize(("least", "n_sizes"), [(64, 1), (256, 4)])
 def test_there_are_few_rounded_sizes(least: int, n_sizes: int) -> None:
     """So that a plan is there for the next prompt, whatever its length, and little is computed in vain."""
-    sizes = {n: rounded_up(n, least, n_sizes) for n in range(1, (1 << 17) + 1)}
+    sizes = {n: round_up(n, least, n_sizes) for n in range(1, (1 << 17) + 1)}
     assert len(set(sizes.values())) <= n_sizes * (18 - least.bit_length() + 1)
     assert all(n <= size < n + max(least, n / n_sizes) for n, size in sizes.items())
     assert all(sizes[size] == size for size in sizes.values())

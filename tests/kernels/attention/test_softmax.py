@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kernels.attention import softmax
-from kernels.attention.softmax import attention, exp_below, product, weigh
+from kernels.attention.softmax import attention, exp_below, product, softmax_weights
 
 
 def test_the_exponential_is_accurate_down_to_its_floor() -> None:
@@ -29,7 +29,7 @@ def test_weights_of_parts_are_one_softmax(n_keys: int, with_sinks: bool) -> None
     mask = rng.random((1, 1, 1, 3, n_keys)) < 0.7
     sinks = rng.normal(size=4) if with_sinks else None
     parts = [(mx.array(first.astype(np.float32)), mx.array(mask)), (mx.array(second.astype(np.float32)), None)]
-    weights, total = weigh(parts, None if sinks is None else mx.array(sinks.astype(np.float32)))
+    weights, total = softmax_weights(parts, None if sinks is None else mx.array(sinks.astype(np.float32)))
     raised = np.exp(np.concatenate([np.where(mask, first, -np.inf), second], axis=-1))
     whole = raised.sum(-1, keepdims=True)
     if sinks is not None:
