@@ -10,7 +10,7 @@ from typing import Any
 from server.commands import StepPlan
 from server.metrics import Metrics
 from server.sessions.disk import SessionDisk
-from server.sessions.other_groups import other_groups
+from server.sessions.rank_folders import foreign_sessions
 from turbocache.backend import Backend
 from turbocache.mlxlm.group import Group
 from turbocache.mlxlm.model import LoadedModel
@@ -53,7 +53,7 @@ class Coordinator:
         self, folder: Path, budget: int, model: LoadedModel, store: CacheStore, metrics: Metrics
     ) -> SessionDisk:
         """The sessions on disk. Raises OSError."""
-        return SessionDisk(folder, budget, SessionFiles(model, store), metrics, other_groups(folder, self.group))
+        return SessionDisk(folder, budget, SessionFiles(model, store), metrics, foreign_sessions(folder, self.group))
 
     def start_failed(self, error: BaseException) -> BaseException:
         """Tells the others that this process does not start. Returns the error to show, perhaps another process's."""

@@ -11,7 +11,7 @@ from server.engine.services import Services
 from server.engine.session_changes import SessionChanges
 from server.errors import ServerError, ShuttingDown
 from server.protocol import Failed
-from server.sessions.checkpoints import LEAST_SHARED
+from server.sessions.starts import LEAST_SHARED
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from server.commands import ChangeSession
 from server.engine.scheduler import Scheduler
 from server.engine.services import Services
 from server.errors import Conflict, InvalidRequest, SessionNotFound, SessionNotSaved
-from server.sessions.checkpoints import LEAST_SHARED
 from server.sessions.session import Session
+from server.sessions.starts import LEAST_SHARED
 from turbocache.store import evaluate
 
 _REST = 20

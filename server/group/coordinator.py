@@ -17,7 +17,7 @@ from server.group.lockstep import Lockstep
 from server.group.watch import RankWatch, own_address
 from server.metrics import Metrics
 from server.sessions.disk import SessionDisk
-from server.sessions.other_groups import other_groups, rank_folder
+from server.sessions.rank_folders import foreign_sessions, rank_folder
 from server.settings import Settings, shared_settings
 from turbocache.backend import Backend, BackendUnavailable
 from turbocache.backends import BACKENDS
@@ -120,7 +120,7 @@ class GroupCoordinator(Coordinator):
     def open_disk(
         self, folder: Path, budget: int, model: LoadedModel, store: CacheStore, metrics: Metrics
     ) -> SessionDisk:
-        files, others = SessionFiles(model, store, self.group), other_groups(folder, self.group)
+        files, others = SessionFiles(model, store, self.group), foreign_sessions(folder, self.group)
         return GroupDisk(rank_folder(folder, self.group), budget, files, metrics, others, self.group)
 
     def start_failed(self, error: BaseException) -> BaseException:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from server.metrics import Metrics
 from server.sessions.disk import Saved, SessionDisk
-from server.sessions.other_groups import OtherGroups
+from server.sessions.rank_folders import ForeignSessions
 from server.sessions.session import Session
 from turbocache.mlxlm.group import Group
 from turbocache.storage.session_codec import SessionFiles
@@ -23,9 +23,9 @@ class GroupDisk(SessionDisk):
     """A `SessionDisk` with the same results on all ranks. No other group may use its folders at the same time."""
 
     def __init__(
-        self, folder: Path, budget: int, files: SessionFiles, metrics: Metrics, others: OtherGroups, group: Group
+        self, folder: Path, budget: int, files: SessionFiles, metrics: Metrics, foreign: ForeignSessions, group: Group
     ) -> None:
-        super().__init__(folder, budget, files, metrics, others)
+        super().__init__(folder, budget, files, metrics, foreign)
         self._group = group
 
     def stored(self) -> Iterator[Session]:

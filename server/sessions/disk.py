@@ -20,9 +20,9 @@ from typing import Literal, cast
 
 from server.metrics import Metrics
 from server.sessions.checkpoints import Checkpoint, Kind
-from server.sessions.folder_watch import FileState, FolderWatch, file_state
+from server.sessions.folder_snapshot import FileState, FolderSnapshot, file_state
 from server.sessions.leases import Leases
-from server.sessions.other_groups import ABOUT, OtherGroups
+from server.sessions.rank_folders import ABOUT, ForeignSessions
 from server.sessions.session import Session
 from turbocache.cache.pool import PoolExhausted
 from turbocache.storage.session_codec import SessionFiles, State
@@ -46,7 +46,7 @@ class SessionDisk:
     """
 
     def __init__(
-        self, folder: Path, budget: int, files: SessionFiles, metrics: Metrics, others: OtherGroups | None = None
+        self, folder: Path, budget: int, files: SessionFiles, metrics: Metrics, foreign: ForeignSessions | None = None
     ) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
@@ -56,11 +56,11 @@ class SessionDisk:
         self._metrics = metrics
         self._held: Path | None = None
         self._leases = Leases(folder)
-        self._watch = FolderWatch(folder)
+        self._snapshot = FolderSnapshot(folder)
         self._put_off: set[Path] = set()
-        self._others = others or OtherGroups([], "")
+        self._foreign = foreign or ForeignSessions([], "")
         metrics.session_disk_limit_bytes.set(budget)
-        metrics.session_files_refused.labels(reason="other_group").inc(len(self._others.sessions))
+        metrics.session_files_refused.labels(reason="other_group").inc(len(self._foreign.sessions))
         if left := remove_partial(folder, self._leases.taken):
             log.warning("removed %d session files in %s that were not written to their end", left, folder)
         self._measure()
@@ -91,7 +91,7 @@ class SessionDisk:
         """The sessions of files that others have put into the folder. None if it was not looked at: nothing has
         happened there, or a second has not passed.
         """
-        if (changed := self._watch.changed()) is None:
+        if (changed := self._snapshot.changed()) is None:
             return None
         found = [(path, self._peek(path, refuse=False)) for path in changed]
         return [session for path, session in found if session is not None and path == self._path(session)]
@@ -118,7 +118,7 @@ class SessionDisk:
                     self.count("superseded")
                     return "superseded"
                 n_bytes = self._files.save(path, states, about)
-                session.file = self._watch.note(path)
+                session.file = self._snapshot.record(path)
         except (OSError, TypeError) as error:
             log.error("a session of %d tokens could not be written to %s: %s", len(session.tokens), self._folder, error)
             self._metrics.spill_failures.labels(reason=type(error).__name__).inc()
@@ -149,7 +149,7 @@ class SessionDisk:
             own, *others = self._files.load(path)
             n_bytes = path.stat().st_size
             path.touch()
-            session.file = self._watch.note(path)
+            session.file = self._snapshot.record(path)
         except SessionFileError as error:
             self._refuse(path, error, judged)
             return str(error)
@@ -184,11 +184,11 @@ class SessionDisk:
 
     def refusal(self, owner: str, id: str) -> str | None:
         """Why what the disk has of a session is of no use here, None if it has nothing of it."""
-        return self._others.reason(owner, id)
+        return self._foreign.reason(owner, id)
 
     def others(self) -> Iterator[Session]:
         """Sessions that a group of another size has written, which are of no use here."""
-        return iter(self._others.sessions.values())
+        return iter(self._foreign.sessions.values())
 
     def remove(self, session: Session) -> bool:
         """Delete a session's file, if there is one. False, and it stays, while another server is at it."""
@@ -212,7 +212,7 @@ class SessionDisk:
         return sorted(self._folder.glob(f"*{SUFFIX}"), key=_used)
 
     def _peek(self, path: Path, refuse: bool = True) -> Session | None:
-        state = self._watch.note(path)
+        state = self._snapshot.record(path)
         try:
             about, tokens = self._files.peek(path)
             return Session(tokens=tokens, stored=True, file=state, **{name: about[name] for name in ABOUT})

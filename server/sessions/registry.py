@@ -1,7 +1,4 @@
-"""The sessions: whose conversation is cached how far, and which cached prefix a new turn continues.
-
-Everything here runs on the engine's thread.
-"""
+"""All sessions, and which cached prefix a new turn continues."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,67 +8,60 @@ import numpy as np
 
 from server.errors import Conflict
 from server.protocol import Prompt
-from server.sessions.checkpoints import (
-    LEAST_SHARED,
-    MOST,
-    Checkpoint,
-    Kind,
-    Start,
-    added,
-    common_prefix,
-    deepest,
-    start_at,
-)
+from server.sessions.checkpoints import Checkpoint, Kind
 from server.sessions.clock import StepClock
 from server.sessions.disk import SessionDisk
-from server.sessions.handover import Handover
+from server.sessions.folder_sync import FolderSync
 from server.sessions.prefill_reasons import Loss, Losses, Reason, reasons
 from server.sessions.session import Session
+from server.sessions.starts import LEAST_SHARED, Start, choose_start, common_prefix
+from server.sessions.tables import Checkpoints, SessionTable
 from turbocache.store import CacheStore, fork
 
-_WORTH_READING = 256
-"""Tokens that a prompt must share with another session on disk for that to be brought back for its sake."""
-_ALIKE = 16
-"""Tokens in which different conversations may agree by chance behind their system message: what opens a message, and
-its first words."""
+_MIN_RESTORE = 256
+"""Tokens that a prompt must share with another session on disk before that session is restored for it."""
+_CHANCE = 16
+"""Different conversations may share this many tokens by chance after their system message: the opening of a message
+and its first words.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A session handed to a request, with a cache that holds the first `cached` tokens of its prompt. `source` says
-    where that was found: `session` (where its last turn ended), the kind of a checkpoint, or `none`. `prefill` tells
-    why the other tokens must be prefilled.
-    """
+    """A session for one turn, with a cache of a prefix of its prompt."""
 
     session: Session
     cache: list[Any]
     cached: int
+    """Number of the prompt's leading tokens in the cache."""
     source: str
+    """Where the prefix was cached: `session` (the end of its last turn), the kind of a checkpoint, or `none`."""
     prefill: dict[Reason, int]
+    """Number of the other tokens, by the reason why they are prefilled."""
 
 
 class SessionRegistry:
-    """All sessions of the process. A turn claims one, and gives it back with what its cache then holds."""
+    """All sessions of the process. A turn claims one, and puts it back with its new cache."""
 
     def __init__(self, store: CacheStore, disk: SessionDisk | None = None, clock: StepClock | None = None) -> None:
         self._store = store
         self._disk = disk
         self._clock = StepClock() if clock is None else clock
         self._losses = Losses()
-        self._beginnings: list[tuple[str, Checkpoint]] = []
-        self._sessions: dict[tuple[str, str], Session] = {}
-        for found in disk.stored() if disk is not None else ():
-            self._sessions[found.key] = found
-        for other in disk.others() if disk is not None else ():
-            self._losses.add(other.key, other.tokens, "refused_file")
-        self._handover = None if disk is None else Handover(disk, self._sessions, self._losses)
+        self._sessions = SessionTable()
+        self._checkpoints = Checkpoints(self._sessions)
+        self._sync = None if disk is None else FolderSync(disk, self._sessions, self._losses)
+        for session in disk.stored() if disk is not None else ():
+            self._sessions.put(session)
+        for foreign in disk.others() if disk is not None else ():
+            self._losses.add(foreign.key, foreign.tokens, "refused_file")
 
     def __iter__(self) -> Iterator[Session]:
-        return iter(self._sessions.values())
+        return iter(self._sessions)
 
     def find(self, owner: str, id: str) -> Session | None:
         """A session by its id, in memory or on disk."""
-        if (session := self._sessions.get((owner, id))) is not None or self._disk is None:
+        if (session := self._sessions.find(owner, id)) is not None or self._disk is None:
             return session
         return self._disk.find(owner, id)
 
@@ -86,55 +76,46 @@ class SessionRegistry:
         *,
         passing: bool = False,
     ) -> Claim | None:
-        """The session for a prompt, running from now on, or None while its conversation still runs another turn.
+        """The session for a prompt, which is running from now on. None while its conversation runs another turn.
 
-        Under a name the prompt continues the history that it shares most of, from its deepest state, or from another
-        session's where that is deeper. A different history under the same name, or one that is asked for
-        while the name's other history runs, gets a session of its own. An unnamed prompt continues the unnamed session
-        that it extends; one that only shares a prefix gets a session of its own on the shared pages.
+        A named prompt continues the history of that name that shares most with it. It starts from the deepest state of
+        that history, or of another session if that is deeper. It gets a new session if no history shares enough, or if
+        the history runs another turn that the prompt does not continue.
 
-        One that is `passing` gets a session of its own, which is gone when the turn ends.
+        An unnamed prompt continues the unnamed session that it extends. If it only shares a prefix, it gets a new
+        session that shares the pages.
 
-        `make_room` is called before a session comes back from disk.
+        A `passing` turn gets a new session, which is removed when the turn ends.
+
+        `make_room` is called before a session is restored from disk.
         """
         tokens = np.asarray(prompt.tokens, dtype=np.int32)
-        if self._handover is not None and not passing:
-            self._handover.take_up(owner, name, tokens)
+        if self._sync is not None and not passing:
+            self._sync.before_turn(owner, name, tokens)
         if passing:
             session: Session | None = Session(f"unnamed-{self._clock.name()}", None, owner, passing=True)
         else:
             session = self._unnamed(owner, tokens) if name is None else self._named(owner, name, prompt, tokens)
         if session is None:
             return None
-        own_on_disk = session.spilled and common_prefix(session.tokens, tokens) >= LEAST_SHARED
-        session.running = True  # from here on nobody may take its place
-        if own_on_disk:
+        shares_on_disk = session.spilled and common_prefix(session.tokens, tokens) >= LEAST_SHARED
+        session.running = True  # so that it is not evicted
+        if shares_on_disk:
             self.restore(session, make_room)
-        start = self._deepest(session, tokens)
-        if (other := self._deeper_on_disk(session, tokens, 0 if start is None else start.cached)) is not None:
+        start = choose_start(tokens, self._checkpoints.states(session))
+        if (other := self._deeper_on_disk(session, tokens, start.cached)) is not None:
             self.restore(other, make_room)
-            start = self._deepest(session, tokens)
-        return self._started(session, start, prompt, tokens)
+            start = choose_start(tokens, self._checkpoints.states(session))
+        return self._begin(session, start, prompt, tokens)
 
     def checkpoint(self, session: Session, kind: Kind, tokens: Sequence[int] | np.ndarray, cache: list[Any]) -> None:
-        """Keep a cache of its own, which holds `tokens`, for later turns to go back to. One at the end of a system
-        message serves all sessions of the owner that begin with it, also when this one has gone.
-        """
-        kept = Checkpoint(kind, np.asarray(tokens, dtype=np.int32), cache, self._clock())
-        session.checkpoints = added(session.checkpoints, self._beginning(session.owner, kept))
-
-    def _beginning(self, owner: str, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint itself, or the one that the owner's sessions have for the same system message already."""
-        if checkpoint.kind != "system":
-            return checkpoint
-        for of, known in self._beginnings:
-            if of == owner and np.array_equal(known.tokens, checkpoint.tokens):
-                return known
-        self._beginnings.append((owner, checkpoint))
-        return checkpoint
+        """Add a checkpoint to a session. `cache` holds exactly `tokens` and is not changed afterwards."""
+        self._checkpoints.add(session, Checkpoint(kind, np.asarray(tokens, dtype=np.int32), cache, self._clock()))
 
     def put_back(self, session: Session, cache: list[Any] | None, tokens: Sequence[int]) -> None:
-        """A turn has ended and its cache holds `tokens`; a None cache (the turn failed) forgets the session."""
+        """A turn has ended, and its cache holds `tokens`. If the cache is None, the turn has failed and the session is
+        forgotten.
+        """
         session.running = False
         session.last_used = self._clock()
         if cache is None or not tokens or session.passing:
@@ -144,39 +125,32 @@ class SessionRegistry:
         session.stored = session.unsavable = False
 
     def give_back(self, claim: Claim, prompt: Sequence[int]) -> None:
-        """The turn for this prompt does not begin after all."""
+        """The turn for this prompt does not begin. The session keeps the cached prefix."""
         self.put_back(claim.session, claim.cache, prompt[: claim.cached])
 
-    # What becomes of sessions at rest.
+    # Sessions that are not running.
 
     def forget(self, session: Session, why: Loss | None = None) -> None:
-        """Drop a session with its checkpoints and its pages. What the disk has of it stays. `why` it was lost, if it
-        was, is remembered.
-        """
+        """Drop a session from memory, with its checkpoints. Its file stays. `why` records it as lost."""
         if why is not None:
             self._losses.add(session.key, session.tokens, why)
         session.empty()
-        self._sessions.pop(session.key, None)
-        if self._disk is not None and (found := self._disk.find(*session.key)) is not None:
-            self._sessions[found.key] = found
+        self._sessions.remove(session)
+        if self._disk is not None and (stored := self._disk.find(*session.key)) is not None:
+            self._sessions.put(stored)
 
     def delete(self, session: Session) -> None:
-        """Drop a session, and what the disk has of it. Raises Conflict, and drops nothing, while another server is at
-        its file.
-        """
+        """Drop a session and its file. Raises Conflict, and drops nothing, while another server writes the file."""
         if self._disk is not None and not self._disk.remove(session):
             raise Conflict(
                 "Another server is writing the session. Please try again.", code="session_leased", retry_after=1
             )
-        others = {id(kept) for other in self if other is not session for kept in other.checkpoints}
-        for kept in session.checkpoints:
-            if id(kept) not in others:
-                self.drop(kept)
+        self._checkpoints.drop_all_of(session)
         self.forget(session)
         self._losses.forget(session.key)
 
     def spill(self, session: Session) -> bool:
-        """Leave a session at rest to the disk; without a disk, or if that fails, forget it. Whether the disk has it."""
+        """Move a session to disk, or forget it if that is not possible. Returns whether it is on disk."""
         if len(session.tokens) >= LEAST_SHARED and self.save(session):
             session.cache, session.checkpoints = None, []
             return True
@@ -184,8 +158,8 @@ class SessionRegistry:
         return False
 
     def save(self, session: Session) -> bool:
-        """Write a session at rest to disk, with its checkpoints. Whether the disk has it, or another server's later
-        turn of it, which then takes its place.
+        """Write a session to disk, with its checkpoints. Returns whether it is on disk. A later turn of another server
+        in the file is kept, and replaces the session.
         """
         if self._disk is None or session.cache is None:
             return session.stored
@@ -203,10 +177,10 @@ class SessionRegistry:
         return session.stored
 
     def restore(self, session: Session, make_room: Callable[[], object]) -> str | None:
-        """Bring a session back from disk, or forget it; then returns why its file was refused, if it was."""
+        """Read a session from disk. If that fails, forget it and return why its file was refused, if it was."""
         assert self._disk is not None
-        self._sessions[session.key] = session
-        was_running, session.running = session.running, True  # nobody may take its place
+        self._sessions.put(session)
+        was_running, session.running = session.running, True  # so that it is not evicted
         try:
             with self._disk.held(session):
                 make_room()
@@ -215,150 +189,120 @@ class SessionRegistry:
             session.running = was_running
         if session.cache is None:
             self.forget(session, "evicted" if refused is None else "refused_file")
-        session.checkpoints = [self._beginning(session.owner, kept) for kept in session.checkpoints]
+        session.checkpoints = [self._checkpoints.deduplicated(session.owner, c) for c in session.checkpoints]
         return refused
 
     def fork(self, session: Session, id: str) -> Session:
-        """A second session in the state of one at rest, under a name of its own; pages are shared."""
+        """A copy of a session under another id. Pages are shared."""
         assert session.cache is not None
         other = Session(id, id, session.owner, True, session.tokens, session.asked, fork(session.cache))
         other.turns, other.checkpoints = session.turns, list(session.checkpoints)
         other.last_used = self._clock()
-        self._sessions[other.key] = other
+        self._sessions.put(other)
         return other
 
     def idle(self) -> list[Session]:
-        """Sessions at rest in memory, in the order in which they should go: those to keep last, oldest use first."""
-        resting = [session for session in self if session.cache is not None and not session.running]
-        return sorted(resting, key=lambda session: (session.keep, session.last_used))
+        """Sessions in memory that are not running, in the order of eviction: `keep` last, least recently used first."""
+        idle = [session for session in self if session.cache is not None and not session.running]
+        return sorted(idle, key=lambda session: (session.keep, session.last_used))
 
     def next_to_go(self, before: float | None = None) -> Session | Checkpoint | None:
-        """What of all that rests should leave memory next, when no checkpoint is spare. None if there is nothing, or
+        """The next session, or end of a system message, to evict once no checkpoint is spare. None if there is none, or
         only sessions to keep that were used after `before`.
         """
-        going: list[tuple[bool, float, Session | Checkpoint]] = [(s.keep, s.last_used, s) for s in self.idle()]
+        items: list[tuple[bool, float, Session | Checkpoint]] = [(s.keep, s.last_used, s) for s in self.idle()]
         if self._disk is not None:
-            going += [(True, kept.last_used, kept) for _, kept in self._beginnings]
-        allowed = [item for item in going if before is None or not item[0] or item[1] <= before]
+            items += [(True, shared.last_used, shared) for shared in self._checkpoints.shared()]
+        allowed = [item for item in items if before is None or not item[0] or item[1] <= before]
         return min(allowed, key=lambda item: item[:2])[2] if allowed else None
 
     def checkpoints(self) -> list[Checkpoint]:
-        """All checkpoints, each once, longest unused first."""
-        kept = {id(c): c for session in self for c in session.checkpoints}
-        kept |= {id(c): c for _, c in self._beginnings}
-        return sorted(kept.values(), key=lambda checkpoint: checkpoint.last_used)
+        """All checkpoints, each once, least recently used first."""
+        return list(self._checkpoints)
 
     def spare_checkpoints(self) -> list[Checkpoint]:
-        """Those that no session needs, in the order in which they should go: their session's newest last. Where there
-        is a disk, from which sessions come back sooner than a system message is read again, those at the end of system
-        messages are none.
+        """Checkpoints that no session needs, in the order in which to drop them. With a disk, ends of system messages
+        are not among them: restoring a session is faster than computing its system message again.
         """
-        needed = {id(kept) for session in self for kept in session.needed(self._store.can_go_back)}
-        if self._disk is not None:
-            needed |= {id(kept) for _, kept in self._beginnings}
-        newest = {id(session.checkpoints[-1]) for session in self if session.checkpoints}
-        spare = [checkpoint for checkpoint in self.checkpoints() if id(checkpoint) not in needed]
-        return sorted(spare, key=lambda checkpoint: id(checkpoint) in newest)
+        return self._checkpoints.spare(self._store.can_go_back, keep_shared=self._disk is not None)
 
     def drop(self, checkpoint: Checkpoint) -> None:
-        """Forget a checkpoint, whichever sessions have it."""
-        self._beginnings = [(owner, kept) for owner, kept in self._beginnings if kept is not checkpoint]
-        for session in self:
-            session.checkpoints = [kept for kept in session.checkpoints if kept is not checkpoint]
+        """Remove a checkpoint from all sessions."""
+        self._checkpoints.drop(checkpoint)
 
     def caches(self) -> list[list[Any]]:
-        """Every cache that rests: sessions' and checkpoints'."""
-        resting = [session.cache for session in self if session.cache is not None]
-        return [*resting, *(checkpoint.cache for checkpoint in self.checkpoints())]
+        """The caches of idle sessions and of all checkpoints."""
+        idle = [session.cache for session in self if session.cache is not None]
+        return [*idle, *(checkpoint.cache for checkpoint in self._checkpoints)]
 
     # Which session a prompt continues.
 
     def _named(self, owner: str, name: str, prompt: Prompt, tokens: np.ndarray) -> Session | None:
-        family = [s for s in self if s.owner == owner and name in (s.name, s.id)]
+        """The history of a name that a prompt continues, or a new session. None while it runs another turn."""
+        family = [session for session in self._sessions.of(owner) if name in (session.name, session.id)]
         shared = {session.id: common_prefix(session.tokens, tokens) for session in family}
         if any(session.running and shared[session.id] >= session.asked for session in family):
             return None
-        resting = [session for session in family if not session.running]
-        best = max(resting, key=lambda session: (shared[session.id], session.last_used), default=None)
+        idle = [session for session in family if not session.running]
+        best = max(idle, key=lambda session: (shared[session.id], session.last_used), default=None)
         if best is not None:
-            apart = max(LEAST_SHARED, prompt.system_end) + _ALIKE
-            goes_on = shared[best.id] >= best.asked
-            if goes_on or shared[best.id] > apart or len(best.tokens) < LEAST_SHARED:
-                best.keep = best.keep or goes_on
+            by_chance = max(LEAST_SHARED, prompt.system_end) + _CHANCE
+            continues = shared[best.id] >= best.asked
+            if continues or shared[best.id] > by_chance or len(best.tokens) < LEAST_SHARED:
+                best.keep = best.keep or continues
                 return best
-        if (owner, name) in self._sessions:
+        if self._sessions.find(owner, name) is not None:
             return Session(f"{name}~{self._clock.name()[:8]}", name, owner)
         return Session(name, name, owner, keep=True)
 
     def _unnamed(self, owner: str, tokens: np.ndarray) -> Session:
-        """The longest unnamed session that the prompt extends, or a fresh one."""
-        extended = [
-            s
-            for s in self
-            if s.name is None and s.owner == owner and not s.running
-            if s.spilled or ((end := start_at("session", s.tokens, s.cache, tokens)) and end.cached == len(s.tokens))
-            if common_prefix(s.tokens, tokens) == len(s.tokens) < len(tokens)
-        ]
-        fresh = Session(f"unnamed-{self._clock.name()}", None, owner)
-        return max(extended, key=lambda session: len(session.tokens), default=fresh)
-
-    def _deepest(self, session: Session, tokens: np.ndarray) -> Start | None:
-        """From where the prompt goes on: a state of its session, of another of the owner's sessions, or the end of a
-        system message.
-        """
-        theirs = [start_at(c.kind, c.tokens, c.cache, tokens) for of, c in self._beginnings if of == session.owner]
-        for other in self:
-            if other is not session and other.owner == session.owner:
-                theirs += other.states(tokens)
-        shared = [start for start in theirs if start is not None and start.cached >= LEAST_SHARED]
-        return deepest([*session.states(tokens), *shared])
+        """The longest unnamed session that the prompt extends, or a new one."""
+        unnamed = [session for session in self._sessions.of(owner) if session.name is None and not session.running]
+        extended = [s for s in unnamed if 0 < len(s.tokens) == common_prefix(s.tokens, tokens) < len(tokens)]
+        new = Session(f"unnamed-{self._clock.name()}", None, owner)
+        return max(extended, key=lambda session: len(session.tokens), default=new)
 
     def _deeper_on_disk(self, session: Session, tokens: np.ndarray, cached: int) -> Session | None:
-        """The session on disk of which a prompt shares most, if that is worth bringing it back: much more than what is
-        in memory, and a good part of what has to be read.
+        """The session on disk that shares most with a prompt, if restoring it is worth the time: it must share much
+        more than the state in memory does, and a good part of its file must be of use.
         """
-        ring = self._store.spec.ring
+        if not self._store.can_go_back:
+            return None
+        longest = self._store.spec.ring.max_size  # a longer session has rotated, and can't go back either
         on_disk = [
             (common_prefix(other.tokens, tokens), other)
-            for other in self
-            if other.owner == session.owner and other.spilled and self._store.can_go_back
-            if ring.max_size is None or len(other.tokens) <= ring.max_size  # else there is no going back either
+            for other in self._sessions.of(session.owner)
+            if other.spilled and (longest is None or len(other.tokens) <= longest)
         ]
-        n, best = max(on_disk, key=lambda found: found[0], default=(0, None))
-        worth = best is not None and n >= max(cached + LEAST_SHARED, _WORTH_READING, len(best.tokens) // 4)
+        n, best = max(on_disk, key=lambda item: item[0], default=(0, None))
+        worth = best is not None and n >= max(cached + LEAST_SHARED, _MIN_RESTORE, len(best.tokens) // 4)
         return best if worth else None
 
-    def _started(self, session: Session, start: Start | None, prompt: Prompt, tokens: np.ndarray) -> Claim:
+    # Begin a turn.
+
+    def _begin(self, session: Session, start: Start, prompt: Prompt, tokens: np.ndarray) -> Claim:
         now = self._clock()
-        why = self._reasons(session, start, tokens)
-        cache, cached, source = self._store.new_cache(), 0, "none"
-        own = start is not None and start.cache is session.cache
-        if start is not None:
-            cached, source = start.cached, start.kind
-            cache = start.taken() if own and not self._store.can_checkpoint else start.forked()
-        for checkpoint in self.checkpoints():
-            of_session = checkpoint.kind == "system" and checkpoint in session.checkpoints
-            if of_session or (start is not None and checkpoint.cache is start.cache):
-                checkpoint.last_used = now
+        prefill = self._prefill_reasons(session, start.cached, tokens)
+        cache = self._cache_of(session, start)
+        self._checkpoints.note_use(session, start.state, now)
         if session.cache is not None and self._store.can_checkpoint:
             self.checkpoint(session, "answer", session.tokens, session.cache)
-        elif not session.turns:  # it began in other sessions, and may go back to where they went through
-            theirs = {id(c) for other in self if other.owner == session.owner for c in other.checkpoints}
-            theirs |= {id(c) for owner, c in self._beginnings if owner == session.owner}
-            known = [c for c in self.checkpoints() if id(c) in theirs]
-            passed = [c for c in known if common_prefix(c.tokens, tokens[:cached]) == len(c.tokens)]
-            session.checkpoints = passed[-MOST:]
-        session.cache, session.tokens, session.asked = None, tokens, prompt.messages_end or len(tokens)
-        session.turns += 1
-        session.last_used = now
-        self._sessions[session.key] = session
+        elif not session.turns:
+            self._checkpoints.inherit(session, tokens[: start.cached])
+        session.begin(tokens, prompt.messages_end or len(tokens), now)
+        self._sessions.put(session)
         self._losses.forget(session.key)
-        return Claim(session, cache, cached, source, why)
+        return Claim(session, cache, start.cached, start.kind, prefill)
 
-    def _reasons(self, session: Session, start: Start | None, tokens: np.ndarray) -> dict[Reason, int]:
-        cached = 0 if start is None else start.cached
-        if len(session.tokens):
-            known = common_prefix(session.tokens, tokens)
-            return reasons(len(tokens), cached, known, len(session.tokens), "rotated" if session.rotated else "edited")
-        known, why = self._losses.find(session.owner, tokens)
-        return reasons(len(tokens), cached, known, known, why)
+    def _cache_of(self, session: Session, start: Start) -> list[Any]:
+        if start.state is None:
+            return self._store.new_cache()
+        own = start.state.cache is session.cache
+        return start.take() if own and not self._store.can_checkpoint else start.fork()
+
+    def _prefill_reasons(self, session: Session, cached: int, tokens: np.ndarray) -> dict[Reason, int]:
+        if history := len(session.tokens):
+            matched = common_prefix(session.tokens, tokens)
+            return reasons(len(tokens), cached, matched, history, "rotated" if session.rotated else "edited")
+        matched, lost_for = self._losses.find(session.owner, tokens)
+        return reasons(len(tokens), cached, matched, matched, lost_for)

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from server.sessions.checkpoints import Checkpoint, Start, start_at, turn_start
-from server.sessions.folder_watch import FileState
+from server.sessions.checkpoints import Checkpoint, turn_start
+from server.sessions.folder_snapshot import FileState
+from server.sessions.starts import State
 from turbocache.store import ring_of
 
 NOTHING = np.zeros(0, dtype=np.int32)
@@ -14,35 +15,35 @@ NOTHING = np.zeros(0, dtype=np.int32)
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One history of a conversation, at rest, on disk or running.
-
-    `id` is unique among the sessions of its `owner` (the API key's, or ""). `name` is what the client calls the
-    conversation, None where it doesn't; a name's first session has it for its id, other histories under the same name
-    have ids of their own. `keep`: it is evicted after those without. `passing`: nothing of it
-    stays when its turn ends.
-
-    `tokens`, int32, are exactly the tokens that went into `cache`, of a running session its prompt's; `asked` of them
-    are the messages of its last prompt. A running session's cache is with the generator and None here. Checkpoints stay
-    with the session whatever it does. `stored`: a file holds the cache of just these tokens; `unsavable`: writing one
-    has failed. `file`: the session's file as it was when this session last wrote or read it, so that one of another
-    server is told apart.
-    """
+    """One history of a conversation: in memory, on disk, or running."""
 
     id: str
+    """Unique among the sessions of its owner. The first session of a name has the name as its id."""
     name: str | None = None
+    """The client's name for the conversation, None if it gives none."""
     owner: str = ""
+    """The owner of the API key, or ""."""
     keep: bool = False
+    """Evicted after sessions without this mark."""
     tokens: np.ndarray = field(default_factory=lambda: NOTHING)
+    """int32, exactly the tokens in `cache`. While the session runs, the tokens of its prompt."""
     asked: int = 0
+    """How many of `tokens` are the messages of its last prompt."""
     cache: list[Any] | None = None
+    """None while the session runs (the generator has the cache) or is only on disk."""
     running: bool = False
     passing: bool = False
+    """Removed when its turn ends."""
     turns: int = 0
     last_used: float = 0.0
     checkpoints: list[Checkpoint] = field(default_factory=list)
+    """They stay with the session while it runs, too."""
     stored: bool = False
+    """A file holds the cache of exactly these tokens."""
     unsavable: bool = False
+    """Writing a file of exactly these tokens has failed."""
     file: FileState | None = None
+    """Its file when this session last read or wrote it. A different state means that another server wrote it."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -50,24 +51,30 @@ class Session:
 
     @property
     def spilled(self) -> bool:
-        """Whether only the disk has its cache."""
+        """Whether its cache is only on disk."""
         return self.stored and self.cache is None and not self.running
 
-    def states(self, prompt: np.ndarray) -> list[Start | None]:
-        """From where in it a prompt can go on: where its last turn ended, and its checkpoints."""
-        ended = start_at("session", self.tokens, self.cache, prompt)
-        return [ended, *(start_at(c.kind, c.tokens, c.cache, prompt) for c in self.checkpoints)]
+    def states(self, own: bool = True) -> list[State]:
+        """What a prompt can start from: the end of its last turn, and its checkpoints."""
+        last = [] if self.cache is None else [State("session", self.tokens, self.cache, own)]
+        return last + [State(c.kind, c.tokens, c.cache, own) for c in self.checkpoints]
+
+    def begin(self, prompt: np.ndarray, asked: int, now: float) -> None:
+        """A turn begins, and the generator has the cache."""
+        self.cache, self.tokens, self.asked = None, prompt, asked
+        self.turns += 1
+        self.last_used = now
 
     @property
     def rotated(self) -> bool:
-        """Whether tokens have rotated out of what it has in memory."""
+        """Whether tokens have rotated out of its caches in memory."""
         caches = [*([] if self.cache is None else [self.cache]), *(c.cache for c in self.checkpoints)]
         return any((ring := ring_of(cache)) is not None and ring.first > 0 for cache in caches)
 
     def needed(self, can_go_back: bool) -> list[Checkpoint]:
-        """The checkpoints that it can't do without where going back is not possible (`can_go_back` is False, or tokens
-        have rotated out). The end of the user's last prompt: an answer that comes back changed would cost everything.
-        And the one before that: so would another wording of that prompt.
+        """The checkpoints to keep if the cache can't be trimmed (`can_go_back` is False, or tokens have rotated out):
+        the end of the user's last prompt, and the checkpoint before it. Without the first, a changed answer costs a
+        whole prefill; without the second, a changed prompt does.
         """
         if can_go_back and not self.rotated:
             return []
@@ -76,5 +83,5 @@ class Session:
         return [] if last is None else by_depth[max(0, by_depth.index(last) - 1) : by_depth.index(last) + 1]
 
     def empty(self) -> None:
-        """Let go of everything that it holds."""
+        """Drop everything that it holds."""
         self.cache, self.tokens, self.asked, self.checkpoints, self.stored = None, NOTHING, 0, [], False

@@ -116,7 +116,7 @@ def test_two_turns_of_one_session_run_one_after_the_other(engine: MlxEngine) -> 
     first = Answer(engine, "Repeat after me: alpha beta", "shared", max_tokens=20)
     second = Answer(engine, "Repeat after me: alpha beta", "shared", max_tokens=20)
     assert first.text() == second.text()
-    assert engine.services.registry._sessions["", "shared"].turns == 2
+    assert [session.turns for session in engine.services.registry if session.id == "shared"] == [2]
 
 
 def test_another_history_does_not_wait_for_its_name(engine: MlxEngine) -> None:

@@ -4,7 +4,7 @@ from mlx.nn.layers.base import Module
 
 from server.engine.budget import Budget, make_room
 from server.protocol import Prompt
-from server.sessions.checkpoints import LEAST_SHARED
+from server.sessions.starts import LEAST_SHARED
 from tests.server.engine.talk import Talk, some
 from turbocache.cache.ring import RingConfig
 

@@ -11,6 +11,7 @@ from server.engine import startup
 from server.engine.engine import MlxEngine
 from server.metrics import Metrics
 from server.protocol import Conversation
+from server.sessions.session import Session
 from tests.models.configs import OVERRIDES
 from tests.models.tiny import build
 from tests.server.engine.answers import Answer, owned_by_nobody
@@ -24,6 +25,10 @@ def of(role: str, content: str) -> dict[str, str]:
 
 def hits(engine: MlxEngine, kind: str) -> float:
     return engine.services.metrics.registry.get_sample_value("turbocache_checkpoint_hits_total", {"kind": kind}) or 0.0
+
+
+def found(engine: MlxEngine, id: str) -> Session:
+    return next(session for session in engine.services.registry if session.id == id)
 
 
 @pytest.fixture
@@ -88,7 +93,7 @@ def test_sessions_share_a_system_message(engine: MlxEngine) -> None:
     ]  # so long that its end is of no use
     yours = [system, of("user", "Please repeat: alpha beta gamma.")]
     alone = Answer(engine, yours, "alone", max_tokens=12).text()
-    engine.services.registry.delete(engine.services.registry._sessions["", "alone"])
+    engine.services.registry.delete(found(engine, "alone"))
     _, usage = Answer(engine, mine, "mine", max_tokens=12).whole()
     assert usage.cached_tokens == 0
     text, usage = Answer(engine, yours, "yours", max_tokens=12).whole()
@@ -96,9 +101,9 @@ def test_sessions_share_a_system_message(engine: MlxEngine) -> None:
     assert hits(engine, "system") == 1
     assert text == alone
     for name in ("mine", "yours"):  # whoever read it first may be gone
-        engine.services.registry.forget(engine.services.registry._sessions["", name])
+        engine.services.registry.forget(found(engine, name))
     text, usage = Answer(engine, yours, "again", max_tokens=12).whole()
     assert (text, usage.cached_tokens) == (alone, engine.tokenize(Conversation(yours)).system_end)
-    engine.services.registry.delete(engine.services.registry._sessions["", "again"])
+    engine.services.registry.delete(found(engine, "again"))
     assert engine.services.runtime.store.spec.pool.n_used == 0
     assert owned_by_nobody(engine)

@@ -57,7 +57,7 @@ def test_a_rotated_session_without_a_checkpoint_says_so(tiny_llama: Module) -> N
 
 
 def test_losses_are_the_owner_s_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.sessions.prefill_reasons._MOST_BYTES", 1000)
+    monkeypatch.setattr("server.sessions.prefill_reasons._MAX_BYTES", 1000)
     losses, tokens = Losses(), np.array(FIRST, dtype=np.int32)
     losses.add(("anna", "a"), tokens, "failed")
     assert losses.find("anna", np.array(FIRST + MORE, dtype=np.int32)) == (150, "failed")

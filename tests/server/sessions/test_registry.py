@@ -119,7 +119,7 @@ def test_caches_that_grow_for_ever_are_not_copied(tiny_llama: Module) -> None:
     talk.registry = SessionRegistry(talk.store)
     assert not talk.store.can_checkpoint
     talk.turn("a", FIRST, ANSWER)
-    cache = talk.registry._sessions["", "a"].cache
+    cache = next(iter(talk.registry)).cache
     claim, _ = talk.turn("a", FIRST + ANSWER + SECOND)
     assert claim.cache is cache
     assert not claim.session.checkpoints

@@ -8,7 +8,7 @@ import numpy as np
 
 from server.engine.engine import MlxEngine
 from server.protocol import Conversation
-from server.sessions.checkpoints import common_prefix
+from server.sessions.starts import common_prefix
 from tests.server.engine.answers import Answer
 from tests.serving.launch import filler
 

@@ -190,7 +190,7 @@ def test_nobody_counts_on_a_file_that_another_server_has_removed(start: Callable
     for name in "ac":
         change(one, "delete", name)
     assert two.services.disk is not None
-    two.services.disk._watch._next_look = 0.0  # it looks once a second
+    two.services.disk._snapshot._next_poll = 0.0  # it looks once a second
     Talk("d", "I am d. " + TEXT * 12).turn(two)
     saved = {row["id"]: (row["state"], row["saved"]) for row in two.sessions()}
     assert saved == {"b": ("spilled", True), "c": ("resident", False), "d": ("resident", False)}
