@@ -1,19 +1,19 @@
-# The server as a service: part of the Makefile; what is done is in deploy/service.sh, how to use it in docs/deploy.md.
+# The server as a service: part of the Makefile. deploy/service.sh does the work, docs/deploy.md explains the use.
 #
-#   SERVICE_COMMAND=$PWD/.venv/bin/turbocache   serve from there instead of from a copy of the server of its own
-#   DESTDIR=...   put the system's files below another root, and start nothing
+#   SERVICE_COMMAND=$PWD/.venv/bin/turbocache   run this command instead of the service's own copy
+#   DESTDIR=...   install the system's files below another root and start nothing
 
 USER_PREFIX := $(HOME)/.local/share/turbocache
 SYSTEM_PREFIX := /opt/turbocache
 
-# A service outlives the command line that installs it.
+# Settings of the command line are refused, because the service outlives it.
 GIVEN := $(strip $(foreach name,HOST PORT,$(if $(filter command,$(origin $(name))),$(name)=$($(name)))))
 
-# $(1): the prefix. A copy, so that neither `make clean` nor an edited checkout reaches what runs; with its bytecode, which the
-# service itself may not write.
+# $(1): the prefix. A copy, so that neither `make clean` nor an edit in the checkout affects the service. It has bytecode, because the
+# service may not write it.
 OWN_ENV = rm -f '$(1)'/venv/.installed-* && UV_COMPILE_BYTECODE=1 $(MAKE) --no-print-directory env VENV='$(1)/venv' \
 	PROJECT='--reinstall-package turbocache .'
-# $(1): what to do, $(2): the prefix.
+# $(1): the action, $(2): the prefix.
 SERVICE = ACCEL='$(ACCEL)' DESTDIR='$(DESTDIR)' GIVEN='$(GIVEN)' PREFIX='$(2)' \
 	COMMAND='$(or $(SERVICE_COMMAND),$(2)/venv/bin/turbocache)' sh deploy/service.sh $(1)
 
@@ -38,12 +38,12 @@ service-env:
 
 system-service-env:
 	@$(call SERVICE,check,$(SYSTEM_PREFIX))
-	@# The service sees no home directory, and an environment borrows the Python that it is made of.
+	@# The service can't see home directories, and the environment needs the Python that created it.
 	@case "$$('$(PYTHON)' -c 'import os, sys; print(os.path.realpath(sys.executable))')" in /home/*|/root/*) \
 	  echo "$(PYTHON) lies in a home directory, which the service can't see: name another with PYTHON=..." >&2; exit 1;; esac
 	@$(call OWN_ENV,$(DESTDIR)$(SYSTEM_PREFIX))
 
-# On Linux a container reaches what listens on 127.0.0.1 only in the host's own network.
+# On Linux a container reaches a server on 127.0.0.1 only in the host's network.
 monitoring:
 	docker compose -f deploy/compose.yaml $(if $(filter Linux,$(OS)),-f deploy/compose.linux.yaml) up --detach --wait
 	@echo "Grafana: http://127.0.0.1:3000   Prometheus: http://127.0.0.1:9090"

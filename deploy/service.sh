@@ -1,10 +1,10 @@
 #!/bin/sh
-# Puts the server's files in place as a service, starts it, and takes it away again; called by deploy/service.mk.
+# Installs, starts and uninstalls the server as a service. Called by deploy/service.mk.
 #
-# A user's own service has everything below HOME and needs no root, the same on Linux (systemd) and macOS (launchd). The
-# system's is for Linux machines that serve others.
+# The user's service is below HOME and needs no root, on Linux (systemd) and macOS (launchd). The system's service is for Linux
+# machines that serve others.
 #
-# From make: COMMAND (what to start), PREFIX (where its own copy is), ACCEL, DESTDIR, and GIVEN (settings of the command line).
+# From make: COMMAND (the command to start), PREFIX (the folder of the copy), ACCEL, DESTDIR, and GIVEN (settings of the command line).
 set -eu
 cd "$(dirname "$0")"
 
@@ -24,7 +24,7 @@ fail() {
     exit 1
 }
 
-# systemd, launchd, make and sed read these characters in ways of their own. ($1: the file of settings)
+# These characters have a meaning for systemd, launchd, make or sed. ($1: the settings file)
 check() {
     for path in "$COMMAND" "$PREFIX" "$state" "$config" "$DESTDIR"; do
         case $path in *[[:space:]\&\|\<\>\"\'\\%\$]*) fail "A service can't be installed for this path: $path" ;; esac
@@ -35,17 +35,17 @@ check() {
 fill_in() { # template, file
     sed -e "s|@COMMAND@|$COMMAND|g" -e "s|@SETTINGS@|$settings|g" -e "s|@STATE@|$state|g" -e "s|@CACHE@|$cache|g" \
         -e "s|@LOG@|$log|g" "$1" >"$2"
-    chmod 644 "$2" # launchd takes none that others can write
+    chmod 644 "$2" # launchd refuses files that others can write
 }
 
-# What somebody has edited stays as it is.
+# An existing file stays as it is.
 keep_settings() { # file
     [ -e "$1" ] && return
     mkdir -p "$(dirname "$1")"
     install -m 600 environment.example "$1"
 }
 
-drop_in() { # whether it is wanted, template, folder of units
+drop_in() { # yes or no, template, folder of units
     target=$3/turbocache.service.d/$(basename "$2")
     if [ "$1" = yes ]; then
         mkdir -p "$3/turbocache.service.d"
@@ -57,7 +57,7 @@ drop_in() { # whether it is wanted, template, folder of units
 
 is_cuda() { if [ "$ACCEL" = cuda ]; then echo yes; else echo no; fi; }
 
-remove_unit() { # folder of units; drop-ins that somebody else has written stay
+remove_unit() { # folder of units; other drop-ins stay
     rm -f "$1/turbocache.service" "$1/turbocache.service.d/10-sandbox.conf" "$1/turbocache.service.d/20-nvidia.conf"
     rmdir "$1/turbocache.service.d" 2>/dev/null || true
 }
@@ -74,7 +74,7 @@ say_where() { # how to see the log
     echo "  log        $1"
 }
 
-# --- Linux, as oneself ---
+# --- Linux, the user's service ---
 
 install_Linux() {
     user_folders
@@ -97,20 +97,20 @@ install_Linux() {
     echo "It ends when you log out; to have it from boot on: loginctl enable-linger"
 }
 
-# After several failed starts systemd would refuse one more for minutes.
+# After several failed starts systemd refuses another one for minutes.
 restart_Linux() {
     systemctl --user reset-failed turbocache.service 2>/dev/null || true
     systemctl --user restart turbocache.service
 }
 
 uninstall_Linux() {
-    # What is not there can't be stopped, and that is no error.
+    # A service that does not exist can't be stopped. That is no error.
     systemctl --user disable --now turbocache.service || true
     remove_unit "$units"
     systemctl --user daemon-reload
 }
 
-# --- macOS, as oneself ---
+# --- macOS, the user's service ---
 
 install_Darwin() {
     user_folders
@@ -126,7 +126,7 @@ restart_Darwin() {
     launchctl bootstrap "gui/$(id -u)" "$agent"
 }
 
-# bootout may come back while the server still writes its sessions, and until it is gone bootstrap is refused.
+# bootout may return while the server still writes its sessions. bootstrap is refused until the server has ended.
 stop_Darwin() {
     launchctl bootout "gui/$(id -u)/$label" 2>/dev/null || true
     seconds=0
@@ -142,7 +142,7 @@ uninstall_Darwin() {
     rm -f "$agent"
 }
 
-# --- Linux, the system's ---
+# --- Linux, the system's service ---
 
 systemctl_here() {
     if [ -z "$DESTDIR" ]; then systemctl "$@"; fi

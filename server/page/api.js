@@ -1,8 +1,8 @@
-// Requests to the server, in its own words when it refuses, with an API key where it wants one.
+// Requests to the server, with an API key where it asks for one. Errors have the server's own message.
 
 const KEY = "turbocache.key";
 
-/** The server's own refusal. */
+/** An error response of the server. */
 export class Refusal extends Error {
   constructor(message, status, code) {
     super(message);
@@ -14,13 +14,13 @@ export class Refusal extends Error {
 let askForKey = null;
 let asking = null;
 
-/** `ask(reason)` resolves to a key. It is asked once, however many requests wait for the answer. */
+/** `ask(reason)` resolves to a key. All requests that wait for a key share one question. */
 export function onKeyWanted(ask) {
   askForKey = ask;
 }
 
 async function newKey(refused, reason) {
-  if (sessionStorage.getItem(KEY) !== refused) return; // another request has got one meanwhile
+  if (sessionStorage.getItem(KEY) !== refused) return; // another request already got a new key
   asking ??= askForKey(reason).finally(() => (asking = null));
   sessionStorage.setItem(KEY, await asking);
 }
@@ -46,7 +46,7 @@ async function send(path, { method = "GET", body, headers = {}, signal } = {}) {
   }
 }
 
-/** The UTF-8 bytes of a text as the characters that a header may have. */
+/** The UTF-8 bytes of a text, each as one character, because headers allow no others. */
 const utf8 = (text) => String.fromCharCode(...new TextEncoder().encode(text));
 
 async function refusalOf(answer) {
@@ -68,8 +68,8 @@ export const remove = (id) => send(at(id), { method: "DELETE" });
 export const fork = async (id, name) => (await send(at(id, "/fork"), { method: "POST", body: { id: name } })).json();
 
 /**
- * One streamed answer of a session. `onChunk` gets each chunk of the stream; resolves, when it has ended, to whether
- * the conversation is longer than the session holds. Throws a Refusal, also for an error amid the stream.
+ * Streams one answer of a session. `onChunk` gets each chunk. Resolves at the end: true if the conversation is longer
+ * than the session holds. Throws a Refusal, also for an error within the stream.
  */
 export async function chat(session, body, signal, onChunk) {
   const answer = await send("v1/chat/completions", {
@@ -87,7 +87,7 @@ export async function chat(session, body, signal, onChunk) {
   throw new Refusal("The connection ended before the answer did.", null, null);
 }
 
-/** The data of server-sent events; comments are passed over. */
+/** The data of server-sent events, without comments. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

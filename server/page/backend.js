@@ -1,11 +1,11 @@
-// Which backend runs, why, what was passed over for it, and what it was checked with.
+// The backend that runs: the reason, the fallbacks and the checks of the probe.
 
 import { count, el, plural } from "./dom.js";
 
 export function backendPanel(backend) {
   if (!backend) return null;
   const { name, requested, reason } = backend;
-  const asked = requested === name ? "it was asked for by name" : `${requested} was asked for`;
+  const asked = requested === name ? "it was requested by name" : `the setting is ${requested}`;
   const failed = backend.checks.filter((check) => !check.passed);
   return [
     el("p", { class: "chosen" }, el("strong", {}, name), ` runs; ${asked}.`),
@@ -29,7 +29,7 @@ export function backendPanel(backend) {
 function fallbacks(found) {
   if (!found.length) return [];
   return [
-    el("h3", {}, "Passed over"),
+    el("h3", {}, "Fallbacks"),
     el(
       "ul",
       { class: "fallbacks" },

@@ -1,19 +1,19 @@
-// The conversations that this browser keeps. The server has caches and no texts, so what is not here can't be gone on
-// with.
+// The conversations that this browser stores. The server has caches and no texts, so other conversations can't be
+// continued here.
 
 const PREFIX = "turbocache.chat.";
 const SELECTED = "turbocache.selected";
 const OPTIONS = "turbocache.options";
 
-/** A name that no other session has: random, since other clients' names are not ours to know. */
+/** A random name, because the names of other clients' sessions are unknown. */
 export function newName() {
   const bytes = crypto.getRandomValues(new Uint8Array(4));
   return `chat-${Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("")}`;
 }
 
 /**
- * `messages` are { role, text }, an answer's with its `thought`, and with how it ended: `turn` has its counts, `error`
- * says why there is none, `stopped` is true where it was stopped here.
+ * `messages` are { role, text }. An answer also has `thought`, and after its end one of: `turn` (its counts), `error`
+ * (a message), `stopped` (true if the user stopped it).
  */
 export function newChat(name = newName(), messages = []) {
   return { name, messages, updated: Date.now() / 1000 };
@@ -33,14 +33,14 @@ export function load() {
       const chat = JSON.parse(localStorage.getItem(key));
       chats.set(chat.name, chat);
     } catch {
-      localStorage.removeItem(key); // not ours, or cut off
+      localStorage.removeItem(key); // not a conversation, or incomplete
     }
   }
   return chats;
 }
 
-/** Throws where the browser's space is used up. */
-export function keep(chat) {
+/** Throws when the browser's storage is full. */
+export function save(chat) {
   localStorage.setItem(PREFIX + chat.name, JSON.stringify(chat));
 }
 
@@ -59,4 +59,4 @@ export function options() {
   }
 }
 
-export const keepOptions = (values) => localStorage.setItem(OPTIONS, JSON.stringify(values));
+export const saveOptions = (values) => localStorage.setItem(OPTIONS, JSON.stringify(values));

@@ -1,30 +1,30 @@
-// The conversation in the middle: its texts, how each turn went, and the field for the next message.
+// The conversation: its messages, the result of each turn, and the field for the next message.
 
 import { titleOf } from "./chats.js";
-import { byId, count, el, say } from "./dom.js";
+import { byId, count, el, setText } from "./dom.js";
 import { turnBar, turnWords } from "./turns.js";
 
-const NEAR = 48; // pixels from the end within which a growing answer is followed
+const NEAR = 48; // pixels: the log scrolls with a growing answer if its end is closer
 
 const log = byId("log");
-let following = true; // the end is in sight and stays there
-let shown = null; // the name of the conversation whose messages `parts` are
+let following = true; // scroll with the answer
+let shown = null; // name of the conversation that `parts` show
 let parts = [];
 
-/** Draws the selected session; `again` has a failed turn tried once more. */
-export function showConversation({ chat, row, stateWords, answering, again }) {
-  say(byId("chat-title"), chat ? titleOf(chat) : row ? row.id : "");
-  say(byId("chat-state"), [chat?.name ?? row?.name, stateWords].filter(Boolean).join(" · "));
+/** Draws the selected session. `retry` repeats a failed turn. */
+export function showConversation({ chat, row, stateWords, answering, retry }) {
+  setText(byId("chat-title"), chat ? titleOf(chat) : row ? row.id : "");
+  setText(byId("chat-state"), [chat?.name ?? row?.name, stateWords].filter(Boolean).join(" · "));
   byId("composer").hidden = !chat;
   byId("fork").disabled = answering || !(chat?.messages.length || row);
   byId("delete").disabled = answering;
   byId("send").hidden = answering;
   byId("stop").hidden = !answering;
   log.setAttribute("aria-busy", answering);
-  showMessages(chat, row, answering, again);
+  showMessages(chat, row, answering, retry);
 }
 
-function showMessages(chat, row, answering, again) {
+function showMessages(chat, row, answering, retry) {
   const name = chat?.name ?? row?.id ?? null;
   const messages = chat?.messages ?? [];
   if (name !== shown) following = true;
@@ -39,7 +39,7 @@ function showMessages(chat, row, answering, again) {
   }
   if (!parts.length) log.replaceChildren();
   for (const message of messages.slice(parts.length)) {
-    parts.push(message.role === "user" ? userPart(message) : answerPart(message, again));
+    parts.push(message.role === "user" ? userPart(message) : answerPart(message, retry));
     log.append(parts.at(-1).node);
   }
   parts.forEach((part, i) => {
@@ -57,22 +57,22 @@ function follow() {
 log.addEventListener("scroll", () => {
   following = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR;
 });
-new ResizeObserver(follow).observe(log); // a phone's keyboard comes and goes
+new ResizeObserver(follow).observe(log); // a phone's keyboard changes the height
 
 const opening = () =>
   el(
     "div",
     { class: "empty" },
     el("p", {}, "Write the first message."),
-    el("p", {}, "The server keeps this conversation's cache; its texts stay in this browser."),
+    el("p", {}, "The server keeps this conversation's cache. Its texts stay in this browser."),
   );
 
 const elsewhere = () =>
   el(
     "div",
     { class: "empty" },
-    el("p", {}, "Another client holds this conversation."),
-    el("p", {}, "The server has its cache and none of its texts, so it can't be gone on with here."),
+    el("p", {}, "This conversation belongs to another client."),
+    el("p", {}, "The server has its cache but not its texts, so it can't be continued here."),
   );
 
 function userPart(message) {
@@ -80,7 +80,7 @@ function userPart(message) {
   return { message, node, update() {} };
 }
 
-function answerPart(message, again) {
+function answerPart(message, retry) {
   const thought = el("p", { class: "text" });
   const thinking = el("details", { class: "thought", hidden: true }, el("summary", {}, "Thoughts"), thought);
   const text = el("p", { class: "text" });
@@ -91,30 +91,30 @@ function answerPart(message, again) {
     node,
     update({ running, last, rotatedBefore }) {
       thinking.hidden = !message.thought;
-      say(thought, message.thought);
-      say(text, message.text);
+      setText(thought, message.thought);
+      setText(text, message.text);
       node.classList.toggle("running", running);
       const key = `${running} ${last}`;
       if (end.key === key) return;
       end.key = key;
-      end.replaceChildren(...(running ? [] : ending(message, last, rotatedBefore, again)));
+      end.replaceChildren(...(running ? [] : ending(message, last, rotatedBefore, retry)));
     },
   };
 }
 
-/** How a turn ended. */
-function ending({ turn, error, stopped }, last, rotatedBefore, again) {
+/** The result of a turn. */
+function ending({ turn, error, stopped }, last, rotatedBefore, retry) {
   const found = [];
   if (error) {
     found.push(el("p", { class: "error", role: "alert" }, error));
-    if (last) found.push(el("button", { type: "button", class: "quiet", onclick: again }, "Try again"));
+    if (last) found.push(el("button", { type: "button", class: "quiet", onclick: retry }, "Try again"));
   }
-  if (stopped) found.push(el("p", { class: "hint" }, "Stopped. What was computed by then stays in the session."));
+  if (stopped) found.push(el("p", { class: "hint" }, "Stopped. The session keeps what was computed."));
   if (!turn) return found;
   const hint = (text) => found.push(el("p", { class: "hint" }, text));
   if (turn.finish === "length") hint(`Cut off after ${count(turn.generated)} tokens.`);
   if (turn.rotated && !rotatedBefore) {
-    hint("The conversation is longer than its session holds: its oldest tokens have rotated out.");
+    hint("The conversation is longer than its session: its oldest tokens have rotated out.");
   }
   found.push(el("div", { class: "turn" }, turnBar(turn, turn.prompt), el("span", {}, turnWords(turn))));
   return found;

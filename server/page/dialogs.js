@@ -1,8 +1,8 @@
-// Two questions: for an API key, and whether a session is really to go.
+// Two dialogs: the API key, and the confirmation to delete a session.
 
 import { byId } from "./dom.js";
 
-/** An API key, once there is one: without it the page has nothing to show, so the question can't be dismissed. */
+/** Resolves to an API key. The dialog can't be dismissed, because the page shows nothing without a key. */
 export function wantKey(reason) {
   const dialog = byId("key-dialog");
   const field = byId("key");
@@ -27,8 +27,8 @@ export function wantKey(reason) {
 export function wantsDeleted(title, row) {
   const dialog = byId("delete-dialog");
   byId("delete-what").textContent = row
-    ? `“${title}”: its cache goes from the server, and its texts from this browser.`
-    : `“${title}”: its texts go from this browser.`;
+    ? `“${title}”: deletes its cache from the server and its texts from this browser.`
+    : `“${title}”: deletes its texts from this browser.`;
   dialog.returnValue = "keep";
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "delete"), { once: true });

@@ -1,4 +1,4 @@
-// Elements, and numbers as people read them. Text becomes text nodes, never markup.
+// Elements and formatted numbers. Text becomes text nodes, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -22,12 +22,12 @@ export function svg(tag, attributes = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
-/** Changes a text only if it is another one, so that nothing is read aloud twice. */
-export function say(node, text) {
+/** Changes a text only if it differs, so that screen readers read nothing twice. */
+export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** Calls `draw` and puts what it returns into `root`, but only when `value` is not what it was the last time. */
+/** Puts the result of `draw` into `root` if `value` has changed since the last call. */
 export function redraw(root, value, draw) {
   const key = JSON.stringify(value) ?? "";
   if (root.drawn === key) return;

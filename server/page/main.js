@@ -1,22 +1,22 @@
-// What the page knows, what its buttons do, and when it asks the server.
+// The page's state, the actions of its buttons, and when it polls the server.
 
 import * as api from "./api.js";
 import { backendPanel } from "./backend.js";
 import * as chats from "./chats.js";
 import { showConversation } from "./conversation.js";
 import { wantKey, wantsDeleted } from "./dialogs.js";
-import { byId, bytes, count, percent, redraw, say } from "./dom.js";
+import { byId, bytes, count, percent, redraw, setText } from "./dom.js";
 import { memoryPanel } from "./memory.js";
 import { ringPanel } from "./ring.js";
 import { entries, showSessions, stateWords } from "./sessions.js";
-import { answer } from "./talk.js";
+import { answer } from "./answer.js";
 import { turnsPanel } from "./turns.js";
 
-const BUSY = 1000; // milliseconds between two looks while something is answered, by whichever client
+const BUSY = 1000; // milliseconds between two polls while any client's request runs
 const IDLE = 3000;
-const AWAY = 5000; // while the server can't be reached
+const OFFLINE = 5000; // while the server can't be reached
 
-const known = {
+const state = {
   chats: chats.load(),
   rows: new Map(),
   status: null,
@@ -24,14 +24,14 @@ const known = {
   model: null,
   limit: 1,
   selected: chats.selected(),
-  answering: new Map(), // by session, what ends its answer
-  trouble: { connection: null, done: null },
+  answering: new Map(), // session -> AbortController of its answer
+  errors: { connection: null, action: null },
 };
 
 const message = byId("message");
 const field = { temperature: byId("temperature"), max_tokens: byId("most-tokens") };
 
-// Seeing.
+// Drawing.
 
 let due = false;
 
@@ -45,72 +45,72 @@ function render() {
 }
 
 function draw() {
-  const { selected, limit, status } = known;
-  const chat = known.chats.get(selected);
-  const row = known.rows.get(selected);
-  const answering = known.answering.has(selected);
-  showSessions(entries(known.chats, known.rows), selected, limit, select);
-  showConversation({ chat, row, stateWords: stateWords(row, chat), answering, again });
-  say(byId("whose"), chat ? chats.titleOf(chat) : (row?.id ?? ""));
+  const { selected, limit, status } = state;
+  const chat = state.chats.get(selected);
+  const row = state.rows.get(selected);
+  const answering = state.answering.has(selected);
+  showSessions(entries(state.chats, state.rows), selected, limit, select);
+  showConversation({ chat, row, stateWords: stateWords(row, chat), answering, retry });
+  setText(byId("whose"), chat ? chats.titleOf(chat) : (row?.id ?? ""));
   redraw(byId("ring"), [row?.ring, row?.state, limit], () => ringPanel(row, limit));
   redraw(byId("turns"), [selected, chat?.messages.map(({ turn }) => turn)], () => turnsPanel(chat));
   redraw(byId("memory"), [status?.memory, status?.pages, row?.bytes, !row], () => memoryPanel({ status, row }));
-  redraw(byId("backend"), known.backend, () => backendPanel(known.backend));
-  say(byId("model"), known.model ?? "");
+  redraw(byId("backend"), state.backend, () => backendPanel(state.backend));
+  setText(byId("model"), state.model ?? "");
   if (status) {
     const { memory, requests } = status;
     const waiting = requests.waiting ? `, ${count(requests.waiting)} waiting` : "";
     const share = `${percent(memory.pressure_ratio)} of ${bytes(memory.budget_bytes)}`;
-    say(byId("load"), `${count(requests.running)} running${waiting} · ${share}`);
+    setText(byId("load"), `${count(requests.running)} running${waiting} · ${share}`);
   }
 }
 
-/** Says what is wrong: with the `connection`, until it is found again, or with what was `done` last. */
-function notice(about, words) {
-  known.trouble[about] = words;
-  const said = known.trouble.connection ?? known.trouble.done;
-  byId("notice").hidden = !said;
-  say(byId("notice"), said ?? "");
+/** Shows an error of the `connection`, until it works again, or of the last `action`. */
+function notice(about, text) {
+  state.errors[about] = text;
+  const error = state.errors.connection ?? state.errors.action;
+  byId("notice").hidden = !error;
+  setText(byId("notice"), error ?? "");
 }
 
-const wordsOf = (error) => (error instanceof api.Refusal ? error.message : "The server can't be reached.");
+const messageOf = (error) => (error instanceof api.Refusal ? error.message : "The server can't be reached.");
 
-// Asking.
+// Polling.
 
 let timer = 0;
-let looking = false;
+let polling = false;
 
-async function look() {
-  if (looking || document.visibilityState === "hidden") return;
-  looking = true;
+async function poll() {
+  if (polling || document.visibilityState === "hidden") return;
+  polling = true;
   clearTimeout(timer);
-  let wait = AWAY;
+  let wait = OFFLINE;
   try {
-    if (!known.backend) await meet();
+    if (!state.backend) await connect();
     const [rows, status] = await Promise.all([api.sessions(), api.status()]);
-    known.rows = new Map(rows.map((row) => [row.id, row]));
-    known.status = status;
+    state.rows = new Map(rows.map((row) => [row.id, row]));
+    state.status = status;
     notice("connection", null);
-    wait = status.requests.running || status.requests.waiting || known.answering.size ? BUSY : IDLE;
+    wait = status.requests.running || status.requests.waiting || state.answering.size ? BUSY : IDLE;
   } catch (error) {
-    known.backend = null; // it may be another one that comes back
-    notice("connection", wordsOf(error));
+    state.backend = null; // it may be a different server when it comes back
+    notice("connection", messageOf(error));
   }
-  looking = false;
-  timer = setTimeout(look, wait);
+  polling = false;
+  timer = setTimeout(poll, wait);
   render();
 }
 
-async function meet() {
+async function connect() {
   const [[model], backend] = await Promise.all([api.models(), api.backend()]);
-  known.model = model.id;
-  known.limit = model.max_model_len;
-  known.backend = backend;
+  state.model = model.id;
+  state.limit = model.max_model_len;
+  state.backend = backend;
 }
 
-// Doing.
+// Actions.
 
-function view(name) {
+function showView(name) {
   document.body.dataset.view = name;
   for (const button of document.querySelectorAll(".views button")) {
     if (button.dataset.to === name) button.setAttribute("aria-current", "true");
@@ -119,26 +119,26 @@ function view(name) {
 }
 
 function select(id) {
-  notice("done", null);
-  known.selected = id;
+  notice("action", null);
+  state.selected = id;
   chats.select(id);
-  view("chat");
+  showView("chat");
   render();
 }
 
-function begin(chat) {
-  known.chats.set(chat.name, chat);
+function open(chat) {
+  state.chats.set(chat.name, chat);
   select(chat.name);
   draw();
   message.focus();
 }
 
-function keep(chat) {
+function save(chat) {
   try {
-    chats.keep(chat);
+    chats.save(chat);
   } catch {
-    const words = "This browser has no more space for conversations: delete some, or this one goes with the page.";
-    notice("done", words);
+    const words = "This browser has no more space for conversations. Delete some, or this one is lost when the page closes.";
+    notice("action", words);
   }
 }
 
@@ -150,83 +150,83 @@ function options() {
 
 async function run(chat) {
   const stop = new AbortController();
-  known.answering.set(chat.name, stop);
-  keep(chat);
-  setTimeout(look, BUSY / 4); // by then its session runs
-  await answer(chat, known.model ?? "default", options(), stop.signal, render);
-  known.answering.delete(chat.name);
-  if (known.chats.has(chat.name)) keep(chat);
+  state.answering.set(chat.name, stop);
+  save(chat);
+  setTimeout(poll, BUSY / 4); // its session runs by then
+  await answer(chat, state.model ?? "default", options(), stop.signal, render);
+  state.answering.delete(chat.name);
+  if (state.chats.has(chat.name)) save(chat);
   if (document.activeElement === byId("stop")) message.focus();
   draw();
-  look();
+  poll();
 }
 
 function send() {
-  const chat = known.chats.get(known.selected);
+  const chat = state.chats.get(state.selected);
   const text = message.value.trim();
-  if (!text || !chat || known.answering.has(chat.name)) return;
+  if (!text || !chat || state.answering.has(chat.name)) return;
   chat.messages.push({ role: "user", text });
   message.value = "";
   run(chat);
 }
 
-function again() {
-  const chat = known.chats.get(known.selected);
+function retry() {
+  const chat = state.chats.get(state.selected);
   if (chat.messages.at(-1).role === "assistant") chat.messages.pop();
   message.focus();
   run(chat);
 }
 
 async function fork() {
-  const { chat, row } = { chat: known.chats.get(known.selected), row: known.rows.get(known.selected) };
+  const { chat, row } = { chat: state.chats.get(state.selected), row: state.rows.get(state.selected) };
   const name = chats.newName();
   try {
     if (row) await api.fork(row.id, name);
   } catch (error) {
-    notice("done", wordsOf(error));
+    notice("action", messageOf(error));
     return;
   }
-  look();
+  poll();
   if (!chat) {
     select(name);
     return;
   }
   const copy = chats.newChat(name, structuredClone(chat.messages));
-  keep(copy);
-  begin(copy);
+  save(copy);
+  open(copy);
 }
 
 async function remove() {
-  const { selected } = known;
-  const [chat, row] = [known.chats.get(selected), known.rows.get(selected)];
+  const { selected } = state;
+  const [chat, row] = [state.chats.get(selected), state.rows.get(selected)];
   if ((row || chat?.messages.length) && !(await wantsDeleted(chat ? chats.titleOf(chat) : selected, row))) return;
   try {
     if (row) await api.remove(selected);
   } catch (error) {
     if (error.code !== "session_not_found") {
-      notice("done", wordsOf(error));
+      notice("action", messageOf(error));
       return;
     }
   }
   chats.forget(selected);
-  known.chats.delete(selected);
-  known.rows.delete(selected);
-  const next = entries(known.chats, known.rows).find(({ chat }) => chat);
-  if (next) begin(next.chat);
-  else begin(chats.newChat());
-  look();
+  state.chats.delete(selected);
+  state.rows.delete(selected);
+  const next = entries(state.chats, state.rows).find(({ chat }) => chat);
+  if (next) open(next.chat);
+  else open(chats.newChat());
+  poll();
 }
 
-// Wiring.
+// Event listeners.
 
 api.onKeyWanted(wantKey);
 byId("new").addEventListener("click", () => {
-  const empty = [...known.chats.values()].find((chat) => !chat.messages.length && !known.rows.has(chat.name));
-  begin(empty ?? chats.newChat());
+  const empty = [...state.chats.values()].find((chat) => !chat.messages.length && !state.rows.has(chat.name));
+  open(empty ?? chats.newChat());
 });
 byId("fork").addEventListener("click", fork);
 byId("delete").addEventListener("click", remove);
-byId("stop").addEventListener("click", () => known.answering.get(known.selected)?.abort());
+byId("stop").addEventListener("click", () => state.answering.get(state.selected)?.abort());
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   send();
@@ -236,24 +236,24 @@ message.addEventListener("keydown", (event) => {
     event.preventDefault();
     send();
   }
-  if (event.key === "Escape") known.answering.get(known.selected)?.abort();
+  if (event.key === "Escape") state.answering.get(state.selected)?.abort();
 });
 for (const button of document.querySelectorAll(".views button")) {
-  button.addEventListener("click", () => view(button.dataset.to));
+  button.addEventListener("click", () => showView(button.dataset.to));
 }
 for (const [name, input] of Object.entries(field)) {
   input.value = chats.options()[name] ?? "";
-  input.addEventListener("change", () => chats.keepOptions(options()));
+  input.addEventListener("change", () => chats.saveOptions(options()));
 }
 matchMedia("(min-width: 760px)").addEventListener("change", ({ matches }) => {
-  if (matches && document.body.dataset.view === "sessions") view("chat"); // the list has a place of its own there
+  if (matches && document.body.dataset.view === "sessions") showView("chat"); // a wide page always shows the list
 });
-document.addEventListener("visibilitychange", look);
-for (const change of ["online", "offline"]) addEventListener(change, look);
+document.addEventListener("visibilitychange", poll);
+for (const change of ["online", "offline"]) addEventListener(change, poll);
 addEventListener("pagehide", () => {
-  for (const name of known.answering.keys()) keep(known.chats.get(name));
+  for (const name of state.answering.keys()) save(state.chats.get(name));
 });
 
-if (!known.chats.has(known.selected)) begin(chats.newChat());
+if (!state.chats.has(state.selected)) open(chats.newChat());
 draw();
-look();
+poll();

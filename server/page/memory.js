@@ -1,4 +1,4 @@
-// The budget for all caches and what has a claim on it, and the selected session's part by kind.
+// The budget for all caches, its use, and the bytes of the selected session by kind.
 
 import { bytes, count, el, percent } from "./dom.js";
 
@@ -15,8 +15,8 @@ export function memoryPanel({ status, row }) {
   const { memory, pages } = status;
   const claims = [
     ["resting", "At rest", memory.resting_bytes],
-    ["running", "Promised to what runs", memory.running_bytes],
-    ["waiting", "Promised to what waits", memory.waiting_bytes],
+    ["running", "Promised to running requests", memory.running_bytes],
+    ["waiting", "Promised to waiting requests", memory.waiting_bytes],
   ];
   const used = memory.resting_bytes + memory.running_bytes;
   const free = Math.max(0, memory.budget_bytes - used - memory.waiting_bytes);
@@ -54,7 +54,7 @@ function meter(claims, free, { pressure_ratio: pressure }) {
 
 function ofSession(row) {
   if (!row) return [];
-  if (!row.bytes) return [el("p", { class: "hint" }, "This session's part is told apart when it rests in memory.")];
+  if (!row.bytes) return [el("p", { class: "hint" }, "This session's bytes are shown when it is idle in memory.")];
   const kinds = KINDS.filter(([kind]) => row.bytes[kind]);
   const sum = kinds.reduce((total, [kind]) => total + row.bytes[kind], 0);
   return [

@@ -1,17 +1,17 @@
-// Where the parts of a session's ring lie on a circle, in turns (0 to 1, clockwise from the top).
+// The positions of a ring's parts on a circle, in turns (0 to 1, clockwise from the top).
 
-// Of a circle: 64 or 192 among 100,000 tokens would not be seen.
+// Smallest parts of a circle: 64 or 192 of 100,000 tokens would be invisible.
 const LEAST_SINK = 0.022;
 const LEAST_WINDOW = 0.012;
 const MOST_SEGMENTS = 96;
 
 /**
- * `ring` as GET /v1/sessions has it. `limit` is how many tokens the model can take at all, where nothing rotates.
+ * `ring` is from GET /v1/sessions. `limit` is the model's maximum number of tokens, used where sessions never rotate.
  *
- * The sink comes first. The rest of the circle is as many tokens as a session holds behind its sink, and the token at
- * position p lies at (p - sink) modulo that, so the newest token moves round and round. What is out of sight is not
- * drawn, though its page may still be held. Returns `arcs`, { kind, from, to, age } with an age of 0 (oldest) to 1 for
- * pages, and `point`, where the oldest tokens lie that go next: the rotation point.
+ * The sink comes first. The rest of the circle stands for the tokens that a session holds behind its sink. The token at
+ * position p is at (p - sink) modulo that number, so the newest token moves round and round. Tokens that no query sees
+ * are not drawn, even if their page is still held. Returns `arcs`, { kind, from, to, age } where pages have an age from
+ * 0 (oldest) to 1, and `point`, the rotation point: the oldest tokens, which are dropped next.
  */
 export function shapeOf(ring, limit, mostSegments = MOST_SEGMENTS) {
   const size = Math.max(ring.max_size ?? limit, ring.sink_tokens + 1);

@@ -1,9 +1,9 @@
-// A session's ring, drawn, and the same in words and numbers.
+// A session's ring as a drawing and in words and numbers.
 
 import { count, el, plural, svg } from "./dom.js";
 import { shapeOf } from "./ring-shape.js";
 
-const GAP = 0.0035; // of a circle, between two parts
+const GAP = 0.0035; // part of a circle, between two arcs
 
 const at = (turn, radius) => {
   const angle = (turn - 0.25) * 2 * Math.PI;
@@ -19,7 +19,7 @@ function arc({ kind, from, to, age }, radius, width) {
   return path;
 }
 
-/** The parts of a ring around the middle; with `marker` the rotation point as well. */
+/** The parts of a ring around the centre. `marker` adds the rotation point. */
 function drawing(shape, { radius, width, marker }) {
   const parts = [svg("circle", { class: "track", r: radius, "stroke-width": width })];
   parts.push(...shape.arcs.map((part) => arc(part, radius, width)));
@@ -32,7 +32,7 @@ function drawing(shape, { radius, width, marker }) {
   return parts;
 }
 
-/** For lists: nothing but the ring, which the text beside it stands for. */
+/** For lists: only the ring. The text beside it says the same. */
 export function smallRing(ring, limit) {
   const options = { class: "ring small", viewBox: "-50 -50 100 100", "aria-hidden": "true", focusable: "false" };
   if (!ring) return svg("svg", options, svg("circle", { class: "track", r: 38, "stroke-width": 18 }));
@@ -58,11 +58,11 @@ export function ringPanel(row, limit) {
 }
 
 function withoutRing(row) {
-  if (!row) return "There is nothing on the server yet: a session begins with its first turn.";
+  if (!row) return "The server has no session yet. It begins with the first turn.";
   const { state } = row;
-  if (state === "spilled") return "This session is on disk. Its next turn brings its ring back.";
+  if (state === "spilled") return "This session is on disk. Its next turn restores it.";
   if (state === "running") return "This session waits for its first tokens.";
-  return "This session has no ring: nothing of this model's cache is compressed, or nothing is held.";
+  return "This session has no ring: this model's cache is not compressed, or the session is empty.";
 }
 
 function words({ ring }, held, size) {
@@ -79,12 +79,12 @@ function words({ ring }, held, size) {
 function legend({ ring }, shape, size) {
   const gone = ring.first_page * ring.page_tokens;
   const left = ring.max_size === null ? null : ring.max_size - ring.offset;
-  const full = left > 0 ? `reached in ${plural(left, "token")}` : "the oldest tokens make room for new ones here";
-  const rotation = left === null ? "none: the model's own limit comes first" : full;
+  const full = left > 0 ? `reached in ${plural(left, "token")}` : "new tokens replace the oldest ones here";
+  const rotation = left === null ? "none: the model's limit comes first" : full;
   const grouped = shape.perSegment > 1 ? ` (a segment is ${shape.perSegment})` : "";
   const pages = `${count(ring.pages)} of ${ring.page_tokens} tokens, compressed, the newer the stronger${grouped}`;
   const entries = [
-    ["sink", "Sink", `${plural(ring.sink_tokens, "token")}, raw, kept for ever`],
+    ["sink", "Sink", `${plural(ring.sink_tokens, "token")}, raw, never rotated out`],
     ["page", "Pages", ring.pages ? pages : "none yet"],
     ["window", "Window", `${plural(ring.window_tokens, "token")}, raw, the newest`],
     ["point", "Rotation point", rotation],

@@ -1,17 +1,17 @@
-// The list of sessions: those of the server, and conversations of this browser that it does not hold (any more).
+// The list of sessions: the server's, and this browser's conversations that the server does not hold.
 
 import { titleOf } from "./chats.js";
-import { byId, count, el, redraw, say } from "./dom.js";
+import { byId, count, el, redraw, setText } from "./dom.js";
 import { smallRing } from "./ring.js";
 
 const STATES = { running: "answering", resident: "in memory", spilled: "on disk" };
 
 export function stateWords(row, chat) {
   if (row) return STATES[row.state];
-  return chat?.messages.length ? "not on the server, its next turn is computed anew" : "not begun";
+  return chat?.messages.length ? "not on the server, its next turn computes everything" : "no messages yet";
 }
 
-/** Everything that can be selected, the latest first. */
+/** All entries, the latest first. */
 export function entries(chats, rows) {
   const found = [...rows.values()].map((row) => ({ id: row.id, row, chat: chats.get(row.id) }));
   for (const chat of chats.values()) if (!rows.has(chat.name)) found.push({ id: chat.name, chat });
@@ -22,7 +22,7 @@ export function entries(chats, rows) {
 const list = byId("session-list");
 const items = new Map();
 
-/** Draws the list. Entries keep their elements, so that the focus stays where it is. */
+/** Draws the list. Entries keep their elements, so that the focus stays in place. */
 export function showSessions(found, selected, limit, select) {
   for (const [id, item] of items) {
     if (found.some((entry) => entry.id === id)) continue;
@@ -33,7 +33,7 @@ export function showSessions(found, selected, limit, select) {
     const item = items.get(entry.id) ?? newItem(entry.id, select);
     items.set(entry.id, item);
     update(item, entry, entry.id === selected, limit);
-    // Moved by those in front of it, never itself while it has the focus: moving would take it away.
+    // The focused entry is never moved, because it would lose the focus: others are inserted before it.
     if (list.children[i] !== item.node) list.insertBefore(item.node, list.children[i] ?? null);
   });
 }
@@ -50,9 +50,9 @@ function update({ button, ring, title, about }, { id, row, chat }, isSelected, l
   if (isSelected) button.setAttribute("aria-current", "true");
   else button.removeAttribute("aria-current");
   button.dataset.state = row?.state ?? "none";
-  say(title, chat ? titleOf(chat) : id);
+  setText(title, chat ? titleOf(chat) : id);
   const tokens = row && `${count(row.tokens_held)} tokens`;
   const whose = row && !chat && "another client's";
-  say(about, [tokens, whose, stateWords(row, chat)].filter(Boolean).join(" · "));
+  setText(about, [tokens, whose, stateWords(row, chat)].filter(Boolean).join(" · "));
   redraw(ring, [row?.ring, limit], () => smallRing(row?.ring, limit));
 }

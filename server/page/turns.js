@@ -1,11 +1,11 @@
-// Each turn's prompt as a bar: tokens that the cache had, and tokens that were computed (again).
+// Each turn's prompt as a bar of cached and computed tokens.
 
 import { count, el, percent } from "./dom.js";
 
 export const turnWords = ({ prompt, cached, generated }) =>
   `${count(cached)} cached, ${count(prompt - cached)} computed, ${count(generated)} generated`;
 
-/** A bar as long as the prompt's share of `most` tokens. What it shows stands beside it in words. */
+/** A bar for the prompt's share of `most` tokens. The text beside it says the same. */
 export function turnBar({ prompt, cached }, most) {
   const parts = [
     ["cached", cached],
@@ -19,10 +19,10 @@ export function turnBar({ prompt, cached }, most) {
   return el("span", { class: "bar-of-tokens", "aria-hidden": "true" }, ...parts);
 }
 
-/** All turns of a conversation that have been counted. */
+/** All turns of a conversation that have counts. */
 export function turnsPanel(chat) {
   const turns = (chat?.messages ?? []).map(({ turn }) => turn).filter(Boolean);
-  if (!turns.length) return el("p", { class: "hint" }, "No turn of this session was counted in this browser.");
+  if (!turns.length) return el("p", { class: "hint" }, "This browser has no counts of this session.");
   const most = Math.max(...turns.map(({ prompt }) => prompt));
   const prompts = turns.reduce((sum, { prompt }) => sum + prompt, 0);
   const cached = turns.reduce((sum, turn) => sum + turn.cached, 0);

@@ -31,7 +31,7 @@ def test_a_key_is_asked_for_and_the_fallback_is_shown_with_its_reason(chrome: Br
         [fallback] = [one for one in told["fallbacks"] if one["from"] == "cuda"]
         assert (fallback["to"], fallback["code"]) == ("packed", "does_not_compile")
         shown = page.locator("#backend")
-        expect(shown).to_contain_text("packed runs; auto was asked for.")
+        expect(shown).to_contain_text("packed runs; the setting is auto.")
         expect(shown.locator(".reason")).to_have_text(told["reason"])
         entry = shown.locator(".fallbacks li").filter(has_text="cuda → packed")
         expect(entry.locator("code")).to_have_text("does_not_compile")

@@ -54,7 +54,7 @@ def test_a_chat_is_held_by_keyboard_and_the_ring_moves(server: Server, visits: V
         _, computed, generated = counts(page.locator(".answer .turn").inner_text())
         assert computed + generated == row["tokens_seen"]
         assert visit.part("seen") == f"{row['tokens_seen']} tokens"
-        assert visit.part("sink") == "64 tokens, raw, kept for ever"
+        assert visit.part("sink") == "64 tokens, raw, never rotated out"
         assert visit.part("gone") == "0 pages, 0 tokens"
         assert visit.part("point") == f"reached in {192 - int(str(row['tokens_seen']))} tokens"
         before = page.locator("#ring path.point").get_attribute("d")
@@ -160,7 +160,7 @@ def test_other_clients_sessions_are_shown_and_every_text_stays_text(server: Serv
         expect(page.locator(".user .text")).to_have_text(f"Repeat after me: {markup}")
         page.get_by_role("button", name=markup).press("Enter")
         expect(page.locator("#chat-title")).to_have_text(markup)
-        expect(page.locator("#log")).to_contain_text("it can't be gone on with here")
+        expect(page.locator("#log")).to_contain_text("it can't be continued here")
         expect(page.locator("#composer")).to_be_hidden()
         expect(page.get_by_role("img", name=re.compile("^Ring: "))).to_be_visible()
         assert visit.part("seen") == f"{server.sessions()[markup]['tokens_seen']} tokens"

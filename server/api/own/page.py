@@ -1,4 +1,4 @@
-"""The page at /: what a person looks at. Its files need no API key; what it shows of the server does."""
+"""The page at /. Its files need no API key, but the addresses that it asks do."""
 
 import functools
 import hashlib
@@ -15,13 +15,13 @@ _FOLDER = Path(__file__).parents[2] / "page"
 _INDEX = "index.html"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {
-    # Nothing from elsewhere, nothing inline, nobody around it: texts of models and users can't become anything else.
+    # Nothing from other origins, nothing inline, no frame around it: texts of models and users stay text.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    # Asked for again each time, so that a new version of the server never meets an old page.
+    # Browsers revalidate each time, so that a new version of the server never meets an old page.
     "Cache-Control": "no-cache",
 }
 
@@ -35,13 +35,13 @@ class _File:
 
 @functools.cache
 def _files() -> dict[str, _File]:
-    """The page's files by name. Only these are served, whatever an address says."""
-    found = {}
-    for path in sorted(_FOLDER.iterdir()):
+    """The page's files by name, without their folder. No other file is served, whatever the address."""
+    files = {}
+    for path in sorted(path for path in _FOLDER.rglob("*") if path.is_file()):
         content = path.read_bytes()
         digest = hashlib.blake2s(content, digest_size=16).hexdigest()
-        found[path.name] = _File(content, _TYPES[path.suffix], f'"{digest}"')
-    return found
+        files[path.name] = _File(content, _TYPES[path.suffix], f'"{digest}"')
+    return files
 
 
 @router.api_route("/", methods=["GET", "HEAD"])

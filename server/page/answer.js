@@ -1,14 +1,14 @@
-// One turn of a conversation: what is sent, and what becomes of the answer.
+// One turn of a conversation: the request and its answer.
 
 import * as api from "./api.js";
 
-/** What the server is to read: every text, but no thoughts, and nothing of answers that never came. */
+/** The messages to send: all texts, without thoughts and without empty answers. */
 const sent = (chat) =>
   chat.messages.filter(({ text }) => text).map(({ role, text }) => ({ role, content: text }));
 
 /**
- * Has the model answer the last message of `chat`; `changed` is called whenever there is more to see. The answer is the
- * last message at once, and gets its text, then a `turn`, an `error` or `stopped`. Never throws.
+ * Requests an answer to the last message of `chat` and calls `changed` at each change. The answer becomes the last
+ * message at once. It gets its text and then a `turn`, an `error` or `stopped`. Never throws.
  */
 export async function answer(chat, model, options, signal, changed) {
   const messages = sent(chat);
