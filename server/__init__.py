@@ -1,1 +1,1 @@
-"""HTTP and time: the wire, the engine thread, sessions and admission."""
+"""The server: HTTP, the engine's thread, sessions and metrics."""

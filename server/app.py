@@ -1,8 +1,8 @@
 """The application: `uvicorn server.app:app`. Importing this module loads no model and no MLX."""
 
 try:
-    import turbocache  # isort: skip  # first: it puts the fast BLAS in front of MLX, which must not be loaded before
-except ValueError as error:  # a bad TURBOCACHE_BLAS, whose sentence is all that a person needs
+    import turbocache  # isort: skip  # first: it loads the fast BLAS, which must come before MLX
+except ValueError as error:  # a bad TURBOCACHE_BLAS: show only the message
     raise SystemExit(str(error)) from None
 
 import asyncio
@@ -39,15 +39,15 @@ class RunnableEngine(Engine, Protocol):
     """An engine whose thread the application starts and stops."""
 
     def start(self) -> None:
-        """Starts the thread; returns when requests may be submitted. Raises StartupError."""
+        """Start the thread. Returns when requests may be submitted. Raises StartupError."""
         ...
 
     def when_asked_to_stop(self, ask: Callable[[], None]) -> None:
-        """What to call, from any thread, when somebody asks for a stop by another way than this process's signals."""
+        """Set what the engine calls, from any thread, when something other than a signal asks for a stop."""
         ...
 
     def stop(self) -> None:
-        """Ends the thread and waits for it; requests that still run get a terminal event."""
+        """End the thread and wait for it. Running requests get a terminal event."""
         ...
 
 
@@ -55,9 +55,9 @@ EngineFactory = Callable[[Settings, Metrics], RunnableEngine]
 
 
 def create_app(engine_factory: EngineFactory | None = None, settings: Settings | None = None) -> FastAPI:
-    """The app. Without arguments it reads its settings and builds the real engine when the server starts.
+    """The app. Without arguments it reads the settings and builds the real engine when the server starts.
 
-    A StartupError (from settings, factory or engine) ends the start with its sentences and no traceback.
+    A StartupError of the settings, the factory or the engine ends the start with its message and no traceback.
     """
     metrics = Metrics()
     requests = OpenRequests(metrics)
@@ -74,13 +74,13 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
             app.state.responses = responses
             requests.deadline = chosen.deadline
             try:
-                async with _beside(watch_loop(metrics), warn_when_exposed(chosen)):
+                async with _background(watch_loop(metrics), warn_when_exposed(chosen)):
                     stopping = Stopping(requests, chosen.stop_grace, engine.stop)
                     engine.when_asked_to_stop(stopping.ask)
                     with stopping.listening():
                         yield
             finally:
-                # In a thread: sessions may take a while to disk, and last words are still on their way to clients.
+                # In a thread: writing sessions takes time, and clients still receive their final events.
                 await asyncio.to_thread(engine.stop)
 
     @asynccontextmanager
@@ -109,24 +109,24 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
 def _build_engine(settings: Settings, metrics: Metrics) -> RunnableEngine:
     if (rank := launched_rank()) > 0:
         raise StartupError(
-            f"This process is rank {rank} of a group, in which rank 0 alone serves HTTP: start groups with "
-            "`turbocache serve`, which does on every rank what that rank has to do."
+            f"This process is rank {rank} of a group, and only rank 0 serves HTTP. Start groups with "
+            "`turbocache serve`, which starts every rank."
         )
-    # Here and not above: it loads MLX.
+    # Not at the top: it loads MLX.
     from server.engine import build_engine
 
     return build_engine(settings, metrics)
 
 
 @asynccontextmanager
-async def _beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Runs coroutines beside a block, and cancels them behind it. One that fails is logged, and the block goes on."""
+async def _background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run coroutines during a block and cancel them after it. A failure is logged and does not end the block."""
 
     async def logged(one: Coroutine[Any, Any, None]) -> None:
         try:
             await one
         except Exception:
-            logger.exception("what runs beside the requests has failed")
+            logger.exception("a background task has failed")
 
     tasks = [asyncio.create_task(logged(one)) for one in work]
     try:
@@ -138,7 +138,7 @@ async def _beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 class _PlainStartupErrors:
-    """ASGI middleware: the web server prints a StartupError's own sentences instead of a traceback."""
+    """ASGI middleware: the web server prints a StartupError's message instead of a traceback."""
 
     def __init__(self, app: ASGIApp, state: object) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""The `turbocache` command: start the server, show what this machine can run, measure quality, memory, speed."""
+"""The `turbocache` command: start the server, test the backends, measure quality, memory and speed."""
 
 import argparse
 import json
@@ -14,18 +14,18 @@ from turbocache.evaluation import command as evaluation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (2 for bad usage, 1 when what was asked for does not work)."""
+    """Run the command line. Returns the exit status: 2 for bad usage, 1 if the command fails."""
     parser = argparse.ArgumentParser(prog="turbocache", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     serve = commands.add_parser(
-        "serve", help="start the server, or under mlx.launch a rank of it (settings: TURBOCACHE_* variables or .env)"
+        "serve", help="start the server, or one rank of it under mlx.launch (settings: TURBOCACHE_* variables or .env)"
     )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
     serve.set_defaults(run=_serve)
 
-    probe = commands.add_parser("probe", help="test the backends on this machine and say which one is chosen, and why")
+    probe = commands.add_parser("probe", help="test the backends on this machine and show which one is chosen and why")
     default = "default: TURBOCACHE_%s of the environment, else %s"
     probe.add_argument(
         "--model",
@@ -66,20 +66,19 @@ def _serve(options: argparse.Namespace) -> int:
 
     keep_alive()
     if launched_rank() > 0:
-        # Here and not above: it loads MLX.
+        # Not at the top: it loads MLX.
         from server.follower import follow
 
         return follow()
-    # uvicorn raises the signal that stopped it once more when it is through. A server that stopped in order has not
-    # failed, and says so.
+    # After its shutdown uvicorn raises the signal that stopped it again. An orderly stop is no failure, so exit with 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    # The server logs its own line for each request.
+    # No access log: the server logs a line for each request itself.
     uvicorn.run("server.app:app", host=options.host, port=options.port, access_log=False)
     return 0
 
 
 def _probe(options: argparse.Namespace) -> int:
-    # Here and not above: loading MLX takes a second that `--help` need not wait for.
+    # Not at the top: loading MLX takes a second, which `--help` does not need.
     from turbocache.backend import BackendUnavailable, choose_backend
     from turbocache.mlxlm.model import ModelError, load_model
     from turbocache.presets import preset

@@ -1,4 +1,4 @@
-"""Where the log goes and in what form: text for a person, or a JSON object a line for a collector."""
+"""The log's destination and format: text for people, or one JSON object per line for a collector."""
 
 import logging
 from typing import Literal
@@ -13,8 +13,9 @@ _UVICORNS = ("uvicorn", "uvicorn.access")
 
 
 def configure_logging(level: str, format: LogFormat) -> None:
-    """Our loggers at `level`; onto stderr when nobody has set logging up (uvicorn sets up only its own). As JSON, lines
-    of uvicorn's come in the same form.
+    """Set the level of our loggers. They write to stderr unless they have handlers (uvicorn sets up only its own).
+
+    The JSON format applies to uvicorn's lines too.
     """
     formatter = _formatter(format)
     for name in _OURS:
@@ -32,7 +33,7 @@ def configure_logging(level: str, format: LogFormat) -> None:
 def _formatter(format: LogFormat) -> logging.Formatter:
     if format == "text":
         return logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # `color_message` is uvicorn's message once more, with escapes for a terminal.
+    # `color_message` repeats uvicorn's message with escapes for a terminal.
     return JsonFormatter(
         "%(levelname)s %(name)s %(message)s",
         rename_fields={"levelname": "level", "name": "logger"},

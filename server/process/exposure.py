@@ -1,4 +1,4 @@
-"""A warning when whoever reaches this machine may use the server."""
+"""A warning when anyone on the network may use the server."""
 
 import asyncio
 import errno
@@ -15,31 +15,30 @@ from server.settings import Settings
 logger = logging.getLogger(__name__)
 
 _DESCRIPTORS = Path("/dev/fd")
-_LOOK_SECONDS = 0.1
-_LOOKS = 100
+_CHECK_SECONDS = 0.1
+_CHECKS = 100
 
 
 async def warn_when_exposed(settings: Settings) -> None:
-    """Warns once if the process listens beyond this machine and asks for no API key.
+    """Warn once if the process listens beyond this machine and has no API keys.
 
-    It asks the sockets of the process, because nothing else is the same whoever has started it (uvicorn with --host,
-    --fd or workers, another ASGI server): applications are not told where they are served, and a request's scope has
-    the address that it came in by, which says nothing until somebody from outside has come. Servers listen only after
-    the application has started, hence some looks one after the other. What it can't see: a proxy or a container's port
-    that leads here from outside.
+    The ASGI server does not tell the application its address: uvicorn may have --host, --fd or workers. A request's
+    scope has an address, but the first request from outside is too late. So this checks the sockets of the process.
+    Servers listen only after the application has started, so it checks repeatedly. It can't see a proxy or a published
+    port of a container.
     """
     if settings.api_keys:
         return
-    for _ in range(_LOOKS):
-        await asyncio.sleep(_LOOK_SECONDS)
-        if found := listening():
+    for _ in range(_CHECKS):
+        await asyncio.sleep(_CHECK_SECONDS)
+        if addresses := listening():
             break
     else:
         return
-    for host, port in found:
+    for host, port in addresses:
         if not is_loopback(host):
             logger.warning(
-                "The server listens on %s port %d and asks for no API key: whoever reaches this machine over the "
+                "The server listens on %s port %d and asks for no API key: anyone who reaches this machine over the "
                 "network can use it and read its sessions. Set TURBOCACHE_API_KEYS, or listen on 127.0.0.1.",
                 host,
                 port,
@@ -47,14 +46,14 @@ async def warn_when_exposed(settings: Settings) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an IP address, as a socket names it, can be reached from this machine only."""
+    """Whether only this machine can reach an IP address of a socket."""
     address = ipaddress.ip_address(host.partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
 
 
 def listening() -> list[tuple[str, int]]:
-    """Host and port of this process' TCP sockets that take connections; none where descriptors can't be listed."""
+    """Host and port of this process's listening TCP sockets. Empty where descriptors can't be listed."""
     return sorted(set(_listening()))
 
 
@@ -69,7 +68,7 @@ def _listening() -> Iterator[tuple[str, int]]:
                 continue
             duplicate = socket.socket(fileno=os.dup(number))
         except OSError as error:
-            if error.errno != errno.EBADF:  # closed meanwhile, as the listing's own is
+            if error.errno != errno.EBADF:  # closed meanwhile, as the listing's own descriptor is
                 raise
             continue
         with duplicate:

@@ -1,4 +1,4 @@
-"""How long the event loop is kept from its work: every stream and every connection waits as long."""
+"""The lag of the event loop, which delays every stream and every connection."""
 
 import asyncio
 import time
@@ -9,15 +9,16 @@ from pathlib import Path
 from server.metrics import Metrics
 
 BEAT_SECONDS = 0.02
-"""A stall may begin anywhere between two beats, so up to this much of it is not seen."""
+"""A stall may begin at any time between two beats, so up to this much of it is not measured."""
 
 _SCHEDULER = Path("/proc/thread-self/schedstat")
 
 
 async def watch_loop(metrics: Metrics) -> None:
-    """Measures until it is cancelled by how much a beat comes late, and keeps the longest delay: all of it, and what is
-    left of it without the time for which the system had no processor for the loop's thread. The first is what clients
-    feel, the second what the server itself does to them.
+    """Measure the lag of each beat until cancelled, and keep the longest.
+
+    There are two lags: the whole, which clients notice, and the server's own, without the time for which the loop's
+    thread waited for a processor.
     """
     longest = longest_own = 0.0
     with processor_wait() as waited:
@@ -35,8 +36,9 @@ async def watch_loop(metrics: Metrics) -> None:
 
 @contextmanager
 def processor_wait() -> Iterator[Callable[[], float]]:
-    """Tells for how many seconds the calling thread has waited for a processor so far while it could have run: the
-    second of the numbers (nanoseconds) in Linux' schedstat. Always 0 where there is no such file.
+    """Yields a function that returns the seconds for which the calling thread has waited for a processor.
+
+    It reads the second number (nanoseconds) of Linux's schedstat. It returns 0 where this file does not exist.
     """
     try:
         opened = _SCHEDULER.open("rb", buffering=0)

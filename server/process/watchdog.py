@@ -1,7 +1,7 @@
-"""Signs of life for a supervisor that wants them: systemd's `WatchdogSec`.
+"""Keep-alive messages for a supervisor: systemd's `WatchdogSec`.
 
-A process that is stopped or starved sends none, so the supervisor kills it and starts it again; nothing else would,
-since a stopped process does not even end at SIGTERM. See sd_notify(3) for the protocol: a datagram to `$NOTIFY_SOCKET`.
+A stopped or starved process sends none, so the supervisor kills and restarts it. SIGTERM would not end a stopped
+process. The protocol is in sd_notify(3): a datagram to `$NOTIFY_SOCKET`.
 """
 
 import os
@@ -9,20 +9,18 @@ import socket
 import threading
 from collections.abc import Mapping
 
-_OFTEN = 3
-"""Signs within the time after which the supervisor takes the process for dead."""
+_MESSAGES_PER_LIMIT = 3
+"""Messages within the time after which the supervisor considers the process dead."""
 
 
 def keep_alive(environment: Mapping[str, str] = os.environ) -> threading.Event | None:
-    """Send signs of life from now on, from a thread of its own, until the returned event is set. None where no
-    supervisor asks for them.
-    """
+    """Send messages from a new thread until the returned event is set. Returns None if no supervisor wants them."""
     address, limit = environment.get("NOTIFY_SOCKET", ""), environment.get("WATCHDOG_USEC", "")
     asked = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     if not address or not limit.isdigit() or not asked:
         return None
     ended = threading.Event()
-    every = int(limit) / 1e6 / _OFTEN
+    every = int(limit) / 1e6 / _MESSAGES_PER_LIMIT
     threading.Thread(target=_send, args=(address, every, ended), name="watchdog", daemon=True).start()
     return ended
 
@@ -35,5 +33,5 @@ def _send(address: str, every: float, ended: threading.Event) -> None:
             try:
                 supervisor.sendto(b"WATCHDOG=1", address)
             except OSError:
-                return  # it has gone, and nobody waits for a sign
+                return  # the supervisor has ended
             ended.wait(every)
