@@ -33,7 +33,7 @@ Panel = stat.Panel | table.Panel | timeseries.Panel
 
 
 def _of(name: str, labels: str = "") -> str:
-    """A family of the chosen servers."""
+    """A family, for the selected servers."""
     return f"turbocache_{name}" + (_ONE if not labels else f"{_ONE[:-1]}, {labels}}}")
 
 
@@ -46,7 +46,7 @@ def _rate(name: str, labels: str = "", by: str = "instance") -> str:
 
 
 def _quantiles(name: str) -> list[tuple[str, str]]:
-    """Of a histogram. Where nothing happened there are none."""
+    """Quantiles of a histogram. Without observations there are none."""
     return [
         (f"histogram_quantile({q}, {_rate(f'{name}_bucket', by='le')})", f"{q * 100:g} %") for q in (0.5, 0.9, 0.99)
     ]
@@ -54,10 +54,11 @@ def _quantiles(name: str) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A panel over time, or a number. `queries` are expressions with their legends."""
+    """A panel: lines over time, a number or a table."""
 
     title: str
     queries: Sequence[tuple[str, str]]
+    """Expressions with their legends."""
     unit: str = "short"
     text: str = ""
     span: int = 8
@@ -70,16 +71,16 @@ class Plot:
 ROWS: dict[str, list[Plot]] = {
     "Now": [
         Plot("Engine", [(_of("engine_up"), "{{instance}}")], span=4, kind="number",
-             thresholds=[(0, "red"), (1, "green")], text="1: it works. 0: dead or stuck; /health says why."),
+             thresholds=[(0, "red"), (1, "green")], text="1: it works. 0: it is dead or stuck; /health says why."),
         Plot("Cache pressure", [(_of("pressure_ratio"), "{{instance}}")], "percentunit", span=4, kind="number",
              thresholds=[(0, "green"), (0.9, "orange"), (1, "red")],
-             text="What runs was promised and what rests, by the budget."),
+             text="Memory promised to running requests plus resting memory, over the budget."),
         Plot("Compression", [(_of("compression_ratio", 'of="page"'), "{{instance}}")], "x", span=4, kind="number",
              text="Bytes in float16 over bytes of a compressed page."),
         Plot("Sessions in memory", [(_sum("sessions", 'state!="spilled"', by="instance"), "{{instance}}")],
              span=4, kind="number"),
         Plot("Prompt tokens from the cache", [("turbocache:prompt_tokens_cached:ratio_rate5m" + _ONE, "{{instance}}")],
-             "percentunit", span=4, kind="number", text="Of the last five minutes."),
+             "percentunit", span=4, kind="number", text="In the last five minutes."),
         Plot("Queue", [(_of("requests_waiting"), "{{instance}}")], span=4, kind="number",
              thresholds=[(0, "green"), (1, "orange")]),
     ],
@@ -87,22 +88,22 @@ ROWS: dict[str, list[Plot]] = {
         Plot("Memory against budget", [
             (_sum("budget_bytes", 'kind!="total"', by="kind"), "{{kind}}"),
             (_sum("budget_bytes", 'kind="total"'), "budget"),
-        ], "bytes", text="Promised to requests, and resting in sessions and checkpoints."),
+        ], "bytes", text="Memory promised to requests, and resting in idle sessions and checkpoints."),
         Plot("Cache by kind", [(_sum("cache_bytes", by="kind"), "{{kind}}"),
                                (_sum("cache_fp16_bytes"), "the same tokens in float16")], "bytes",
              text="Pages are compressed; window and sink are raw."),
         Plot("Compression of what is held", [(_of("compression_ratio", 'of="held"'), "{{instance}}")], "x",
-             text="With the raw parts: short sessions are mostly those."),
+             text="Includes the raw parts. Short sessions are mostly raw."),
         Plot("Pages", [(_sum("pages_used"), "used"), (_sum("pages_free"), "free")], stacked=True),
         Plot("Rotation", [(_rate("rotated_tokens_total"), "tokens"), (_rate("rotations_total"), "pages")],
-             text="What full sessions forget at their old end, a second."),
+             text="Per second: tokens and pages that full sessions drop at their old end."),
         Plot("Forgotten", [(_rate("evictions_total", by="reason"), "sessions: {{reason}}"),
                            (_rate("checkpoint_drops_total"), "checkpoints: memory")], "short",
-             text="A second; sessions that are on no disk, and checkpoints."),
+             text="Per second: sessions that are not on disk, and checkpoints."),
         Plot("Why tokens were computed", [(_rate("prefilled_tokens_total", by="reason"), "{{reason}}")], "short",
-             stacked=True, text="A second. All but new and edited had been in the cache once."),
+             stacked=True, text="Per second. All reasons but new and edited: the cache had these tokens before."),
         Plot("Prompt tokens", [(_rate("prompt_tokens_total", by="source"), "{{source}}")], "short", stacked=True,
-             text="A second, found in the cache or prefilled."),
+             text="Per second: found in the cache, or prefilled."),
         Plot("Computed again", [("turbocache:prompt_tokens_recomputed:ratio_rate15m" + _ONE, "{{instance}}")],
              "percentunit", text="Share of all prompt tokens, over 15 minutes."),
     ],
@@ -120,7 +121,7 @@ ROWS: dict[str, list[Plot]] = {
         Plot("Requests", [(_sum("requests_running"), "running"), (_sum("requests_waiting"), "waiting"),
                           (_sum("requests_running_limit"), "most that run")]),
         Plot("Rows in a step", [(f"{_rate('batch_rows_sum')} / ({_rate('batch_rows_count')} > 0)", "{{instance}}")],
-             text="How many streams share a step."),
+             text="Streams that share a step."),
         Plot("Outcomes", [(_rate("requests_finished_total", by="reason"), "{{reason}}")], "reqps", stacked=True),
         Plot("Refused", [(_rate("admission_refusals_total", by="reason"), "{{reason}}"),
                          (_rate("deadlines_exceeded_total", by="phase"), "deadline: {{phase}}")], "reqps"),
@@ -131,27 +132,27 @@ ROWS: dict[str, list[Plot]] = {
             (f"histogram_quantile(0.99, {_rate('event_loop_lag_seconds_bucket', by='le')})", "99 %"),
             (f"max({_of('event_loop_longest_lag_seconds')})", "longest since the start"),
             (f"max({_of('event_loop_longest_own_lag_seconds')})", "longest without waiting for a core"),
-        ], "s", text="By how much the server's connections are served late."),
+        ], "s", text="Delay of the server's connections."),
     ],
     "Backend and fallbacks": [
         Plot("Servers", [(_of("model_info"), "")], kind="table", span=12, hidden=_INFO),
         Plot("Backends", [(_of("backend_info"), "")], kind="table", span=12, hidden=_INFO),
-        Plot("Passed over", [(_sum("fallbacks_total", by="instance, from, to, reason"), "")], kind="table",
-             hidden=("Time",), text="What the probe did not take, what it took instead, and why."),
+        Plot("Fallbacks", [(_sum("fallbacks_total", by="instance, from, to, reason"), "")], kind="table",
+             hidden=("Time",), text="Backends that failed the probe, their fallbacks, and the reasons."),
         Plot("Checks of the probe", [(f"min by (instance, check) ({_of('probe_check')})", "")], kind="table",
              hidden=("Time",), text="1 passed, 0 failed."),
         Plot("Layers", [(_sum("layers", by="instance, storage"), "")], kind="table", hidden=("Time",)),
-        Plot("Attention by path", [(_rate("attention_path_total", by="path"), "{{path}}")], text="Layers a second."),
+        Plot("Attention by path", [(_rate("attention_path_total", by="path"), "{{path}}")], text="Layers per second."),
         Plot("Faults", [(f"increase({_of('kernel_faults_total')}[$__rate_interval])", "{{instance}}"),
                         (_of("raw_shadow_bytes"), "hidden raw copies, bytes")],
-             text="Steps that failed or were not numbers. Both must stay 0."),
+             text="Steps that failed or whose results were not numbers. Both must stay 0."),
         Plot("Device memory", [(_sum("device_memory_bytes", 'kind!="total"', by="kind"), "{{kind}}")], "bytes",
-             text="MLX's: arrays, freed and kept, most at once."),
+             text="MLX's memory: arrays, freed and kept, highest use."),
     ],
     "Sessions and disk": [
         Plot("Sessions", [(_sum("sessions", by="state"), "{{state}}")], stacked=True),
-        Plot("Where turns went on", [(_rate("checkpoint_hits_total", by="kind"), "{{kind}}")], "reqps", stacked=True,
-             text="session: at the end of its last turn. none: from nothing. The others are checkpoints."),
+        Plot("Continued states", [(_rate("checkpoint_hits_total", by="kind"), "{{kind}}")], "reqps", stacked=True,
+             text="States that turns continued. session: the last turn's end. none: no state. Others: checkpoints."),
         Plot("To disk and back", [(_rate("spilled_bytes_total"), "written"), (_rate("restored_bytes_total"), "read")],
              "Bps"),
         Plot("Sessions written and read", [(_rate("spills_total"), "written"), (_rate("restores_total"), "read"),
@@ -159,10 +160,10 @@ ROWS: dict[str, list[Plot]] = {
                                            (_rate("restore_failures_total"), "not read"),
                                            (_rate("session_files_dropped_total"), "deleted: limit"),
                                            (_rate("session_files_refused_total", by="reason"), "refused: {{reason}}")],
-             "short", text="A second."),
+             "short", text="Per second."),
         Plot("Sessions between servers", [(_rate("session_handovers_total", by="event"), "{{event}}")], "short",
-             text="On one folder, a second."),
-        Plot("Time for it", [(_rate("spill_seconds_total"), "writing"), (_rate("restore_seconds_total"), "reading")],
+             text="Per second, in one shared folder."),
+        Plot("Time for disk", [(_rate("spill_seconds_total"), "writing"), (_rate("restore_seconds_total"), "reading")],
              "percentunit", text="Share of the engine's time."),
         Plot("Disk", [(_sum("session_disk_bytes"), "sessions"),
                       (_sum("session_disk_limit_bytes"), "limit"),
@@ -170,7 +171,7 @@ ROWS: dict[str, list[Plot]] = {
     ],
     "Ranks": [
         Plot("Processes of a group", [(_of("group_ranks"), "{{instance}}")], span=4, kind="number",
-             text="That serve the model together. 1: one by itself."),
+             text="Processes that serve the model together. 1: no group."),
         Plot("Cache by rank", [(_sum("cache_bytes", by="instance, rank"), "{{instance}} {{rank}}")], "bytes", span=6),
         Plot("Device memory by rank", [
             (_sum("device_memory_bytes", 'kind="active"', by="instance, rank"), "{{instance}} {{rank}}"),

@@ -39,7 +39,7 @@ def test_a_chat_is_held_by_keyboard_and_the_ring_moves(server: Server, visits: V
         page = visit.page
         visit.open()
         expect(page.locator("#message")).to_be_focused()
-        expect(page.locator("#ring")).to_contain_text("a session begins with its first turn")
+        expect(page.locator("#ring")).to_contain_text("It begins with the first turn")
         visit.answer_briefly(40)
 
         page.evaluate(WATCH)
@@ -81,7 +81,7 @@ def test_a_chat_is_held_by_keyboard_and_the_ring_moves(server: Server, visits: V
         assert visit.part("gone").startswith(f"{ring['first_page']} page")
         assert visit.part("window") == f"{ring['window_tokens']} tokens, raw, the newest"
         assert visit.part("page").startswith(f"{ring['pages']} of 64 tokens")
-        assert "the oldest tokens make room" in visit.part("point")
+        assert "new tokens replace the oldest" in visit.part("point")
         assert page.locator("#ring path.point").get_attribute("d") != before
         assert page.locator("#ring path.page").count() >= ring["pages"] - 1
         expect(page.get_by_text("its oldest tokens have rotated out")).to_have_count(1)
