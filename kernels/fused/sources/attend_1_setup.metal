@@ -1,21 +1,23 @@
-// Attention of the L query tokens of a decode step over one row's sink, pages and window; the parts of the splits go to
-// merge.metal. Grid: x = splits, y = KV head times group of queries, z = row.
+// attend, part 1 of 3: setup. The three files are one function body and share local variables.
 //
-// The raw tokens (in the model's basis) are RAW_BLOCKS blocks of 64, one for each of the last splits; the pages (in the
-// rotated basis) are shared out so that these splits have less of them. Parts are the raw blocks, then the splits' pages. A
-// simdgroup takes a page by itself, so nothing waits in the main loop. Queries come in NT tiles of 8 rows, row r = repeat * L + token.
+// Attention of a decode step: L query tokens over one row's sink, pages and window. merge.metal adds the parts of the splits.
+// Grid: x = splits, y = KV head times group of queries, z = row.
+//
+// Raw tokens (in the model's basis) are RAW_BLOCKS blocks of 64. Each of the last splits has one block, and so gets fewer pages
+// (in the rotated basis). Parts are the raw blocks, then the splits' pages. One simdgroup handles a page alone, so the main
+// loop never waits. Queries are NT tiles of 8 rows; row r = repeat * L + token.
 //
 // In a page, lane (g, c) = (lane / 4, lane % 4) holds
 //   keys     quarter c of the dims of tokens t(j, h) = 16 (g / 2) + 4 j + 2 h + g % 2, j < 4, h < 2
 //   scores   s[n][j][2 h + e] of token t(j, h) and query 8 n + 2 c + e
 //   values   tokens 16 c .. 16 c + 15 of dims g, 8 + g, 16 + g, ...
 //
-// Weights of page tokens carry the value's scale: with u = s + log2(scale) the largest u is the running maximum, so that
-// weights fit float16 whatever the values' size; their sum is that of 2^(s - max u) and merges as usual.
+// Weights of page tokens include the value's scale. With u = s + log2(scale), the running maximum is that of u, so weights fit
+// float16 for values of any size. Their sum is that of 2^(s - max u) and merges as usual.
 
 constexpr int ROWS = 8 * NT, N_QUERIES = REPEATS * L, LIVE = N_QUERIES < 8 ? N_QUERIES : 8;
 constexpr int KEY_WORDS = (DK * KP / 2 + 31) / 32, VALUE_WORDS = VP;
-constexpr float LOWEST = -1e30f, HIDDEN = -2e30f; // HIDDEN is far below any maximum, so that it weighs 0
+constexpr float LOWEST = -1e30f, HIDDEN = -2e30f; // HIDDEN is far below any maximum, so its weight is 0
 
 constexpr int RAW_BLOCKS = (KEEP + 63) / 64 + SLOTS / 64;
 constexpr int TABLES = TABLE_WORDS(KP) + (KP == VP && !TWO_TABLES ? 0 : TABLE_WORDS(VP));
@@ -26,7 +28,7 @@ constexpr int RAW_FLOATS = larger(WARPS * 16 * 8, OUT_FLOATS), TABLE_FLOATS = TA
 threadgroup float stats[2 * WARPS * 8];
 threadgroup float4 raw_query_storage[ROWS * DK / 4];
 threadgroup float4 query_storage[(QUERY_WORDS(NT, DK) + 3) / 4];
-// One after the other: the weights of raw tokens or their output, the tables of pages, the output of a tile.
+// Used in turn for the weights of raw tokens or their output, the tables of pages and the output of a tile.
 threadgroup float4 scratch_storage[(larger(larger(RAW_FLOATS, TABLE_FLOATS), WARPS * MERGE_FLOATS) + 3) / 4];
 TG(float) q = (TG(float))raw_query_storage;
 TG(query_word) page_queries = (TG(query_word))query_storage;
@@ -56,7 +58,7 @@ const int counter = row * int(threadgroups_per_grid.y) + int(threadgroup_positio
 device float* parts = (device float*)workspace + (n_counters + 3) / 4 * 4;
 #endif
 
-// --- this split's first page, the tables and the signs are on their way while the queries are made ready ---
+// --- load this split's first page, the tables and the signs while the queries are prepared ---
 
 const Share share = share_of<RAW_BLOCKS>(n_pages, n_splits, split);
 const int begin = share.begin, end = share.end;

@@ -1,5 +1,5 @@
-// attend, second part: raw tokens, one block of 64 for each of the last splits, 16 tokens for each simdgroup. The step's
-// own tokens are read from where they came in; with them the blocks become those of the next step, new_keys and new_values.
+// attend, part 2 of 3: raw tokens. Each of the last splits has one block of 64, each simdgroup 16 tokens of it. The step's own
+// tokens are read from its inputs. The blocks with these tokens stored are the outputs new_keys and new_values.
 
 for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
   const int n_sink = min(KEEP, offset + L), sink_blocks = (KEEP + 63) / 64;
@@ -10,7 +10,7 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
   const size_t block_at = head_at * (KEEP + SLOTS) + slot, base = block_at + 16 * warp;
   const int mine = clamp_int(count - 16 * int(warp), 0, 16), first = start + 16 * int(warp); // tokens of this simdgroup
   if (group == 0) {
-    const int n_slots = in_sink ? min(64, KEEP - start) : 64; // all of them, so that none is left unwritten
+    const int n_slots = in_sink ? min(64, KEEP - start) : 64; // all slots, so that the output is complete
     BlockUnits<DK, L, 32 * WARPS, T> key_units;
     BlockUnits<DV, L, 32 * WARPS, T> value_units;
     for (int turn = 0; turn < larger(key_units.TURNS, value_units.TURNS); turn++) {
@@ -99,7 +99,7 @@ for (int block = n_splits - 1 - split; block < RAW_BLOCKS; block += n_splits) {
     for (int r = 0; r < LIVE; r++) {
       if (int(lane) == r) stats[warp * 8 + r] = top[r], stats[(WARPS + warp) * 8 + r] = total[r];
     }
-    barrier_group(); // the weights, which the output overwrites, are done with
+    barrier_group(); // the weights are no longer needed; the output overwrites them
     TG(float) tile_out = scratch;
     for (int turn = 0; turn < WARPS; turn += AT_ONCE) {
       const int place = int(warp) - turn;

@@ -1,4 +1,4 @@
-// attend, last part: this split's pages and, where that can be done here, the merge of the parts.
+// attend, part 3 of 3: this split's pages, and with MERGED the merge of all parts.
 
 Output<DV, NT, LIVE> o;
 o.clear();
@@ -34,7 +34,7 @@ if (begin < end) {
     load_scales(value_log, value_scales + page * 64, g);
     PRAGMA_UNROLL
     for (int i = 0; i < 8; i++) {
-      // At least float16's smallest: a row of zeros weighs nothing then, but still counts. NaN stays NaN.
+      // At least float16's smallest number: a row of zeros then adds nothing, but still counts. NaN stays NaN.
       const float scale = value_log[i] < 5.9e-8f ? 5.9e-8f : value_log[i];
       value_log[i] = log2_fast(VP == 16 ? BYTE_STEP * scale : scale);
       if (KP == 16) key_scale[i] *= BYTE_STEP;
@@ -92,7 +92,7 @@ if (begin < end) {
 
 }
 
-barrier_group(); // the tables are done with
+barrier_group(); // the tables are no longer needed
 TG(float) tile_out = scratch;
 PRAGMA_UNROLL
 for (int n = 0; n < NT; n++) {
@@ -116,7 +116,7 @@ for (int n = 0; n < NT; n++) {
   barrier_group();
 }
 
-// --- where threadgroups can wait for each other's memory, the last split of a group adds the parts up ---
+// --- if threadgroups can see each other's memory, the last split of a group adds the parts ---
 
 #ifdef MERGED
 if (last_of(workspace + counter, n_splits, (TG(int))stats, lane + 32 * warp)) {

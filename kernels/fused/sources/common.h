@@ -1,7 +1,7 @@
-// Shared by all kernels, in both languages; comes after the prelude.
+// Functions for all kernels in both languages. The prelude comes first.
 
-// A lane of a simdgroup is (g, c) = (lane / 4, lane % 4). Streams of codes are read in quarters, one for each c: the
-// quarter starts at bit c * BITS of the stream, and its WORDS words are shifted to begin with it.
+// A lane of a simdgroup is (g, c) = (lane / 4, lane % 4). Each c reads one quarter of a stream of codes. The quarter starts
+// at bit c * BITS of the stream. Its words are shifted so that they start there.
 
 template <int BITS>
 kernel_fn void load_quarter(const device uint* stream, int c, thread uint* words) {
@@ -29,9 +29,9 @@ kernel_fn void load_quarter(const device uint* stream, int c, thread uint* words
   }
 }
 
-// H applied to `row` [D] by one simdgroup, in threadgroup memory: Walsh-Hadamard on blocks of the largest power of two
-// that divides D, then a Householder reflection across the blocks (kernels/codec/rotation.py). Symmetric and orthogonal. A lane
-// works on the elements lane, lane + 32, ... in registers where blocks allow it.
+// One simdgroup mixes `row` [D] in threadgroup memory: Walsh-Hadamard on blocks of the largest power of two that divides D,
+// then a Householder reflection across the blocks (kernels/codec/rotation.py). Symmetric and orthogonal. If blocks are
+// multiples of 32, a lane holds the elements lane, lane + 32, ... in registers.
 template <int D>
 kernel_fn void mix(TG(float) row, uint lane) {
   constexpr int block = D & -D, n_blocks = D / block;
@@ -86,7 +86,7 @@ kernel_fn void mix(TG(float) row, uint lane) {
   barrier_simd();
 }
 
-// --- a page's codes and scales, as attend.metal's lanes hold them ---
+// --- a page's codes and scales, held by lanes as attend_1_setup.metal says ---
 
 template <int DK, int KP>
 kernel_fn void load_keys(thread uint (&keys)[8][STREAM_WORDS(DK / 8 * KP)], const device uint* page, int g, int c) {
@@ -112,7 +112,7 @@ kernel_fn void load_scales(thread float (&scales)[8], const device half* page, i
 
 kernel_fn int clamp_int(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
-// The pages of one split, from `begin` up to `end`. A block of raw tokens, of which the last splits have one each, takes as
+// The pages of one split, from `begin` up to `end`. The last splits also have one block of raw tokens each. A block takes as
 // long as RAW_PAGES pages (measured on one H100).
 struct Share {
   int begin, end;
@@ -131,7 +131,7 @@ kernel_fn Share share_of(int n_pages, int n_splits, int split) {
   return {min(n_pages, begin), min(n_pages, begin + (split < n_plain ? plain : raw))};
 }
 
-// Highest logit of a query over the simdgroups' `stats` [WARPS, 8].
+// Highest logit of a query in the simdgroups' `stats` [WARPS, 8].
 template <int WARPS>
 kernel_fn float highest_of(TG(const float) stats, int r) {
   float highest = stats[r];
@@ -139,8 +139,8 @@ kernel_fn float highest_of(TG(const float) stats, int r) {
   return highest;
 }
 
-// The sum of the parts in `out` [AT_ONCE, 8, OUT_STRIDE] to memory, and for each query the highest logit and the sum of
-// weights relative to it, from what the simdgroups left in `stats`: highest [WARPS, 8], sums [WARPS, 8].
+// Write the sum of the parts in `out` [AT_ONCE, 8, OUT_STRIDE] to memory. For each query, also write the highest logit and the
+// sum of weights relative to it, from the simdgroups' `stats`: highest [WARPS, 8], sums [WARPS, 8].
 template <int DV, int WARPS, int AT_ONCE>
 kernel_fn void write_part(
     TG(const float) out, TG(const float) stats, device float* parts, int part, int n_parts, int n_rows,
@@ -165,9 +165,9 @@ kernel_fn void write_part(
   }
 }
 
-// What a block of n raw tokens becomes: `to` is `from` with the step's N tokens, of which the first is the block's token `at`
-// (outside of 0 .. n - 1 for one that is not in it). In units of 16 bytes, as many loads on their way together as registers
-// allow beside a page's codes.
+// Copy a block of n raw tokens to `to` and store the step's N tokens in it. The first of them is the block's token `at`, which
+// may be outside of 0 .. n - 1. The copy uses units of 16 bytes. AT_ONCE loads are in flight, because a page's codes leave
+// registers for no more.
 template <int D, int N, int THREADS, typename T>
 struct BlockUnits {
   static constexpr int UNITS = D * int(sizeof(T)) / 16, AT_ONCE = 4;
@@ -191,14 +191,14 @@ struct BlockUnits {
   }
 };
 
-// One query row's parts added up, by one simdgroup: `parts` [n_parts, PART_STRIDE] as write_part leaves them. The first
-// RAW_BLOCKS parts are in the model's basis, the others in the rotated one; these are brought back once.
+// One simdgroup adds the parts of one query row: `parts` [n_parts, PART_STRIDE] from write_part. The first RAW_BLOCKS parts are
+// in the model's basis. The others are in the rotated basis; their sum is rotated back once.
 // `sink` is a logit without a value, in units of log2 e. `scratch`: n_parts + DV floats.
 template <typename T, int DV, int RAW_BLOCKS, int MAX_PARTS>
 kernel_fn void merge_row(
     const device float* parts, int n_parts, float sink, const device float* signs, TG(float) scratch,
     device T* out, uint lane) {
-  // A lane has 4 dims of each 128. Nothing else runs by then, so as many loads as fit are on their way together.
+  // A lane has 4 dims of each 128. Nothing else runs at this point, so many loads are in flight.
   constexpr int stride = PART_STRIDE(DV), chunks = (DV + 127) / 128, AT_ONCE = 16, PER_LANE = (MAX_PARTS + 31) / 32;
   TG(float) row = scratch;
   TG(float) factors = scratch + DV;
@@ -216,7 +216,7 @@ kernel_fn void merge_row(
     for (int s = 0; s < RAW_BLOCKS; s++)
       if (128 * i + 4 * int(lane) < DV) load4_fresh(parts + s * stride + 128 * i + 4 * int(lane), raw[i][s]);
   }
-  barrier_simd(); // the row before is done with the scratch
+  barrier_simd(); // the previous row no longer uses the scratch
   float highest = sink, total = 0.0f;
   PRAGMA_UNROLL
   for (int i = 0; i < PER_LANE; i++) highest = max(highest, tops[i]);

@@ -1,11 +1,11 @@
-// Rows of one page and KV head to codes and scales; the definition is kernels/lanes/reference.py.
+// Encode the rows of one page and KV head. kernels/lanes/reference.py defines the codes and scales.
 
 // Code of coordinate x (levels of N(0, 1)) among the 2**(PB / 2) sorted levels of a scalar code, and its level.
 template <int PB>
 kernel_fn uint nearest_scalar(float x, const device half* table, thread float& level) {
   if (PB == 16) {
     const float at = clamp(x / BYTE_STEP + 127.5f, 0.0f, 255.0f);
-    const uint code = at == at ? uint(ceil(at - 0.5f)) : 0u; // ties go to the lower code here too
+    const uint code = at == at ? uint(ceil(at - 0.5f)) : 0u; // ties go to the lower code, as below
     level = (float(code) - 127.5f) * BYTE_STEP;
     return code;
   }
@@ -20,7 +20,7 @@ kernel_fn uint nearest_scalar(float x, const device half* table, thread float& l
   return code;
 }
 
-// Codes of N pairs at once, so that each level that is read serves all of them. Ties go to the lower code.
+// Codes of N pairs at once, so that each level is read once for all. Ties go to the lower code.
 template <int PB, int N>
 kernel_fn void nearest_pairs(
     const thread float (&x)[N], const thread float (&y)[N], TG(const float) levels, thread uint (&best)[N]) {
@@ -44,9 +44,9 @@ kernel_fn float simd_total(float x) {
   return x;
 }
 
-// PAIRED: the table is a pair code's, not a scalar code's. `rows` [WARPS, 2, D], `levels` [2 << PB] and
-// `codes` [64 * D / 2] (bytes of scalar pairs of 8 bits: ushort) are scratch. Two tokens of a page go together, since a
-// value's pairs are of two tokens.
+// PAIRED: the table is that of a pair code. `rows` [WARPS, 2, D], `levels` [2 << PB] and `codes` [64 * D / 2] are scratch;
+// codes are ushort, because two 8-bit codes need 16 bits. Two tokens are encoded together, because a pair code of the values
+// stands for two tokens.
 template <typename T, int D, int PB, bool PAIRED, bool KEYS, int WARPS>
 kernel_fn void encode_page(
     const device T* tokens, const device float* signs, const device half* table, TG(float) all_rows, TG(float) levels,
@@ -82,7 +82,7 @@ kernel_fn void encode_page(
         const int i = min(first + 32 * k + int(lane), D - 1);
         const int ex = KEYS ? i / (D / 2) : 0, ey = KEYS ? ex : 1;
         const int dx = KEYS ? 2 * (i % (D / 2)) : i, dy = KEYS ? dx + 1 : i;
-        // NaN and infinity belong to their own row: its scale says so, and its codes must not decide a neighbour's.
+        // NaN and infinity stay in their row: its scale shows them, and its codes must not change a neighbour's.
         x[k] = or_zero(rows[ex * D + dx] * unit[ex]), y[k] = or_zero(rows[ey * D + dy] * unit[ey]);
       }
       if (PAIRED) nearest_pairs<PB, AT_ONCE>(x, y, levels, code);
@@ -114,7 +114,7 @@ kernel_fn void encode_page(
     barrier_simd();
   }
   barrier_group();
-  // Streams: one for each token (keys) or dim (values), of n codes.
+  // One stream of n codes for each token (keys) or dim (values).
   constexpr int n = KEYS ? D / 2 : 32, n_streams = KEYS ? 64 : D, n_words = (n * PB + 31) / 32;
   for (int i = int(lane + 32 * warp); i < n_streams * n_words; i += 32 * WARPS) {
     const int stream = i / n_words, begin = 32 * (i % n_words);

@@ -1,4 +1,4 @@
-// Pages of keys and values: rotate, norm, quantise, pack. Grid: y = KV head, z = page times 2 (keys, then values).
+// Encode pages: rotate, normalise, quantise, pack. Grid: y = KV head, z = page times 2 (keys, then values).
 // Tokens are [pages, KV heads, 64, dim].
 
 constexpr int D = DK > DV ? DK : DV;

@@ -1,6 +1,6 @@
-// Some tokens of one page and KV head back in the model's basis.
+// Decode tokens of one page and KV head to the model's basis.
 
-// Tokens first .. first + count - 1 to `out` [count, D]. `rows` [WARPS, D] is scratch.
+// Write tokens first .. first + count - 1 to `out` [count, D]. `rows` [WARPS, D] is scratch.
 template <typename T, int D, int PB, bool KEYS, int WARPS>
 kernel_fn void expand_tokens(
     const device uint* words, const device half* scales, const device float* signs, const device half* table,

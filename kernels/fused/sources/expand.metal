@@ -1,5 +1,6 @@
-// Pages to keys and values in the model's basis, with the raw tokens behind them, for prefill's attention. Grid: x = slices
-// of 16 tokens, y = KV head, z = row times 2 (keys, then values). Outputs are [rows, KV heads, pages * 64 + raw, dim].
+// Decode pages to keys and values in the model's basis, and append the raw tokens, for the attention of a prefill chunk.
+// Grid: x = slices of 16 tokens, y = KV head, z = row times 2 (keys, then values).
+// Outputs are [rows, KV heads, pages * 64 + raw, dim].
 
 constexpr int D = DK > DV ? DK : DV, SLICE = 16;
 threadgroup float scratch[WARPS * D];

@@ -1,4 +1,4 @@
-// The parts that attend.metal's splits left, added up: one simdgroup for each query row. Grid: y = query rows / WARPS.
+// Add the parts of attend's splits, one simdgroup per query row. Grid: y = query rows / WARPS.
 
 threadgroup float scratch[WARPS * (MAX_PARTS + DV)];
 

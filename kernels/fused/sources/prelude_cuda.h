@@ -1,6 +1,6 @@
-// What the shared kernel bodies use beyond plain C++, for CUDA. Its twin is prelude_metal.h.
-// Bodies are written in Metal's words; this maps them. The tuned steps run on matrix instructions (m16n8k16).
-// MLX compiles with functions for the device by default, and the names below would garble `__device__`.
+// CUDA's version of what the kernel bodies use beyond plain C++; prelude_metal.h is Metal's.
+// Bodies are written in Metal's syntax, which this file maps to CUDA. The two steps over a page use matrix instructions
+// (m16n8k16). Functions need no `__device__`, which the macros below would break: MLX compiles them for the device by default.
 
 #define device
 #define thread
@@ -50,7 +50,7 @@ kernel_fn float half_bits(uint bits) { return __half2float(__ushort_as_half((uns
 kernel_fn uint bits_of_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 
 #if defined(__CUDA_ARCH__)
-// Ordered loads: the assembler would put others off until some 300 instructions before their use.
+// Ordered loads: the assembler delays others until about 300 instructions before their use.
 kernel_fn uint load_word(const uint* p) {
   uint x;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p));
@@ -62,7 +62,7 @@ kernel_fn void load_words4(const uint* p, uint* w) {
 kernel_fn void load_words2(const uint* p, uint* w) {
   asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
 }
-// The assembler puts loads off to some 300 instructions before their use, too late under load; not beyond a barrier.
+// A barrier keeps the assembler from delaying loads to about 300 instructions before their use, too late under load.
 kernel_fn void hold_loads(uint warp) { asm volatile("bar.sync %0, 32;" : : "r"(warp + 1u) : "memory"); }
 #else
 kernel_fn uint load_word(const uint* p) { return *p; }
@@ -90,14 +90,14 @@ kernel_fn void load4(const __nv_bfloat16* p, float* x) {
   x[2] = __uint_as_float(v.y << 16), x[3] = __uint_as_float(v.y & 0xffff0000u);
 }
 
-// What other threadgroups have written: not from this multiprocessor's cache.
+// Reads what other threadgroups wrote, past this multiprocessor's cache.
 kernel_fn float load_fresh(const float* p) { return __ldcg(p); }
 kernel_fn void load4_fresh(const float* p, float* x) {
   float4 v = __ldcg(reinterpret_cast<const float4*>(p));
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
-// Whether this threadgroup is the last of n to get here; what the others wrote before is visible then. The counter starts
-// from -1 and goes back there for the next launch. It is an input that no other launch in flight shares.
+// Whether this threadgroup is the last of n to arrive. If so, it sees what the others wrote before. The counter starts at -1
+// and returns there for the next launch. It is an input that no other launch in flight shares.
 kernel_fn bool last_of(const int* counter, int n, int* flag, uint thread_index) {
   __threadfence();
   __syncthreads();
@@ -121,7 +121,7 @@ kernel_fn uint pack_half2(float low, float high) {
 
 #if defined(__CUDA_ARCH__)
 kernel_fn uint bytes_to_half2(uint word, uint selector) {
-  // Bytes b become 256 + b (the mantissa's unit there is 1/4), and 383.5 less is b - 127.5, exactly.
+  // Bytes b become 256 + b (there the mantissa's unit is 1/4). Minus 383.5 that is exactly b - 127.5.
   uint spread = __byte_perm(word, 0, selector) * 4u + 0x5c005c00u, out;
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(spread), "r"(0x5dfe5dfeu));
   return out;
@@ -138,7 +138,7 @@ kernel_fn uint transpose8x8(uint x) {
   return out;
 }
 #else
-// The same in plain C++, for running this text where there is no GPU.
+// The same in plain C++, to run this text without a GPU.
 kernel_fn uint bytes_to_half2(uint word, uint selector) {
   uint low = (word >> (8 * (selector & 15u))) & 255u, high = (word >> (8 * ((selector >> 8) & 15u))) & 255u;
   return pack_half2((float)low - 127.5f, (float)high - 127.5f);
@@ -163,7 +163,7 @@ kernel_fn uint transpose8x8(uint x) {
 }
 #endif
 
-// --- tables of pair codes: one copy for each of the 32 banks, so that look-ups never meet ---
+// --- tables of pair codes: one copy for each of the 32 banks, so that look-ups never conflict ---
 
 #define TABLE_WORDS(PB) ((PB) == 16 ? 0 : 32 << ((PB) == 16 ? 0 : (PB)))
 
@@ -177,22 +177,22 @@ kernel_fn void fill_table(uint* table, const __half* levels, uint thread_index) 
       if (entry < n) {
         const uint pair = __ldg(reinterpret_cast<const uint*>(levels) + entry);
 #pragma unroll
-        for (uint k = 0; k < 8; k++) // in another order in each thread, so that they write to different banks
+        for (uint k = 0; k < 8; k++) // each thread has its own order, so that threads write to different banks
           reinterpret_cast<uint4*>(table)[8 * entry + (k + thread_index) % 8] = make_uint4(pair, pair, pair, pair);
       }
     }
   }
 }
 
-// The copy of a table that one lane reads. As an address in shared memory a look-up takes two instructions before its
-// load (take the code out, multiply and add), which is what attention spends most of its time on.
+// The copy of a table that one lane reads. With an address in shared memory, a look-up takes two instructions before its load
+// (extract the code, multiply and add). Attention spends most of its time on these.
 #if defined(__CUDA_ARCH__)
 struct LaneTable {
   uint base;
 };
 kernel_fn LaneTable lane_table(const uint* table, uint lane) {
   uint base = (uint)__cvta_generic_to_shared(table) + 4u * lane;
-  asm volatile("mov.u32 %0, %0;" : "+r"(base)); // not before the barrier behind which the table is filled
+  asm volatile("mov.u32 %0, %0;" : "+r"(base)); // stays after the barrier that follows the filling of the table
   return {base};
 }
 kernel_fn uint look_up(LaneTable table, uint code) {
@@ -208,8 +208,8 @@ kernel_fn LaneTable lane_table(const uint* table, uint lane) { return {table + l
 kernel_fn uint look_up(LaneTable table, uint code) { return table.base[32u * code]; }
 #endif
 
-// Pair `index` of a lane's aligned code stream, as two half values, codes of 8 bits in units of BYTE_STEP. To be called with
-// an index that is constant once loops are unrolled.
+// Pair `index` of a lane's aligned code stream, as two half values; 8-bit codes are in units of BYTE_STEP. The index must be
+// constant after loops are unrolled.
 template <int PB>
 kernel_fn uint pair_at(const uint* words, int index, LaneTable table) {
   const int word = index * PB / 32, at = index * PB % 32;
@@ -224,9 +224,9 @@ kernel_fn uint pair_at(const uint* words, int index, LaneTable table) {
   }
 }
 
-// --- the two steps over a page; see attend.metal for who holds what ---
+// --- the two steps over a page; attend_1_setup.metal says what each lane holds ---
 
-// Queries as B fragments: for each tile and step of 16 dims two words of every lane. Lane (g, c) holds query g's dims of
+// Queries as B fragments: every lane has two words for each tile and step of 16 dims. Lane (g, c) holds query g's dims of
 // quarter c, as half values.
 typedef uint query_word;
 #define QUERY_WORDS(NT, DK) ((NT) * 4 * (DK))

@@ -1,11 +1,11 @@
-// What the shared kernel bodies use beyond plain C++, for Metal. Its twin is prelude_cuda.h.
+// Metal's version of what the kernel bodies use beyond plain C++; prelude_cuda.h is CUDA's.
 
 #define TG(X) threadgroup X*
 #define kernel_fn static inline
 #define PRAGMA_UNROLL _Pragma("clang loop unroll(full)")
 #define PRAGMA_UNROLL_8 _Pragma("clang loop unroll_count(8)")
 
-// A tile's queries are there twice, and all has to fit into 32 KB.
+// A tile's queries are stored twice, and everything must fit into 32 KB.
 #define OUT_FITS(N, DK, DV) (32 * (N) * OUT_STRIDE(DV) + 64 * (DK) <= 32000)
 #define OUT_AT_ONCE(DK, DV, WARPS) ((DV) <= 128 && OUT_FITS(WARPS, DK, DV) ? (WARPS) : OUT_FITS(2, DK, DV) ? 2 : 1)
 
@@ -52,8 +52,8 @@ kernel_fn void fill_table(TG(table_word) table, const device half* levels, uint 
   }
 }
 
-// Pair `index` of a lane's aligned code stream, codes of 8 bits in units of BYTE_STEP. To be called with
-// an index that is constant once loops are unrolled.
+// Pair `index` of a lane's aligned code stream; 8-bit codes are in units of BYTE_STEP. The index must be constant after loops
+// are unrolled.
 template <int PB>
 kernel_fn float2 pair_at(const thread uint* words, int index, TG(const table_word) table) {
   const int word = index * PB / 32, at = index * PB % 32;
@@ -63,7 +63,7 @@ kernel_fn float2 pair_at(const thread uint* words, int index, TG(const table_wor
   return float2(table[code & ((1u << PB) - 1u)]);
 }
 
-// --- the two steps over a page; see attend.metal for who holds what ---
+// --- the two steps over a page; attend_1_setup.metal says what each lane holds ---
 
 // Queries as they are: [8 NT, DK].
 typedef float query_word;
@@ -138,7 +138,7 @@ struct Output {
     const uint c = lane & 3u;
     for (int n = 0; n < NT; n++) {
       PRAGMA_UNROLL
-      for (int k = 0; k < 8; k++) { // tokens 16 c + 2 k and the next are held by lanes g = 2 c and 2 c + 1
+      for (int k = 0; k < 8; k++) { // lanes g = 2 c and 2 c + 1 hold tokens 16 c + 2 k and the next
         float weight[LIVE][2];
         PRAGMA_UNROLL
         for (int r = 0; r < LIVE; r++)
