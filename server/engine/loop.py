@@ -77,7 +77,7 @@ class EngineLoop:
             scheduler.step()
             self.changes.save_between_steps()
         elif services.queue.empty:
-            self.changes.tidy()
+            self.changes.maintain()
         services.coordinator.verify(scheduler.result)
         return False
 

@@ -59,7 +59,7 @@ class Scheduler:
         return Generator(self._services.runtime.model, settings.max_batch, settings.prefill_chunk)
 
     def result(self) -> bytes:
-        """The tokens of the last step and what is held since. Equal on all ranks of a group."""
+        """The tokens of the last step and the sizes of pool and queue. Equal on all ranks of a group."""
         return repr((self._tokens, self._store.spec.pool.n_used, len(list(self._queue)))).encode()
 
     def refresh(self) -> None:
@@ -78,10 +78,10 @@ class Scheduler:
         for queued in self._queue:
             if len(self.batch) >= self._services.settings.max_batch:
                 return
-            if not self._is_unread(queued.request.shares_prompt_of) and self._start(queued):
+            if not self._is_prefilling(queued.request.shares_prompt_of) and self._start(queued):
                 self._queue.remove(queued)
 
-    def _is_unread(self, request_id: str | None) -> bool:
+    def _is_prefilling(self, request_id: str | None) -> bool:
         """Whether a request waits or reads its prompt."""
         if request_id is None:
             return False
@@ -314,7 +314,7 @@ class Scheduler:
 
     def _fail_grammar(self, response: GenerationBatch.Response, running: RunningRequest, error: str) -> None:
         """The answer keeps to its grammar so far, but the grammar can't continue."""
-        log.error("%s: llguidance could not go on: %s", running.id, error)
+        log.error("%s: llguidance could not continue: %s", running.id, error)
         self._release(response.uid, running, response)
         running.deliver(Failed(GrammarFailed.of(running.id)))
 

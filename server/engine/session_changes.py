@@ -11,7 +11,7 @@ from server.sessions.session import Session
 from server.sessions.starts import LEAST_SHARED
 from turbocache.store import evaluate
 
-_REST = 20
+_PAUSE = 20
 """After a write between steps, the next one waits this many times as long as the write took."""
 _LOOK_SECONDS = 0.25
 
@@ -53,17 +53,17 @@ class SessionChanges:
         finally:
             self._scheduler.refresh()
 
-    def tidy(self) -> None:
+    def maintain(self) -> None:
         """While the engine is idle: evict one session that was unused for too long, or write one to disk."""
         now, limit = self._clock(), self._settings.session_ttl
-        resting = sorted(self._registry.idle(), key=lambda session: session.last_used)
-        for session in resting:
+        idle = sorted(self._registry.idle(), key=lambda session: session.last_used)
+        for session in idle:
             if limit is not None and session.last_used < now - limit:
                 if not self._registry.spill(session):
                     self._metrics.evictions.labels(reason="ttl").inc()
                 self._scheduler.refresh()
                 return
-        self._save_rested(resting)
+        self._save_idle(idle)
 
     def save_between_steps(self) -> None:
         """While requests run: write one unused session to disk, in at most a twentieth of the time."""
@@ -71,8 +71,8 @@ class SessionChanges:
         if self._disk is None or now < self._next_write:
             return
         pause = _LOOK_SECONDS
-        if self._save_rested(sorted(self._registry.idle(), key=lambda session: session.last_used)):
-            pause = _REST * self._coordinator.largest(time.monotonic() - began)
+        if self._save_idle(sorted(self._registry.idle(), key=lambda session: session.last_used)):
+            pause = _PAUSE * self._coordinator.largest(time.monotonic() - began)
         self._next_write = now + pause
 
     def close(self) -> None:
@@ -80,12 +80,12 @@ class SessionChanges:
         if self._disk is not None:
             self._disk.close()
 
-    def _save_rested(self, resting: list[Session]) -> bool:
+    def _save_idle(self, idle: list[Session]) -> bool:
         """Write one session that was unused for a while. Returns whether one was written or tried. Passes over sessions
         that another server is writing.
         """
         before = self._clock() - self._settings.session_save_after
-        for session in resting if self._disk is not None else ():
+        for session in idle if self._disk is not None else ():
             unsaved = not session.stored and len(session.tokens) >= LEAST_SHARED and not session.unsavable
             if unsaved and session.last_used < before and (self._registry.save(session) or session.unsavable):
                 self._scheduler.refresh()

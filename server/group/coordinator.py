@@ -146,8 +146,9 @@ class GroupCoordinator(Coordinator):
 
     def memory_by_rank(self, own: dict[str, Any]) -> Mapping[int, tuple[float, Mapping[str, Any]]]:
         others = dict(self._watch.seen).items()
-        told = {rank: (one["silent_seconds"], one["memory"]) for rank, one in others if one["memory"]}  # it has started
-        return told | {self.group.rank: (0.0, own)}
+        # A rank has no memory to report before its start.
+        memory = {rank: (one["silent_seconds"], one["memory"]) for rank, one in others if one["memory"]}
+        return memory | {self.group.rank: (0.0, own)}
 
     def ask_to_stop(self) -> None:
         # Launchers signal all ranks at once: rank 0 gets a moment to stop by itself.

@@ -35,7 +35,7 @@ class GroupDisk(SessionDisk):
         for versions in self._group.gather(json.dumps(sorted(here)).encode()):
             everywhere &= set(json.loads(versions))
         if torn := len(here) - len(everywhere):
-            log.warning("%d sessions are not on the disks of all ranks with the same turn, and will be read anew", torn)
+            log.warning("%d sessions have no common turn on the disks of all ranks: they are prefilled again", torn)
         yield from sorted(
             (here[version] for version in everywhere), key=lambda session: (session.last_used, session.key)
         )
@@ -73,8 +73,8 @@ class GroupDisk(SessionDisk):
         return "the ranks' files are of different turns" if all(answer[0] for answer in answers) else None
 
     def missing(self, sessions: Sequence[Session]) -> list[Session]:
-        gone = bytes(not self.has(session) for session in sessions)
-        rows = self._group.gather(gone)
+        missing = bytes(not self.has(session) for session in sessions)
+        rows = self._group.gather(missing)
         return [session for i, session in enumerate(sessions) if any(row[i] for row in rows)]
 
     def remove(self, session: Session) -> bool:
