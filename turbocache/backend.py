@@ -49,16 +49,24 @@ def make_lanes(backend: str, shape: LaneShape, codebook: CodebookKind | None = N
     if reason := unsupported(backend, shape):
         raise ValueError(reason)
     kind = codebook or lanes.codebook
-    if isinstance(shape, QjlShape):
-        return QjlLanes(shape, _codebooks(kind, shape.without_sign))
-    return lanes(shape, _codebooks(kind, shape))
+    made = QjlLanes if isinstance(shape, QjlShape) else lanes
+    return made(shape, codebooks_for(kind, shape))
 
 
-def _codebooks(kind: CodebookKind, shape: LaneShape) -> Codebooks:
+def codebooks_for(kind: CodebookKind, shape: LaneShape) -> Codebooks:
+    """The codebooks of a kind for lanes of this shape."""
+    if isinstance(shape, QjlShape):  # the sign has no level
+        shape = shape.without_sign
     # An odd key dim can't be cut into pairs. Values pair tokens, and a page has 64.
     key_kind: CodebookKind = "lloyd_max" if kind == "pair" and shape.key_dim % 2 else kind
     levels = levels_for(key_kind, shape.key_bits), levels_for(kind, shape.value_bits)
     return Codebooks(*levels, zooms_for(kind, shape.key_bits), zooms_for(kind, shape.value_bits))
+
+
+def codebooks_of(lanes: Lanes) -> Codebooks | None:
+    """The codebooks that a layer's pages were encoded with, or None if pages hold no codes."""
+    stored = lanes.lanes if isinstance(lanes, ExpandedAttentionLanes) else lanes
+    return None if stored.codebook == "none" else codebooks_for(stored.codebook, stored.shape)
 
 
 def unsupported(backend: str, shape: LaneShape) -> str | None:

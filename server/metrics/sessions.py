@@ -4,7 +4,8 @@ from server.metrics.families import counter, gauge
 
 _DISK_ERRORS = ("OSError", "PermissionError", "FileNotFoundError")
 _REFUSALS = (
-    "corrupt", "missing", "other_group", "other_layout", "other_model", "other_version", "truncated", "unreadable",
+    "corrupt", "missing", "other_codebook", "other_group", "other_layout", "other_model", "other_rotation",
+    "other_version", "truncated", "unreadable",
 )  # fmt: skip
 
 

@@ -15,6 +15,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from kernels.codec.layout import LAYOUT_VERSION
+from kernels.codec.rotation import ROTATION_SEED
+from kernels.lanes.qjl import SKETCH_SEED
+from turbocache.backend import codebooks_of
 from turbocache.cache.batch import CacheBatch
 from turbocache.cache.conditioning import KeyCentre
 from turbocache.cache.pool import PoolExhausted
@@ -25,8 +29,8 @@ from turbocache.mlxlm.prompt_cache import leaves
 from turbocache.storage.session_file import Piece, SessionFileError, open_checked, piece, read_manifest, write
 from turbocache.store import CacheStore, ring_of
 
-VERSION = 3
-"""Of the manifest and of the arrays' names."""
+VERSION = 4
+"""Of the manifest and of the arrays' names. `LAYOUT_VERSION` is that of the bytes in pages."""
 _SAMPLES = 64
 
 
@@ -48,6 +52,8 @@ class SessionFiles:
         self._store = store
         self.model = fingerprint(model)
         self._layout = _layout(store)
+        self._rotation = _rotation(store)
+        self._codebooks = _codebooks(store)
         if not group.alone:
             self.model = hashlib.sha256(b"".join(group.gather(self.model.encode()))).hexdigest()
             self._layout["rank"] = [group.rank, group.size]
@@ -64,8 +70,11 @@ class SessionFiles:
         tokens = np.ascontiguousarray(states[0].tokens, dtype=np.int32).tobytes()
         manifest = {
             "version": VERSION,
+            "layout_version": LAYOUT_VERSION,
             "model": self.model,
             "layout": self._layout,
+            "rotation": self._rotation,
+            "codebooks": self._codebooks,
             "about": dict(about or {}),
             "tokens": hashlib.sha256(tokens).hexdigest(),
             "n_pages": len(pages),
@@ -78,16 +87,7 @@ class SessionFiles:
         when the file is damaged or of something else, PoolExhausted when there are not enough pages for one.
         """
         manifest, arrays = open_checked(path)
-        if manifest.get("version") != VERSION:
-            raise SessionFileError("other_version", f"{path.name}: version {manifest.get('version')}, not {VERSION}")
-        if manifest["model"] != self.model:
-            raise SessionFileError("other_model", f"{path.name}: made by another model or tokenizer")
-        if manifest["layout"].get("rank") != self._layout.get("rank"):
-            raise SessionFileError("other_group", f"{path.name}: written by another rank, or another number of them")
-        if manifest["layout"] != self._layout:
-            raise SessionFileError(
-                "other_layout", f"{path.name}: made with another preset, backend, or sizes of sink, window or session"
-            )
+        self._check(path.name, manifest)
         said = manifest["states"]
         try:
             try:
@@ -98,6 +98,26 @@ class SessionFiles:
             raise
         except RuntimeError as error:  # MLX reads the file now
             raise SessionFileError("unreadable", f"{path.name}: {error}") from error
+
+    def _check(self, name: str, manifest: Mapping[str, Any]) -> None:
+        """Raise SessionFileError unless this server would read the file's bytes as they were written."""
+        versions = manifest.get("version"), manifest.get("layout_version")
+        if versions != (VERSION, LAYOUT_VERSION):
+            expected = f"{VERSION} with pages of layout {LAYOUT_VERSION}"
+            found = f"{versions[0]} with pages of layout {versions[1]}"
+            raise SessionFileError("other_version", f"{name}: version {found}, not {expected}")
+        if manifest["model"] != self.model:
+            raise SessionFileError("other_model", f"{name}: made by another model or tokenizer")
+        if manifest["layout"].get("rank") != self._layout.get("rank"):
+            raise SessionFileError("other_group", f"{name}: written by another rank, or another number of them")
+        if manifest["layout"] != self._layout:
+            reason = "made with another preset, backend, or sizes of sink, window or session"
+            raise SessionFileError("other_layout", f"{name}: {reason}")
+        # Another preset has other codebooks too. So these come after the layout.
+        if manifest["rotation"] != self._rotation:
+            raise SessionFileError("other_rotation", f"{name}: keys and values were rotated with another seed")
+        if manifest["codebooks"] != self._codebooks:
+            raise SessionFileError("other_codebook", f"{name}: keys and values were encoded with other codebooks")
 
     def peek(self, path: Path) -> tuple[dict[str, Any], np.ndarray]:
         """What was said `about` a session, and its tokens, int32; both are as they were written. Raises
@@ -234,6 +254,24 @@ def _layout(store: CacheStore) -> dict[str, Any]:
         ],
         "native": [plan.kind for plan in store.plans if not plan.compressed],
     }
+
+
+def _rotation(store: CacheStore) -> list[int]:
+    """The seeds of the random matrices that tokens in pages were multiplied by; none if pages hold no codes."""
+    if all(codebooks_of(layer.lanes) is None for layer in store.spec.layers):
+        return []
+    return [ROTATION_SEED, *([SKETCH_SEED] if any(layer.lanes.shape.qjl for layer in store.spec.layers) else [])]
+
+
+def _codebooks(store: CacheStore) -> str:
+    """SHA-256 of the layers' codebooks: levels and zooms of keys and values."""
+    digest = hashlib.sha256()
+    for layer in store.spec.layers:
+        if (books := codebooks_of(layer.lanes)) is not None:
+            zooms = books.key_zooms, books.value_zooms
+            digest.update(f"{books.keys.shape} {books.values.shape} {zooms}".encode())
+            digest.update(books.keys.tobytes() + books.values.tobytes())
+    return digest.hexdigest()
 
 
 def _batch_of(cache: Sequence[Any]) -> CacheBatch | None:

@@ -44,8 +44,9 @@ _DTYPES = {
 }
 
 Refusal = Literal[
-    "missing", "unreadable", "truncated", "corrupt", "other_version", "other_model", "other_layout", "other_group"
-]
+    "missing", "unreadable", "truncated", "corrupt",
+    "other_version", "other_model", "other_group", "other_layout", "other_rotation", "other_codebook",
+]  # fmt: skip
 """Why a session file is not read, from a fixed set."""
 
 

@@ -14,7 +14,8 @@ from server.protocol import Conversation, Failed
 from server.settings import MemoryBudget
 from tests.server.engine.answers import Answer, owned_by_nobody
 from tests.server.engine.conftest import SETTINGS
-from turbocache.storage.session_file import SUFFIX
+from turbocache.codebooks.scalar import levels_for
+from turbocache.storage.session_file import SUFFIX, open_checked, piece, write
 from turbocache.storage.whole_file import PARTIAL
 
 TEXT = "The river runs by the mill, and the miller counts his sacks in the evening. "
@@ -149,6 +150,46 @@ def test_another_preset_s_files_are_refused_and_another_model_s_left_alone(
     _, usage = Answer(two, asked, "a", max_tokens=5).whole()
     assert usage.cached_tokens == 0
     assert metric(two, "session_files_refused_total", reason="other_layout") == 1
+
+
+def _rewritten_without_a_format(path: Path) -> None:
+    """As releases before version 4 of session files wrote it."""
+    manifest, arrays = open_checked(path)
+    manifest = {
+        name: value for name, value in manifest.items() if name not in ("layout_version", "rotation", "codebooks")
+    }
+    write(path, {name: piece(array) for name, array in arrays.items()}, {**manifest, "version": 3})
+
+
+@pytest.mark.parametrize(
+    ("code", "changed"),
+    [
+        ("other_version", {"turbocache.storage.session_codec.LAYOUT_VERSION": -1}),
+        ("other_version", None),
+        ("other_rotation", {"turbocache.storage.session_codec.ROTATION_SEED": 7}),
+        ("other_codebook", {"turbocache.backend.levels_for": lambda *args: 1.25 * levels_for(*args)}),
+    ],
+    ids=["layout", "before formats", "seed", "codebooks"],
+)
+def test_another_format_s_files_are_refused(
+    start: Callable[..., MlxEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, changed: Any
+) -> None:
+    asked = [of("user", TEXT * 12)]
+    with monkeypatch.context() as patch:
+        for name, value in (changed or {}).items():
+            patch.setattr(name, value)
+        one = start()
+        Answer(one, asked, "a", max_tokens=5).text()
+        one.stop()
+    (path,) = files(tmp_path)
+    if changed is None:
+        _rewritten_without_a_format(path)
+    two = start()
+    _, usage = Answer(two, asked, "a", max_tokens=5).whole()
+    assert usage.cached_tokens == 0
+    assert metric(two, "session_files_refused_total", reason=code) == 1
+    assert metric(two, "restores_total") == 0
+    assert [p.name for p in files(tmp_path)] == [f"{path.name}.refused"]
 
 
 def test_the_disk_s_budget_costs_the_longest_unused(start: Callable[..., MlxEngine], tmp_path: Path) -> None:

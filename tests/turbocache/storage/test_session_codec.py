@@ -17,14 +17,19 @@ import pytest
 from mlx.nn.layers.base import Module
 from safetensors import safe_open
 
+import turbocache.store
+from kernels.codec.layout import LAYOUT_VERSION
+from kernels.codec.rotation import ROTATION_SEED
+from kernels.lanes.expanded import ExpandedAttentionLanes
 from tests.models.tiny import build
 from turbocache.cache.pool import PoolExhausted
 from turbocache.cache.ring import RingConfig
+from turbocache.codebooks.scalar import levels_for, zooms_for
 from turbocache.mlxlm.model import LoadedModel
 from turbocache.mlxlm.plan import plan_layers
 from turbocache.mlxlm.prompt_cache import leaves
 from turbocache.presets import preset
-from turbocache.storage.session_codec import SessionFiles, State, fingerprint
+from turbocache.storage.session_codec import VERSION, SessionFiles, State, fingerprint
 from turbocache.storage.session_file import (
     PARTIAL,
     SUFFIX,
@@ -165,6 +170,98 @@ def test_files_of_something_else_are_refused(bundled: LoadedModel, tiny_llama: M
     with pytest.raises(SessionFileError) as refused:
         place.files.load(tmp_path / f"b{SUFFIX}")
     assert refused.value.code == "missing"
+
+
+CHANGED: dict[str, tuple[str, Any, str]] = {
+    "manifest": ("turbocache.storage.session_codec.VERSION", VERSION + 1, "other_version"),
+    "pages": ("turbocache.storage.session_codec.LAYOUT_VERSION", LAYOUT_VERSION + 1, "other_version"),
+    "rotation seed": ("turbocache.storage.session_codec.ROTATION_SEED", ROTATION_SEED + 1, "other_rotation"),
+    "levels": ("turbocache.backend.levels_for", lambda *args: 1.25 * levels_for(*args), "other_codebook"),
+    "zooms": ("turbocache.backend.zooms_for", lambda *args: (*zooms_for(*args), 1.5), "other_codebook"),
+}
+"""What another release may have changed: its name, its value there, and the refusal."""
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_files_of_another_format_are_refused(
+    bundled: LoadedModel, tiny_llama: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    ring, path, (name, value, code) = RingConfig(8, 64), tmp_path / f"a{SUFFIX}", CHANGED[changed]
+    place, tokens = Place(bundled, tiny_llama, ring), some(1, 300)
+    place.save(path, place.session(tokens), tokens)
+    monkeypatch.setattr(name, value)
+    other = Place(bundled, tiny_llama, ring)
+    with pytest.raises(SessionFileError) as refused:
+        other.files.load(path)
+    assert refused.value.code == code
+    assert other.store.spec.pool.n_used == 0
+    # It reads its own files, and the first release doesn't.
+    other.save(path, other.session(tokens), tokens)
+    other.load(path)
+    monkeypatch.undo()
+    with pytest.raises(SessionFileError) as refused:
+        place.files.load(path)
+    assert refused.value.code == code
+
+
+def test_the_seed_of_the_sketch_counts_where_keys_have_one(
+    bundled: LoadedModel, tiny_llama: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring, tokens, codes = RingConfig(8, 64), some(1, 300), list[str | None]()
+    for name in ("k4v4", "k4v4_qjl"):
+        place, path = Place(bundled, tiny_llama, ring, name=name), tmp_path / f"{name}{SUFFIX}"
+        place.save(path, place.session(tokens), tokens)
+        with monkeypatch.context() as patch:
+            patch.setattr("turbocache.storage.session_codec.SKETCH_SEED", 7)
+            other = Place(bundled, tiny_llama, ring, name=name)
+        try:
+            other.load(path)
+            codes.append(None)
+        except SessionFileError as error:
+            codes.append(error.code)
+    assert codes == [None, "other_rotation"]
+
+
+def test_pages_without_codes_depend_on_no_seed(
+    bundled: LoadedModel, tiny_llama: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring, path, tokens = RingConfig(8, 64), tmp_path / f"a{SUFFIX}", some(1, 300)
+    place = Place(bundled, tiny_llama, ring, name="off")
+    cache = place.session(tokens)
+    place.save(path, cache, tokens)
+    monkeypatch.setattr("turbocache.storage.session_codec.ROTATION_SEED", 7)
+    other = Place(bundled, tiny_llama, ring, name="off")
+    np.testing.assert_array_equal(other.logits(other.load(path), [5]), place.logits(cache, [5]))
+
+
+def test_partly_expanded_lanes_tell_their_codebooks_apart(
+    bundled: LoadedModel, tiny_llama: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over expanded pages all backends have one name, and their codes still mean different levels."""
+    make, ring, path, tokens = turbocache.store.lanes_for, RingConfig(8, 64), tmp_path / f"a{SUFFIX}", some(1, 300)
+    monkeypatch.setattr(turbocache.store, "lanes_for", lambda *args: ExpandedAttentionLanes(make(*args), ["attend"]))
+    place = Place(bundled, tiny_llama, ring)
+    place.save(path, place.session(tokens), tokens)
+    Place(bundled, tiny_llama, ring).load(path)
+    with pytest.raises(SessionFileError) as refused:
+        Place(bundled, tiny_llama, ring, "packed").files.load(path)
+    assert refused.value.code == "other_codebook"
+
+
+def test_files_without_a_format_are_of_another_version(
+    bundled: LoadedModel, tiny_llama: Module, tmp_path: Path
+) -> None:
+    """Releases before version 4 wrote neither the layout's version nor the seeds nor a digest of the codebooks."""
+    place, path, tokens = Place(bundled, tiny_llama, RingConfig(8, 64)), tmp_path / f"a{SUFFIX}", some(1, 300)
+    place.save(path, place.session(tokens), tokens)
+    manifest, arrays = open_checked(path)
+    for name in ("layout_version", "rotation", "codebooks"):
+        del manifest[name]
+    for version in (3, VERSION):
+        write(path, {name: piece(array) for name, array in arrays.items()}, {**manifest, "version": version})
+        with pytest.raises(SessionFileError) as refused:
+            place.files.load(path)
+        assert refused.value.code == "other_version"
 
 
 def test_one_changed_weight_is_another_model(bundled: LoadedModel, llama_of: Any) -> None:
