@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from kernels.codec.layout import LAYOUT_VERSION
 from kernels.codec.rotation import ROTATION_SEED
-from kernels.lanes.qjl import SKETCH_SEED
+from kernels.lanes.qjl import SKETCH_SEED, QjlShape
 from turbocache.backend import codebooks_of
 from turbocache.cache.batch import CacheBatch
 from turbocache.cache.conditioning import KeyCentre
@@ -260,7 +260,8 @@ def _rotation(store: CacheStore) -> list[int]:
     """The seeds of the random matrices that tokens in pages were multiplied by; none if pages hold no codes."""
     if all(codebooks_of(layer.lanes) is None for layer in store.spec.layers):
         return []
-    return [ROTATION_SEED, *([SKETCH_SEED] if any(layer.lanes.shape.qjl for layer in store.spec.layers) else [])]
+    sketches = any(isinstance(layer.lanes.shape, QjlShape) for layer in store.spec.layers)
+    return [ROTATION_SEED, SKETCH_SEED] if sketches else [ROTATION_SEED]
 
 
 def _codebooks(store: CacheStore) -> str:
