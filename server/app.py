@@ -19,8 +19,8 @@ from server.api.responses.store import open_store
 from server.errors import StartupError
 from server.http import error_handlers
 from server.http.cors import CrossOrigin
+from server.http.middleware import AppContext, RequestMiddleware
 from server.http.open_requests import OpenRequests
-from server.http.scope import AppContext, RequestScope
 from server.logs import configure_logging
 from server.metrics import Metrics
 from server.process.exposure import warn_when_exposed
@@ -96,7 +96,7 @@ def create_app(engine_factory: EngineFactory | None = None, settings: Settings |
     # elsewhere.
     app = FastAPI(title="turbocache", lifespan=explained, openapi_url=None)
     app.state.startup_error = None
-    app.add_middleware(RequestScope, metrics=metrics, requests=requests)
+    app.add_middleware(RequestMiddleware, metrics=metrics, requests=requests)
     app.add_middleware(CrossOrigin, state=app.state)
     app.add_middleware(_PlainStartupErrors, state=app.state)
     app.state.methods_at = methods_at

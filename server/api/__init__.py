@@ -1,4 +1,4 @@
-"""The addresses the server answers."""
+"""The endpoints, by API."""
 
 from fastapi.routing import APIRoute
 
@@ -28,6 +28,6 @@ ROUTERS = (
 
 
 def methods_at(path: str) -> list[str]:
-    """What an address may be asked for with, in order."""
+    """The methods of a path, sorted."""
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     return sorted({method for route in routes if route.path_regex.match(path) for method in route.methods or ()})

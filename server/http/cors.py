@@ -1,4 +1,4 @@
-"""Cross-origin requests: what pages of other origins may ask, in a browser, of this server."""
+"""Cross-origin requests: what a browser may send to this server for a page of another origin."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,30 +11,28 @@ from server.errors import OriginNotAllowed
 
 EXPOSED = ("X-Session-ID", "X-Request-Id", "X-Turbocache-Overflow", "Retry-After")
 METHODS = ("GET", "POST", "DELETE")
-
-
 _READING = ("GET", "HEAD", "OPTIONS")
 
 
 def check_origin(scope: Scope, allowed: Sequence[str]) -> None:
-    """Raises OriginNotAllowed for a request by which a page of another origin would have something done.
+    """Raises OriginNotAllowed when a page of another origin tries to change something.
 
-    Browsers send simple POSTs of any page to any address, also to a server on the user's own machine that asks for no
-    key; what CORS keeps from the page is the answer alone. Clients that are no browser send no Origin.
+    Any page can make a browser send a simple POST to any address, even to a server without keys on the user's own
+    machine. CORS only hides the answer from the page. Clients other than browsers send no Origin.
     """
     headers = Headers(scope=scope)
     origin = headers.get("origin")
     if origin is None or scope["method"] in _READING or "*" in allowed or origin in allowed:
         return
-    if origin.partition("://")[2] != headers.get("host"):  # a proxy may have taken the TLS off
+    if origin.partition("://")[2] != headers.get("host"):  # without the scheme: a proxy may have ended TLS
         raise OriginNotAllowed(origin)
 
 
 class CrossOrigin:
-    """ASGI middleware: starlette's CORS for the origins in TURBOCACHE_CORS_ORIGINS, nothing without any.
+    """ASGI middleware: starlette's CORS for the origins in TURBOCACHE_CORS_ORIGINS. Without any it does nothing.
 
-    Settings are read when the server starts, which is after middleware is put together. No credentials: API keys travel
-    in a header that pages must know, and cookies there are none. Preflights are answered here, so they need no key.
+    The settings are read when the server starts, after the middleware is built. There are no credentials: API keys
+    are in a header that the page sets, and there are no cookies. Preflights are answered here and need no key.
     """
 
     def __init__(self, app: ASGIApp, state: Any) -> None:
@@ -59,6 +57,6 @@ class CrossOrigin:
             allow_methods=METHODS,
             allow_headers=("*",),
             expose_headers=EXPOSED,
-            # A page from the internet that is in the list may reach a server at home.
+            # A listed page from the internet may reach a server at home.
             allow_private_network=True,
         )

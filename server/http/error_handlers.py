@@ -1,4 +1,4 @@
-"""Every error that reaches the web framework, turned into the envelope of the API that the address belongs to."""
+"""Turns every error that reaches the web framework into the error envelope of the path's API."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from server.errors import InvalidRequest, MethodNotAllowed, NotFound, ServerErro
 from server.http.envelopes import anthropic_envelope, is_anthropic_path
 from server.http.wire import UNSUPPORTED_PARAMETER, UNSUPPORTED_VALUE
 
-# nginx's number for "the client closed the connection"; nobody reads it but the log and the metrics.
+# nginx's status for a client that closed the connection. Only the log and the metrics see it.
 CLIENT_CLOSED = 499
 _SHOWN = 100
 _BRANCH = re.compile("<[a-z_]+>")
@@ -45,18 +45,16 @@ _BOUNDS = {
 
 
 def error_response(error: ServerError, scope: Scope, status: int | None = None) -> JSONResponse:
-    """The envelope, OpenAI's or on its addresses Anthropic's, with the error's status, if no other is given, and
-    headers.
-    """
+    """An error's JSON body, status and headers. `status` replaces the error's own."""
     status, body = status or error.status, error.envelope()
     if is_anthropic_path(scope["path"]):
-        record = scope.get("state", {}).get("record")
-        body = anthropic_envelope(error, status, None if record is None else record.request_id)
+        context = scope.get("state", {}).get("context")
+        body = anthropic_envelope(error, status, None if context is None else context.request_id)
     return JSONResponse(body, status_code=status, headers=error.headers())
 
 
 def invalid_body(error: ValidationError) -> InvalidRequest:
-    """The first thing wrong with a JSON body, in OpenAI's words, naming the field ("messages[0].role")."""
+    """The first error of a JSON body in OpenAI's words. It names the field ("messages[0].role")."""
     details = error.errors(include_url=False)
     if details[0]["type"] == "json_invalid":
         where = details[0]["ctx"]["error"]
@@ -65,11 +63,11 @@ def invalid_body(error: ValidationError) -> InvalidRequest:
 
 
 def invalid_field(detail: ErrorDetails) -> InvalidRequest:
-    """One of pydantic's errors as one of ours."""
+    """Translates one of pydantic's errors."""
     kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
     param = param_of(detail["loc"])
     if kind == "extra_forbidden":
-        # OpenAI has two wordings: one for fields of the request, one for fields inside of them.
+        # OpenAI has one wording for fields of the request and one for fields inside them.
         nested = sum(not (isinstance(step, str) and _BRANCH.fullmatch(step)) for step in detail["loc"]) > 1
         text = f"Unknown parameter: '{param}'." if nested else f"Unrecognized request argument supplied: {param}"
         return InvalidRequest(text, param=param, code="unknown_parameter")
@@ -116,7 +114,7 @@ def _invalid_value(kind: str, param: str, value: Any, context: Mapping[str, Any]
 
 
 def _wrong_length(value: Any, context: Mapping[str, Any]) -> tuple[str, str]:
-    """Message and code for a list, object or string that is too short or too long."""
+    """Message and code for a list, object or string of a wrong length."""
     noun = "string" if isinstance(value, str) else "object" if isinstance(value, dict) else "array"
     article = "an" if noun != "string" else "a"
     if "min_length" in context:
@@ -133,10 +131,10 @@ def _wrong_length(value: Any, context: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def param_of(location: Sequence[str | int]) -> str:
-    """A location in OpenAI's style: ("messages", 0, "<user>", "content", "<parts>", 1) is "messages[0].content[1]".
+    """Pydantic's location in OpenAI's style: ("messages", 0, "<user>", "content", "<parts>", 1) is
+    "messages[0].content[1]".
 
-    Pydantic puts the names of union branches into its locations: ours are in angle brackets. It says
-    `[key]` where an object's key is wrong.
+    Pydantic's locations include tags of unions, which are in angle brackets here, and `[key]` for a wrong key.
     """
     param = ""
     for step in location:
@@ -157,7 +155,7 @@ def _shown(value: Any) -> str:
 
 
 def _type_name(value: Any) -> str:
-    """JSON's name of a value's type, with its article."""
+    """JSON's name for a value's type, with an article."""
     names: dict[type, str] = {
         str: "a string",
         bool: "a boolean",
@@ -170,20 +168,20 @@ def _type_name(value: Any) -> str:
 
 async def _server_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServerError)
-    if (record := getattr(request.state, "record", None)) is not None:
-        record.error = error.code or error.type
+    if (context := getattr(request.state, "context", None)) is not None:
+        context.error = error.code or error.type
     return error_response(error, request.scope)
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: an unknown address, a wrong method."""
+    """Starlette's own errors: an unknown path, a wrong method."""
     assert isinstance(error, HTTPException)
     method, path, headers = request.method, _shown(request.url.path), dict(error.headers or {})
     if error.status_code == 404:
         response = error_response(NotFound(f"Invalid URL ({method} {path})"), request.scope)
     elif error.status_code == 405:
         response = error_response(MethodNotAllowed(f"Not allowed to {method} on {path}."), request.scope)
-        # Starlette names the methods of the first route of this address only.
+        # Starlette names only the methods of the path's first route.
         if (methods_at := getattr(request.app.state, "methods_at", None)) is not None:
             headers["Allow"] = ", ".join(methods_at(request.url.path))
     else:
@@ -194,7 +192,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _request_validation(request: Request, error: Exception) -> Response:
-    """FastAPI's own validation of paths and queries; bodies of chat requests are parsed by the route."""
+    """FastAPI's validation of paths and queries. `server.http.routing` parses the bodies."""
     assert isinstance(error, RequestValidationError)
     detail = cast(ErrorDetails, error.errors()[0])
     # The first step says "path" or "query".
@@ -206,7 +204,7 @@ async def _client_gone(request: Request, error: Exception) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Puts the handlers into `app`. Unexpected exceptions are caught further out, by routes.scope.RequestScope."""
+    """Installs the handlers. RequestMiddleware, further out, catches unexpected exceptions."""
     app.add_exception_handler(ServerError, _server_error)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(RequestValidationError, _request_validation)

@@ -1,4 +1,4 @@
-"""The requests that are being answered, and what may end one early: its deadline, or a stop of the server."""
+"""The open requests, and what ends one early: its deadline, or a stop of the server."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -10,65 +10,69 @@ from server.metrics import Metrics
 
 
 class Endable(Protocol):
-    """A turn, as far as it matters here. One that is `over` can't be ended any more; `phase` is how far it has come."""
+    """A generation as this module sees it."""
 
     @property
-    def over(self) -> bool: ...
+    def over(self) -> bool:
+        """It has an outcome and can't be ended any more."""
+        ...
 
     @property
     def phase(self) -> Phase: ...
 
     def end(self, error: ServerError) -> None:
-        """Stop working on it and tell its client why."""
+        """Stop the work and send the error to the client."""
         ...
 
 
-class _Open:
-    """One request. Its turns, once they are accepted, tell the client themselves; before that `timer` interrupts it."""
+class OpenRequest:
+    """One request. Once it has generations, they send an error to the client. Before that, `timer` interrupts it."""
 
-    def __init__(self, turns: Sequence[Endable]) -> None:
-        self.turns = turns
+    def __init__(self, generations: Sequence[Endable]) -> None:
+        self.generations = generations
         self.timer = asyncio.timeout(None)
         self.error: ServerError | None = None
 
     @property
     def over(self) -> bool:
-        return self.error is not None or (bool(self.turns) and all(turn.over for turn in self.turns))
+        return self.error is not None or (bool(self.generations) and all(one.over for one in self.generations))
 
     def end(self, error: ServerError) -> None:
         if self.over:
             return
         self.error = error
-        for turn in self.turns:
-            turn.end(error)
-        if not self.turns:
+        for generation in self.generations:
+            generation.end(error)
+        if not self.generations:
             self.timer.reschedule(asyncio.get_running_loop().time())
 
     @property
     def phase(self) -> Phase:
-        """Of several turns the one that has come least far: it is what the others would have had to wait for."""
+        """The earliest phase of its generations, because the others would have had to wait for that one."""
         order: tuple[Phase, ...] = ("arriving", "waiting", "prefill", "answer")
-        return min((turn.phase for turn in self.turns if not turn.over), key=order.index, default="arriving")
+        return min((one.phase for one in self.generations if not one.over), key=order.index, default="arriving")
 
 
 class OpenRequests:
-    """Lives on the event loop's thread. `deadline` is in seconds from a request's arrival, None for none."""
+    """All open requests. Everything here runs on the event loop's thread."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.deadline: float | None = None
+        """Seconds from a request's arrival, None for no deadline."""
         self._metrics = metrics
-        self._open: set[_Open] = set()
+        self._open: set[OpenRequest] = set()
         self._stopped: ServerError | None = None
 
     def __len__(self) -> int:
         return len(self._open)
 
     @asynccontextmanager
-    async def watched(self, turns: Sequence[Endable]) -> AsyncIterator[None]:
-        """Around the answering of one request, whose accepted turns appear in `turns`. Raises the ServerError that
-        ended it while it had none.
+    async def track(self, generations: Sequence[Endable]) -> AsyncIterator[None]:
+        """Wraps the handling of one request, which appends its accepted generations to `generations`.
+
+        Raises the ServerError that ended the request if it had no generation yet.
         """
-        request, loop, expiry = _Open(turns), asyncio.get_running_loop(), None
+        request, loop, expiry = OpenRequest(generations), asyncio.get_running_loop(), None
         if self.deadline is not None:
             expiry = loop.call_later(self.deadline, self._expire, request, self.deadline)
         self._open.add(request)
@@ -87,12 +91,12 @@ class OpenRequests:
                 expiry.cancel()
 
     def end_all(self, error: ServerError) -> None:
-        """End what is open, and at once whatever still comes."""
+        """Ends all open requests, and every later one at once."""
         self._stopped = error
         for request in list(self._open):
             request.end(error)
 
-    def _expire(self, request: _Open, seconds: float) -> None:
+    def _expire(self, request: OpenRequest, seconds: float) -> None:
         if not request.over:
             phase = request.phase
             self._metrics.deadlines_exceeded.labels(phase=phase).inc()

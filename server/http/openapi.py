@@ -23,9 +23,9 @@ from server.errors import (
     Unauthorized,
 )
 from server.http.envelopes import is_anthropic_path
-from server.http.exchange import model_names
+from server.http.middleware import app_context
+from server.http.respond import model_names
 from server.http.routing import STREAM, add_meaning, api_router
-from server.http.scope import context_of
 from server.http.session_name import HEADER_PATTERN, MAX_LENGTH, SESSION_HEADERS
 from server.http.wire import MODEL_FACT
 from server.protocol import ModelInfo
@@ -60,8 +60,8 @@ class Document(BaseModel):
 @router.get("/openapi.json", response_model=Document)
 async def openapi(request: Request) -> Response:
     """This document, true for the loaded model."""
-    context = context_of(request)
-    model, keys = context.engine.model, bool(context.settings.api_keys)
+    app = app_context(request)
+    model, keys = app.engine.model, bool(app.settings.api_keys)
     return JSONResponse(await asyncio.to_thread(_document, request.app, model, keys))
 
 
@@ -150,7 +150,7 @@ def _fill_in(model: ModelInfo, part: Any) -> None:
     if isinstance(part, dict):
         if (fact := part.pop(MODEL_FACT, None)) is not None:
             part.update(facts[fact])
-        if "patternProperties" in part:  # keys of another form are refused
+        if "patternProperties" in part:  # keys of another renderer are refused
             part["additionalProperties"] = False
         # FastAPI turns limits into floats, and 2**63 as one is not compared exactly.
         part |= {key: int(value) for key, value in part.items() if isinstance(value, float) and value.is_integer()}

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from server.errors import EngineDead, NotFound, OutOfMemory, PayloadTooLarge, QueueFull, ServerError
 from server.http.envelopes import ErrorEnvelope
 from server.http.error_handlers import invalid_body
-from server.http.scope import context_of, require_key
+from server.http.middleware import app_context, require_key
 
 Body = TypeVar("Body", bound=BaseModel)
 Responses = dict[int | str, dict[str, Any]]
@@ -44,7 +44,7 @@ class KeyedRoute(APIRoute):
         async def checked(request: Request) -> Response:
             await require_key(request)
             if (field := self.body_field) is not None:
-                body = await read_body(request, context_of(request).settings.body_limit)
+                body = await read_body(request, app_context(request).settings.body_limit)
                 optional = not body and not field.field_info.is_required()
                 model = cast(type[BaseModel], field.field_info.annotation)
                 request = _ParsedRequest(request, body if optional else parse(model, body))

@@ -1,4 +1,4 @@
-"""Which conversation a request belongs to, from what clients already send."""
+"""Finds the session of a request in what clients already send."""
 
 import json
 import re
@@ -9,33 +9,32 @@ from server.errors import InvalidRequest
 MAX_LENGTH = 256
 SESSION_HEADERS = ("X-Session-ID", "Session-Id", "X-Session-Affinity", "X-Claude-Code-Session-Id")
 _IN_USER_ID = re.compile(r"user_\S*_session_([0-9a-fA-F-]{36})")
-"""`metadata.user_id` of Claude Code before it was JSON."""
+"""Claude Code's `metadata.user_id` before it became JSON."""
 
 
 def _pattern(never: str) -> str:
-    """Of names without some characters: parts between slashes, none of them '.' or '..' with or without spaces around,
-    the first not only spaces.
+    """Pattern of a name without the characters `never`. No part between slashes is '.' or '..', also not with spaces
+    around it, and the first part is not blank.
     """
     other, start, visible = rf"[^/\\{never}]", rf"[^./\\ {never}]", rf"[^/\\ {never}]"
     part = rf"(?:[.]?{start}{other}*|[.]{{1,2}} +{visible}{other}*|[.][.]{visible}{other}*)"
     return rf"{part}(?:[/\\] *{part}?)*"
 
 
-# For JSON schemas, in which the characters that can't be printed are too many to name all of them.
+# For JSON schemas. They name only some of the many characters that can't be printed.
 _BEYOND_ASCII = r"\x00-\x1f\x7f-\uffff"
 _NEVER = r"\x00-\x1f\x7f-\xa0\xad\u2028-\u202e\ufffd"
 NAME_PATTERN = f"^ *{_pattern(_NEVER)}$"
 KEY_PATTERN = f"^ *(?:{_pattern(_NEVER)})?$"
-# No client sends a header with spaces before it.
+# No client sends a header with leading spaces.
 HEADER_PATTERN = rf"^(?:{_pattern(_BEYOND_ASCII)})?$"
 
 
 def session_key(prompt_cache_key: str | None, headers: Mapping[str, str], user_id: str | None = None) -> str | None:
-    """The session's name: `prompt_cache_key`, else the first of SESSION_HEADERS that is present, else the session in an
-    Anthropic client's `metadata.user_id`, else None.
+    """The session's name. The first of these that is not blank: `prompt_cache_key`, SESSION_HEADERS in order, the
+    session in an Anthropic client's `metadata.user_id`. None if there is none.
 
-    An empty name counts as none, and spaces around it do not count. `headers` must look names up without regard to
-    case. Raises InvalidRequest when the chosen name can't be one, as `checked_name` says.
+    Spaces around a name are dropped. `headers` must ignore case. Raises InvalidRequest like `checked_name`.
     """
     if prompt_cache_key and (key := prompt_cache_key.strip(" ")):
         return checked_name(key, "prompt_cache_key")
@@ -48,9 +47,9 @@ def session_key(prompt_cache_key: str | None, headers: Mapping[str, str], user_i
 
 
 def _session_in(user_id: str) -> str:
-    """The session that a user id carries, empty if it carries none: users are no sessions."""
-    if (found := _IN_USER_ID.fullmatch(user_id)) is not None:
-        return found[1]
+    """The session within a user id, or an empty string. The user alone names no session."""
+    if (match := _IN_USER_ID.fullmatch(user_id)) is not None:
+        return match[1]
     try:
         fields = json.loads(user_id)
     except (ValueError, RecursionError):
@@ -60,8 +59,8 @@ def _session_in(user_id: str) -> str:
 
 
 def checked_name(key: str, param: str) -> str:
-    """The name itself. Raises InvalidRequest when it is longer than 256 characters, holds a character that can't be
-    printed, or reads as the path of a file: whoever sends that has mistaken what the name is for.
+    """Returns the name. Raises InvalidRequest if it is longer than 256 characters, has a character that can't be
+    printed, or looks like the path of a file: then the client has mistaken what the name is for.
     """
     if len(key) > MAX_LENGTH:
         raise InvalidRequest(
@@ -70,7 +69,7 @@ def checked_name(key: str, param: str) -> str:
             param=param,
             code="string_above_max_length",
         )
-    if not key.isprintable() or "\ufffd" in key:  # what bytes that are no UTF-8 become in an address
+    if not key.isprintable() or "\ufffd" in key:  # invalid UTF-8 in a URL becomes U+FFFD
         raise InvalidRequest(
             f"Invalid '{param}': a session name must hold printable characters only.", param=param, code="invalid_value"
         )
@@ -86,7 +85,7 @@ def checked_name(key: str, param: str) -> str:
 
 
 def _decoded(raw: str, name: str) -> str:
-    """Header bytes arrive read as latin-1; clients mean UTF-8."""
+    """Headers arrive decoded as latin-1, but clients send UTF-8."""
     try:
         return raw.encode("latin-1").decode("utf-8")
     except UnicodeError as error:

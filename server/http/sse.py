@@ -1,4 +1,4 @@
-"""Server-sent events: an answer's events from a queue as the bytes of a stream that never falls silent."""
+"""Server-sent events: turns an answer's events into the bytes of a stream, with keep-alives."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -12,41 +12,41 @@ T = TypeVar("T")
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
-# How long a wait for an event may last before the caller looks whether the engine still lives.
+# Longest wait for an event before the caller checks that the engine is alive.
 IDLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """Every answer of a turn is complete."""
+class AllFinished:
+    """Every answer of a request is complete."""
 
     usage: Usage
 
 
 class Renderer(Protocol):
-    """An API's stream: what its clients see of an answer's events, each as complete server-sent events."""
+    """An API's stream: turns the engine's events into complete server-sent events."""
 
     def render(self, event: Event) -> Sequence[bytes]:
-        """Nothing for events that clients don't see."""
+        """Empty for events that clients don't see."""
         ...
 
     def end(self, usage: Usage) -> Sequence[bytes]:
-        """What follows the last event of all answers."""
+        """What the stream sends after all answers."""
         ...
 
     def fail(self, error: ServerError) -> Sequence[bytes]:
-        """The stream's end when the answer failed."""
+        """What the stream sends last when an answer failed."""
         ...
 
 
 def data(payload: str, event: str | None = None) -> bytes:
-    """One event, with its name if it has one; `payload` is JSON on one line."""
+    """One event. `payload` is JSON on one line; `event` is the event's name."""
     head = "" if event is None else f"event: {event}\n"
     return f"{head}data: {payload}\n\n".encode()
 
 
 async def next_within(queue: asyncio.Queue[T], seconds: float) -> T | None:
-    """The queue's next item, or None when none comes within `seconds`. Nothing is lost when the time runs out."""
+    """The queue's next item, or None after `seconds`. A timeout loses no item."""
     try:
         async with asyncio.timeout(max(0.0, seconds)):
             return await queue.get()
@@ -55,7 +55,7 @@ async def next_within(queue: asyncio.Queue[T], seconds: float) -> T | None:
 
 
 async def write_events(
-    queue: asyncio.Queue[Event | Ended],
+    queue: asyncio.Queue[Event | AllFinished],
     renderer: Renderer,
     public_error: Callable[[Failed], ServerError],
     *,
@@ -63,11 +63,12 @@ async def write_events(
     on_idle: Callable[[], Awaitable[None]],
     silent_since: float | None = None,
 ) -> AsyncIterator[bytes]:
-    """The stream's bytes, up to and including its end: `Ended`, or `Failed` with the error that clients are told.
+    """Yields the stream's bytes until `AllFinished` or `Failed`, inclusive.
 
-    A comment is sent whenever nothing else was for `keepalive_seconds`, counted from `silent_since` (event loop time,
-    None: now); events that render to nothing don't count as sent. `on_idle` runs at least every IDLE_SECONDS in which
-    no event comes; it may put a terminal event into the queue.
+    public_error: returns the error that the client sees.
+    keepalive_seconds: sends a comment after this time without bytes.
+    on_idle: runs at least every IDLE_SECONDS without an event; may put a terminal event into the queue.
+    silent_since: event loop time of the last sign of life, None for now.
     """
     loop = asyncio.get_running_loop()
     due = (loop.time() if silent_since is None else silent_since) + keepalive_seconds
@@ -76,7 +77,7 @@ async def write_events(
         chunks: Sequence[bytes] = ()
         if event is None:
             await on_idle()
-        elif isinstance(event, Ended):
+        elif isinstance(event, AllFinished):
             chunks = renderer.end(event.usage)
         elif isinstance(event, Failed):
             chunks = renderer.fail(public_error(event))
@@ -84,7 +85,7 @@ async def write_events(
             chunks = renderer.render(event)
         for chunk in chunks:
             yield chunk
-        if isinstance(event, Ended | Failed):
+        if isinstance(event, AllFinished | Failed):
             return
         if chunks:
             due = loop.time() + keepalive_seconds

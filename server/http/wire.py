@@ -1,7 +1,7 @@
-"""How every body is parsed: strictly, and nothing in it is ignored.
+"""Strict models of request bodies.
 
-An unknown field, a wrong type or a value that this version does not honour is refused. A field whose honouring comes
-later stands in its model with `only(...)`, the values that change nothing. JSON schemas of the models say the same.
+A body with an unknown field, a wrong type or an unsupported value is refused. A field that is not supported yet is in
+its model with `only(...)`: the values that change nothing. The models' JSON schemas say the same.
 """
 
 import json
@@ -23,13 +23,11 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
 
-from server.http.conditions import Condition
-
 UNSUPPORTED_PARAMETER = "unsupported_parameter"
 UNSUPPORTED_VALUE = "unsupported_value"
 
 MODEL_FACT = "x-of-model"
-"""In JSON schemas where what is valid depends on the loaded model, until the document is made."""
+"""Marks JSON schemas that depend on the loaded model. `server.http.openapi` replaces it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ class _Only:
         return no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        nullable = "type" not in handler(schema)  # what has one type is no union with null
+        nullable = "type" not in handler(schema)  # a single type is no union with null
         return {"enum": [*self.neutral, None] if nullable else [*self.neutral]}
 
     def _check(self, value: Any) -> Any:
@@ -56,7 +54,7 @@ class _Only:
 
 
 def only(*neutral: object) -> _Only:
-    """Accepts null and the given values, which change nothing; any other value is refused as not supported yet."""
+    """Accepts null and the given values, which change nothing. Refuses any other value as not supported."""
     return _Only(neutral)
 
 
@@ -69,8 +67,8 @@ class _OfModel:
 
 
 def of_model(fact: Literal["name", "token", "answer"]) -> _OfModel:
-    """Valid are only the loaded model's names, its tokens, or numbers of tokens that it may answer with. This is
-    checked later than the rest of the body.
+    """Marks a field whose valid values depend on the model: its names, its token ids, or its longest answer. They are
+    checked after the rest of the body.
     """
     return _OfModel(fact)
 
@@ -81,26 +79,28 @@ def nonempty(text: str) -> str:
     return text
 
 
+Condition = dict[str, Any]
+
+
 class Wire(BaseModel):
-    """Strict input: no unknown fields, no coercion ("1" is not 1, true is not 1), no NaN or Infinity. `conditions` are
-    for the JSON schema what a class's validators of several fields are for bodies.
-    """
+    """Strict input: no unknown fields, no coercion ("1" is not 1, true is not 1), no NaN or Infinity."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     conditions: ClassVar[tuple[Condition, ...]] = ()
+    """JSON Schema equivalents of the validators that compare several fields."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        found = handler(schema)
+        json_schema = handler(schema)
         if conditions := [one for kind in cls.__mro__[::-1] for one in vars(kind).get("conditions", ())]:
-            handler.resolve_ref_schema(found)["allOf"] = conditions
-        return found
+            handler.resolve_ref_schema(json_schema)["allOf"] = conditions
+        return json_schema
 
 
 REFUSED = WithJsonSchema(None)
-"""On one of a union's models: objects that this version can't read, refused by a field with `only`. JSON schemas of the
-union leave it out.
+"""Marks the model in a union that stands for unsupported objects. A field with `only` refuses them. The union's JSON
+schema omits it.
 """
 NonEmpty = Annotated[str, AfterValidator(nonempty), Field(json_schema_extra={"minLength": 1})]
 ModelName = Annotated[str, of_model("name")]
@@ -108,18 +108,49 @@ TokenId = Annotated[int, Field(ge=0), of_model("token")]
 
 
 def by_field(field: str) -> Discriminator:
-    """For a union of models: the tag is the value of a field, in angle brackets. Tags show up in pydantic's error
-    locations, and so they are told from fields there.
+    """Discriminator of a union of models: the value of `field` in angle brackets, which tell tags from fields
+    in pydantic's error locations.
     """
 
     def tag(value: Any) -> str | None:
-        found = value.get(field) if isinstance(value, dict) else getattr(value, field, None)
-        return None if found is None else f"<{found}>"
+        kind = value.get(field) if isinstance(value, dict) else getattr(value, field, None)
+        return None if kind is None else f"<{kind}>"
 
-    tag.__name__ = field  # which pydantic's error names
+    tag.__name__ = field  # pydantic's error has it
     return Discriminator(tag)
 
 
 def kind_of(*kinds: tuple[type, str]) -> Callable[[Any], str | None]:
-    """For a union's discriminator: the tag of the first type that a value has."""
+    """Function for a discriminator: the tag of the first matching type."""
     return lambda value: next((tag for of, tag in kinds if isinstance(value, of)), None)
+
+
+# JSON Schema for the validators that compare several fields. A body's class lists them as `conditions`.
+
+
+def given(*fields: str) -> Condition:
+    """All fields are present and not null."""
+    return {"required": list(fields), "properties": {field: {"not": {"type": "null"}} for field in fields}}
+
+
+def not_both(one: str, other: str) -> Condition:
+    return {"not": given(one, other)}
+
+
+def is_true(field: str) -> Condition:
+    return {"required": [field], "properties": {field: {"const": True}}}
+
+
+def some(field: str) -> Condition:
+    """The field is a list that is not empty."""
+    return {"required": [field], "properties": {field: {"type": "array", "minItems": 1}}}
+
+
+def within(field: str, condition: Condition) -> Condition:
+    """The field is an object that satisfies `condition`."""
+    return {"required": [field], "properties": {field: {"type": "object", **condition}}}
+
+
+def needs(when: Condition, then: Condition) -> Condition:
+    """If `when` holds, `then` must hold."""
+    return {"if": when, "then": then}

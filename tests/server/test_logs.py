@@ -12,9 +12,9 @@ import logging, sys
 {before}
 from server.logs import configure_logging
 from server.protocol import Usage
-from server.http.record import RequestRecord
+from server.http.request_context import RequestContext
 configure_logging("info", sys.argv[1])
-record = RequestRecord("chatcmpl-1", status=200, session="0a1b2c3d", finish="stop", stream=True, usage=Usage(12, 8, 3))
+record = RequestContext("chatcmpl-1", status=200, session="0a1b2c3d", finish="stop", stream=True, usage=Usage(12, 8, 3))
 record.times["queue"] = 0.25
 logging.getLogger("server.requests").info(record.line("POST", "/v1/chat/completions"))
 logging.getLogger("server.requests").debug("not this")

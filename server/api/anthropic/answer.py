@@ -13,7 +13,7 @@ class Text(BaseModel):
 
 
 class Thought(BaseModel):
-    """`signature` holds a thought that is not shown, see `server.api.anthropic.thoughts`."""
+    """`signature` holds a thought that is not shown, see `server.api.anthropic.content`."""
 
     type: Literal["thinking"]
     thinking: str

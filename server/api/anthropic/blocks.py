@@ -18,7 +18,7 @@ from server.api.anthropic.answer import (
     Thought,
     ToolUse,
 )
-from server.api.anthropic.thoughts import SIGNATURE, signature_of
+from server.api.anthropic.content import SIGNATURE, signature_of
 from server.protocol import Channel, TextDelta, ToolCall
 
 _OURS = re.compile(r"call_([0-9a-f]{24})")

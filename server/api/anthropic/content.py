@@ -1,11 +1,16 @@
 """Messages of Anthropic's API and the blocks that they are made of."""
 
+import base64
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
-from server.api.anthropic.thoughts import hidden_in
+from server.errors import InvalidRequest
 from server.http.wire import REFUSED, NonEmpty, Wire, by_field, kind_of, only
+
+SIGNATURE = "turbocache"
+"""Of a thought that is shown. It says nothing, but clients drop a thought that has no signature."""
+_HOLDS = f"{SIGNATURE}:"
 
 
 class CacheControl(Wire):
@@ -162,3 +167,18 @@ Message = Annotated[
     | Annotated[SystemMessage, Tag("<system>")],
     by_field("role"),
 ]
+
+
+def signature_of(hidden: str) -> str:
+    """The signature that holds a thought which is not shown."""
+    return _HOLDS + base64.b64encode(hidden.encode()).decode()
+
+
+def hidden_in(signature: str) -> str:
+    """The thought that a signature holds, empty for others' signatures. Raises InvalidRequest for a damaged one."""
+    if not signature.startswith(_HOLDS):
+        return ""
+    try:
+        return base64.b64decode(signature.removeprefix(_HOLDS), validate=True).decode()
+    except ValueError as error:
+        raise InvalidRequest("A thinking block's signature was changed on its way.", param="messages") from error

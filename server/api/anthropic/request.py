@@ -9,8 +9,7 @@ from server.api.anthropic.template import template_messages
 from server.api.openai.sampling import AnswerTokens
 from server.api.openai.tools import Schema, check_choice
 from server.errors import InvalidRequest
-from server.http.conditions import Condition, given, needs, some, within
-from server.http.wire import ModelName, NonEmpty, Wire, by_field, only
+from server.http.wire import Condition, ModelName, NonEmpty, Wire, by_field, given, needs, only, some, within
 from server.protocol import AnswerRules, Conversation, SamplingParams, Tool
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]

@@ -1,4 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, from the body to the form of its answers."""
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, from the body to the renderer of its answers."""
 
 import json
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ from server.api.anthropic.blocks import Blocks, whole_blocks
 from server.api.anthropic.request import CountTokensRequest, MessagesRequest
 from server.errors import NotFound, ServerError
 from server.http.envelopes import MESSAGES_PATH, AnthropicErrorEnvelope, anthropic_envelope
-from server.http.exchange import Answer, check_model, name_session, prepared, respond, to_json
+from server.http.middleware import app_context, request_context
+from server.http.respond import Answer, check_model, name_session, prepare_prompt, respond, to_json
 from server.http.routing import api_router, generates, raises
-from server.http.scope import context_of, record_of
 from server.http.sse import data
 from server.protocol import Event, Finished, GenerationRequest, PrefillProgress, TextDelta, ToolCall, Usage
 
@@ -39,34 +39,34 @@ router = api_router(envelope=AnthropicErrorEnvelope)
 @router.post(MESSAGES_PATH, response_model=MessageBody, responses=generates(StreamEventBody))
 async def messages(request: Request, body: MessagesRequest) -> Response:
     """One turn."""
-    context, record = context_of(request), record_of(request)
-    check_model(body.model, context.engine.model)
+    app, context = app_context(request), request_context(request)
+    check_model(body.model, app.engine.model)
     session, rules = name_session(request, None, bool(body.stream), user_id=body.user_id), body.rules()
-    prompt, grammar = await prepared(request, body.conversation(), rules)
+    prompt, grammar = await prepare_prompt(request, body.conversation(), rules)
     wanted = GenerationRequest(
-        request_id=record.request_id,
+        request_id=context.request_id,
         prompt=prompt,
         max_tokens=body.max_tokens,
         sampling=body.sampling(),
         stop=tuple(body.stop_sequences or ()),
         session=session,
-        owner=record.owner,
+        owner=context.owner,
         rules=rules,
         grammar=grammar,
     )
-    form = MessagesForm(record.request_id, context.engine.model.id, len(prompt.tokens), body)
-    return await respond(request, [wanted], form, stream=bool(body.stream))
+    renderer = MessagesRenderer(context.request_id, app.engine.model.id, len(prompt.tokens), body)
+    return await respond(request, [wanted], renderer, stream=bool(body.stream))
 
 
 @router.post(f"{MESSAGES_PATH}/count_tokens", response_model=TokenCount, responses=raises(NotFound))
 async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
     """How many tokens a prompt has, and nothing is computed of it."""
-    check_model(body.model, context_of(request).engine.model)
-    prompt, _ = await prepared(request, body.conversation(), body.rules())
+    check_model(body.model, app_context(request).engine.model)
+    prompt, _ = await prepare_prompt(request, body.conversation(), body.rules())
     return Response(to_json(TokenCount(input_tokens=len(prompt.tokens))), media_type="application/json")
 
 
-class MessagesForm:
+class MessagesRenderer:
     """The answer to one request: a message whose id is the request's. A stream is this and nothing else:
 
     message_start, ping, (content_block_start, content_block_delta..., content_block_stop)..., message_delta,
@@ -100,7 +100,7 @@ class MessagesForm:
     def fail(self, error: ServerError) -> Sequence[bytes]:
         return [data(json.dumps(anthropic_envelope(error, error.status, self._id), ensure_ascii=False), "error")]
 
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> MessageBody:
+    def body(self, answers: Sequence[Answer], usage: Usage) -> MessageBody:
         [answer] = answers
         blocks = whole_blocks(answer.parts, hide_thoughts=self._body.hides_thoughts)
         return self._message(blocks, usage_body(usage), answer.end)

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: OpenAI's chat API, from the body to the form of its answers."""
+"""POST /v1/chat/completions: OpenAI's chat API."""
 
 import json
 import time
@@ -27,9 +27,9 @@ from server.api.openai.chat_answer import (
 )
 from server.api.openai.chat_request import ChatCompletionRequest
 from server.errors import ServerError
-from server.http.exchange import Answer, check_model, name_session, prepared, respond, several, to_json
+from server.http.middleware import CHAT_PATH, app_context, request_context
+from server.http.respond import Answer, check_model, expand_n, name_session, prepare_prompt, respond, to_json
 from server.http.routing import api_router, generates
-from server.http.scope import CHAT_PATH, context_of, record_of
 from server.http.sse import DONE, data
 from server.protocol import (
     DrawnToken,
@@ -43,36 +43,36 @@ from server.protocol import (
 )
 
 LEAST_LOGPROB = -9999.0
-"""In JSON for minus infinity, as OpenAI's API has it."""
+"""Stands for minus infinity in JSON, as in OpenAI's API."""
 
 router = api_router()
 
 
 @router.post(CHAT_PATH, response_model=ChatCompletion, responses=generates(ChatCompletionChunk))
 async def chat_completions(request: Request, chat: ChatCompletionRequest) -> Response:
-    """One chat turn."""
-    context, record = context_of(request), record_of(request)
-    check_model(chat.model, context.engine.model)
+    """Generate the next message of a chat."""
+    app, context = app_context(request), request_context(request)
+    check_model(chat.model, app.engine.model)
     session, rules = name_session(request, chat.prompt_cache_key, bool(chat.stream)), chat.rules()
-    prompt, grammar = await prepared(request, chat.conversation(), rules)
+    prompt, grammar = await prepare_prompt(request, chat.conversation(), rules)
     wanted = GenerationRequest(
-        request_id=record.request_id,
+        request_id=context.request_id,
         prompt=prompt,
         max_tokens=chat.token_limit,
         sampling=chat.sampling(),
         stop=chat.stop_texts,
         session=session,
-        owner=record.owner,
+        owner=context.owner,
         logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         rules=rules,
         grammar=grammar,
     )
-    form = ChatForm(record.request_id, context.engine.model.id, chat.include_usage, bool(chat.logprobs))
-    return await respond(request, several(wanted, chat.n or 1), form, stream=bool(chat.stream))
+    renderer = ChatRenderer(context.request_id, app.engine.model.id, chat.include_usage, bool(chat.logprobs))
+    return await respond(request, expand_n(wanted, chat.n or 1), renderer, stream=bool(chat.stream))
 
 
-class ChatForm:
-    """The answers to one chat request; all their objects carry the same id and time."""
+class ChatRenderer:
+    """Renders the answers to one chat request. All objects have the same id and time."""
 
     def __init__(self, request_id: str, model_id: str, include_usage: bool, logprobs: bool) -> None:
         self._id = request_id
@@ -83,7 +83,7 @@ class ChatForm:
         self._n_calls: dict[int, int] = {}
 
     def render(self, event: Event) -> Sequence[bytes]:
-        """The chunks of one event: text, calls, and at the end the finish reason."""
+        """The chunks of one event: text, a call, or the finish reason."""
         if isinstance(event, TextDelta):
             return [*self._opening(event.choice), self._chunk_of(event.choice, _delta(event), None, event.tokens)]
         if isinstance(event, ToolCall):
@@ -93,13 +93,13 @@ class ChatForm:
         return ()
 
     def end(self, usage: Usage) -> Sequence[bytes]:
-        """The usage, if it was asked for, and OpenAI's mark."""
+        """The usage, if requested, and [DONE]."""
         return [*([self._chunk([], usage_body(usage))] if self._include_usage else []), DONE]
 
     def fail(self, error: ServerError) -> Sequence[bytes]:
         return [data(json.dumps(error.envelope(), ensure_ascii=False))]
 
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> ChatCompletion:
+    def body(self, answers: Sequence[Answer], usage: Usage) -> ChatCompletion:
         return ChatCompletion(
             id=self._id,
             object="chat.completion",
@@ -122,7 +122,7 @@ class ChatForm:
         return Choice(index=index, message=message, logprobs=logprobs, finish_reason=answer.end.finish_reason)
 
     def _opening(self, choice: int) -> list[bytes]:
-        """The first chunk of an answer names the role, once."""
+        """The first chunk of an answer. It has the role."""
         if choice in self._n_calls:
             return []
         self._n_calls[choice] = 0
@@ -155,14 +155,14 @@ class ChatForm:
 
 
 def logprobs_body(tokens: Sequence[DrawnToken]) -> Logprobs:
-    """Drawn tokens as OpenAI shows them."""
+    """Logprobs in OpenAI's shape."""
 
-    def shown(token: TokenLogprob) -> dict[str, Any]:
+    def fields(token: TokenLogprob) -> dict[str, Any]:
         logprob = max(token.logprob, LEAST_LOGPROB)
         return {"token": token.token.decode(errors="replace"), "logprob": logprob, "bytes": list(token.token)}
 
     content = [
-        ContentLogprob(**shown(token), top_logprobs=[TopLogprob(**shown(other)) for other in token.top])
+        ContentLogprob(**fields(token), top_logprobs=[TopLogprob(**fields(other)) for other in token.top])
         for token in tokens
     ]
     return Logprobs(content=content, refusal=None)

@@ -1,4 +1,4 @@
-"""What POST /v1/chat/completions answers, as OpenAI's API has it."""
+"""Response bodies of POST /v1/chat/completions, in OpenAI's shape."""
 
 from typing import Literal
 
@@ -6,13 +6,12 @@ from pydantic import BaseModel
 
 
 class PromptTokensDetails(BaseModel):
-    """`cached_tokens` of the prompt were found in the session's cache."""
-
     cached_tokens: int
+    """Tokens of the prompt that were in the session's cache."""
 
 
 class UsageBody(BaseModel):
-    """Token counts of one turn."""
+    """Token counts of one request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -21,10 +20,9 @@ class UsageBody(BaseModel):
 
 
 class CalledFunction(BaseModel):
-    """`arguments` is JSON text."""
-
     name: str
     arguments: str
+    """JSON text."""
 
 
 class MessageCall(BaseModel):
@@ -34,17 +32,19 @@ class MessageCall(BaseModel):
 
 
 class AnswerMessage(BaseModel):
-    """The whole answer; `reasoning_content` only where the model thought aloud, `content` is null beside calls only."""
+    """A complete answer."""
 
     role: Literal["assistant"]
     content: str | None
+    """Null only beside calls."""
     refusal: None = None
     reasoning_content: str | None = None
+    """Only present if the model wrote a thought."""
     tool_calls: list[MessageCall] | None = None
 
 
 class TopLogprob(BaseModel):
-    """A token as text and as UTF-8 bytes, which need not be whole characters, and ln of its probability."""
+    """A token as text and as UTF-8 bytes, and ln of its probability. The bytes may be part of a character."""
 
     token: str
     logprob: float
@@ -52,7 +52,7 @@ class TopLogprob(BaseModel):
 
 
 class ContentLogprob(TopLogprob):
-    """A token of the answer, and the likeliest in its place."""
+    """A token of the answer, and the likeliest tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
@@ -70,7 +70,7 @@ class Choice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """The answer to a request without `stream`."""
+    """The response without `stream`."""
 
     id: str
     object: Literal["chat.completion"]
@@ -86,7 +86,7 @@ class FunctionDelta(BaseModel):
 
 
 class CallDelta(BaseModel):
-    """A part of a call: the first has its id and name, later ones go on with the arguments."""
+    """A part of a call. The first has the id and name, later ones continue the arguments."""
 
     index: int
     id: str | None = None
@@ -95,7 +95,7 @@ class CallDelta(BaseModel):
 
 
 class Delta(BaseModel):
-    """What is new; fields that are not set are left out of the JSON."""
+    """What is new. Fields that are not set are absent from the JSON."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -111,7 +111,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatCompletionChunk(BaseModel):
-    """One SSE message. `usage` is set (null, then the counts) only when the request asked for it."""
+    """One SSE message. `usage` is absent unless requested: null, and in the last chunk the counts."""
 
     id: str
     object: Literal["chat.completion.chunk"]

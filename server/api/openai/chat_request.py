@@ -1,4 +1,4 @@
-"""The body of POST /v1/chat/completions, as OpenAI's API has it with what other local servers add."""
+"""The body of POST /v1/chat/completions: OpenAI's fields, and some of other local servers."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -8,8 +8,20 @@ from pydantic_core import PydanticCustomError, from_json
 from server.api.openai.sampling import AnswerTokens, SampledRequest
 from server.api.openai.tools import Choice, ResponseFormat, ToolSpec, answer_rules
 from server.errors import InvalidRequest
-from server.http.conditions import Condition, given, is_true, needs, not_both, some
-from server.http.wire import REFUSED, NonEmpty, Wire, by_field, kind_of, only
+from server.http.wire import (
+    REFUSED,
+    Condition,
+    NonEmpty,
+    Wire,
+    by_field,
+    given,
+    is_true,
+    kind_of,
+    needs,
+    not_both,
+    only,
+    some,
+)
 from server.protocol import AnswerRules, Conversation
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -24,7 +36,7 @@ class TextPart(Wire):
 
 
 class UnsupportedPart(BaseModel):
-    """A part kind of OpenAI's API that this version can't read, such as an image; refused by its `type`."""
+    """A kind of part that is not supported, such as an image. Refused by its `type`."""
 
     type: Annotated[str, only("text")]
 
@@ -49,7 +61,7 @@ Content = Annotated[
 
 
 class FunctionCall(Wire):
-    """What the assistant called; `arguments` is JSON text as the model wrote it."""
+    """A call of the assistant. `arguments` is JSON text as the model wrote it."""
 
     name: NonEmpty
     arguments: str
@@ -65,7 +77,7 @@ class ToolCall(Wire):
 
 
 class InstructionMessage(Wire):
-    """`developer` is the newer name of `system`; templates know only the older one."""
+    """`developer` is the new name of `system`. Templates know only the old one."""
 
     role: Literal["system", "developer"]
     content: Content
@@ -73,7 +85,7 @@ class InstructionMessage(Wire):
 
 
 class UserMessage(Wire):
-    """What the person says."""
+    """A message of the user."""
 
     role: Literal["user"]
     content: Content
@@ -81,7 +93,7 @@ class UserMessage(Wire):
 
 
 class AssistantMessage(Wire):
-    """An earlier answer, also as clients send back what they received (with empty `refusal`, `audio`, ...)."""
+    """An earlier answer. Clients may send it back as they received it, with empty `refusal`, `audio` and so on."""
 
     conditions: ClassVar[tuple[Condition, ...]] = ({"anyOf": [given("content"), some("tool_calls")]},)
 
@@ -127,7 +139,7 @@ _OBJECT = {"type": "object"}
 
 
 class ChatCompletionRequest(SampledRequest):
-    """The body of POST /v1/chat/completions. A field that is null counts as not given."""
+    """The body of POST /v1/chat/completions. Null is the same as absent."""
 
     conditions: ClassVar[tuple[Condition, ...]] = (
         not_both("max_tokens", "max_completion_tokens"),
@@ -153,11 +165,11 @@ class ChatCompletionRequest(SampledRequest):
     reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
 
-    # Labels for the caller's own books; they change nothing about the answer.
+    # Labels for the client. They do not change the answer.
     safety_identifier: str | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
 
-    # Fields of OpenAI's API that this version does not honour.
+    # Fields of OpenAI's API that are not supported.
     store: Annotated[bool | None, only(False)] = None
     functions: Annotated[list[JsonValue] | None, only([])] = None
     function_call: Annotated[JsonValue, only("none", "auto")] = None
@@ -173,7 +185,7 @@ class ChatCompletionRequest(SampledRequest):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "ChatCompletionRequest":
-        # Not ValueErrors: pydantic lets these pass as they are, with the field they name.
+        # Not ValueErrors: pydantic passes these on unchanged, with the field that they name.
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise InvalidRequest(
                 "Setting 'max_tokens' and 'max_completion_tokens' at the same time is not supported.",
@@ -188,11 +200,11 @@ class ChatCompletionRequest(SampledRequest):
 
     @property
     def token_limit(self) -> int | None:
-        """Completion tokens asked for at most; None for as far as the model reaches."""
+        """Largest number of completion tokens, None for as many as the model has positions."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     def conversation(self) -> Conversation:
-        """For the chat template."""
+        """The input of the chat template."""
         return Conversation(
             [template_message(message) for message in self.messages],
             tools=[tool.template() for tool in self.tools or ()],
@@ -201,16 +213,16 @@ class ChatCompletionRequest(SampledRequest):
         )
 
     def rules(self) -> AnswerRules:
-        """Raises InvalidRequest when they contradict each other."""
+        """Raises InvalidRequest if the fields contradict each other."""
         return answer_rules(self.tools, self.tool_choice, self.parallel_tool_calls, self.response_format)
 
 
 def template_message(message: Message) -> dict[str, Any]:
-    """A message as chat templates take it: a plain dict with a string as its content, `system` for `developer`."""
-    # What only clients' own echoes carry says nothing to a template.
+    """A message for chat templates: a plain dict with string content and `system` for `developer`."""
+    # Only clients that send an answer back have these. Templates have no use for them.
     echoes: dict[str, Any] = {"annotations": True, "tool_calls": {"__all__": {"index"}}}
     plain = message.model_dump(exclude_unset=True, exclude_none=True, exclude=echoes)
-    # Templates that don't know `developer` drop such a message without a word.
+    # Templates that don't know `developer` drop such a message silently.
     plain["role"] = "system" if message.role == "developer" else message.role
     if isinstance(message.content, list):
         plain["content"] = "\n".join(part.text for part in message.content if isinstance(part, TextPart))
@@ -221,10 +233,10 @@ def template_message(message: Message) -> dict[str, Any]:
 
 
 def arguments_of(text: str) -> Any:
-    """A call's arguments as templates want them: an object if the text is one, else the text as it was written."""
+    """A call's arguments for templates: an object if the text is one, else the text."""
     try:
-        # Not json's: halves of surrogate pairs and bottomless nesting would end in the tokenizer and the template.
-        found = from_json(text, allow_inf_nan=False)
+        # Not `json`: it accepts lone surrogates and endless nesting, on which the tokenizer and the template fail.
+        arguments = from_json(text, allow_inf_nan=False)
     except ValueError:
         return text
-    return found if isinstance(found, dict) else text
+    return arguments if isinstance(arguments, dict) else text

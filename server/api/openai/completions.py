@@ -1,4 +1,4 @@
-"""POST /v1/completions: OpenAI's older API, which goes on with texts or token ids as they are."""
+"""POST /v1/completions: OpenAI's older API, which continues texts or token ids without a chat template."""
 
 import asyncio
 import codecs
@@ -15,11 +15,11 @@ from server.api.openai.chat_answer import UsageBody
 from server.api.openai.completions_answer import Completion, CompletionChoice, CompletionLogprobs
 from server.api.openai.completions_request import DEFAULT_TOKENS, CompletionRequest
 from server.errors import InvalidRequest, ServerError
-from server.http.exchange import Answer, check_model, name_session, respond, several, to_json
+from server.http.generation import until_disconnect
+from server.http.middleware import COMPLETIONS_PATH, app_context, request_context
+from server.http.respond import Answer, check_model, expand_n, name_session, respond, to_json
 from server.http.routing import api_router, generates
-from server.http.scope import COMPLETIONS_PATH, context_of, record_of
 from server.http.sse import DONE, data
-from server.http.turn import until_gone
 from server.protocol import (
     AnswerRules,
     DrawnToken,
@@ -39,36 +39,34 @@ router = api_router()
 
 @router.post(COMPLETIONS_PATH, response_model=Completion, responses=generates(Completion))
 async def completions(request: Request, wanted: CompletionRequest) -> Response:
-    """What follows each prompt, `n` times. Each is a choice: all of the first prompt, then those of the second, ..."""
-    context, record = context_of(request), record_of(request)
-    check_model(wanted.model, context.engine.model)
+    """Continue each prompt `n` times. The choices of the first prompt come first."""
+    app, context = app_context(request), request_context(request)
+    check_model(wanted.model, app.engine.model)
     session = name_session(request, wanted.prompt_cache_key, bool(wanted.stream))
-    prompts, echoes = await until_gone(asyncio.to_thread(_prompts, context.engine, wanted), request.receive)
+    prompts, echoes = await until_disconnect(asyncio.to_thread(_prompts, app.engine, wanted), request.receive)
     n, requests = wanted.n or 1, list[GenerationRequest]()
     for i, prompt in enumerate(prompts):
         first = GenerationRequest(
-            request_id=f"{record.request_id}.{i}" if i else record.request_id,
+            request_id=f"{context.request_id}.{i}" if i else context.request_id,
             prompt=prompt,
             max_tokens=wanted.max_tokens or DEFAULT_TOKENS,
             sampling=wanted.sampling(),
             stop=wanted.stop_texts,
             session=session,
-            owner=record.owner,
+            owner=context.owner,
             logprobs=wanted.logprobs,
             rules=_RULES,
             choice=i * n,
         )
-        requests += several(first, n)
-    form = CompletionForm(
-        record.request_id, context.engine.model.id, wanted, [echo for echo in echoes for _ in range(n)]
+        requests += expand_n(first, n)
+    renderer = CompletionRenderer(
+        context.request_id, app.engine.model.id, wanted, [echo for echo in echoes for _ in range(n)]
     )
-    return await respond(request, requests, form, stream=bool(wanted.stream))
+    return await respond(request, requests, renderer, stream=bool(wanted.stream))
 
 
 def _prompts(engine: Engine, wanted: CompletionRequest) -> tuple[list[Prompt], list[str]]:
-    """The prompts, and their texts if they are to be echoed. Raises InvalidRequest for a prompt of no tokens, or tokens
-    that the model doesn't have.
-    """
+    """The prompts, and with `echo` their texts. Raises InvalidRequest for an empty prompt or unknown tokens."""
     prompts, echoes = [], []
     for asked in wanted.prompts:
         tokens = engine.encode(asked) if isinstance(asked, str) else asked
@@ -81,9 +79,9 @@ def _prompts(engine: Engine, wanted: CompletionRequest) -> tuple[list[Prompt], l
     return prompts, echoes
 
 
-class CompletionForm:
-    """The answers to one request; all their objects carry the same id and time. `echoes` are what is sent before each
-    answer, empty where nothing is.
+class CompletionRenderer:
+    """Renders the answers to one request. All objects have the same id and time. `echoes` are the texts to send before
+    each answer, or empty.
     """
 
     def __init__(self, request_id: str, model_id: str, wanted: CompletionRequest, echoes: Sequence[str]) -> None:
@@ -94,10 +92,10 @@ class CompletionForm:
         self._n_top = wanted.logprobs
         self._echoes = echoes
         self._begun: set[int] = set()
-        self._shown: dict[int, _Shown] = {}
+        self._states: dict[int, _LogprobState] = {}
 
     def render(self, event: Event) -> Sequence[bytes]:
-        """A chunk for each piece of text, and one with the finish reason."""
+        """A chunk for a piece of text or the finish reason."""
         if isinstance(event, TextDelta):
             logprobs = self._logprobs(event.choice, event.tokens) if event.tokens else None
             return [*self._opening(event.choice), self._chunk_of(event.choice, event.text, logprobs)]
@@ -107,13 +105,13 @@ class CompletionForm:
         return ()
 
     def end(self, usage: Usage) -> Sequence[bytes]:
-        """The usage, if it was asked for, and OpenAI's mark."""
+        """The usage, if requested, and [DONE]."""
         return [*([self._chunk([], usage_body(usage))] if self._include_usage else []), DONE]
 
     def fail(self, error: ServerError) -> Sequence[bytes]:
         return [data(json.dumps(error.envelope(), ensure_ascii=False))]
 
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> Completion:
+    def body(self, answers: Sequence[Answer], usage: Usage) -> Completion:
         choices = [self._whole_choice(i, answer) for i, answer in enumerate(answers)]
         return self._completion(choices, usage_body(usage))
 
@@ -125,14 +123,14 @@ class CompletionForm:
         )
 
     def _opening(self, choice: int) -> list[bytes]:
-        """The prompt, once, if it is to be echoed."""
+        """The echoed prompt, once."""
         if not self._echoes or choice in self._begun:
             return []
         self._begun.add(choice)
         return [self._chunk_of(choice, self._echoes[choice], None)]
 
     def _logprobs(self, choice: int, tokens: Sequence[DrawnToken]) -> CompletionLogprobs:
-        return self._shown.setdefault(choice, _Shown(self._n_top or 0)).logprobs(tokens)
+        return self._states.setdefault(choice, _LogprobState(self._n_top or 0)).logprobs(tokens)
 
     def _chunk_of(self, choice: int, text: str, logprobs: CompletionLogprobs | None) -> bytes:
         return self._chunk([CompletionChoice(text=text, index=choice, logprobs=logprobs, finish_reason=None)], None)
@@ -142,24 +140,24 @@ class CompletionForm:
         return data(to_json(chunk))
 
     def _completion(self, choices: list[CompletionChoice], *usage: UsageBody | None) -> Completion:
-        found = Completion(
+        completion = Completion(
             id=self._id, object="text_completion", created=self._created, model=self._model, choices=choices
         )
         if usage:
-            found.usage = usage[0]
-        return found
+            completion.usage = usage[0]
+        return completion
 
 
 @dataclass(slots=True)
-class _Shown:
-    """How far an answer's tokens have been shown."""
+class _LogprobState:
+    """Position in an answer's text up to which logprobs were sent."""
 
     n_top: int
     offset: int = 0
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
     def logprobs(self, tokens: Sequence[DrawnToken]) -> CompletionLogprobs:
-        """The next tokens as OpenAI's older API has them: among the likeliest is always the token itself."""
+        """The next tokens in the older API's shape. The token itself is always among the likeliest."""
         shown = CompletionLogprobs(
             tokens=[], token_logprobs=[], top_logprobs=[] if self.n_top else None, text_offset=[]
         )
@@ -176,7 +174,7 @@ class _Shown:
 
 
 def _spelled(token: bytes) -> str:
-    """A token's text, or its bytes where it is no whole characters."""
+    """A token's text, or its bytes if they are not complete characters."""
     try:
         return token.decode()
     except UnicodeDecodeError:
@@ -184,5 +182,5 @@ def _spelled(token: bytes) -> str:
 
 
 def _reason(event: Finished) -> str:
-    """Text calls no tools."""
+    """A text completion calls no tools."""
     return "length" if event.finish_reason == "length" else "stop"

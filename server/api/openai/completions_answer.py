@@ -1,4 +1,4 @@
-"""What POST /v1/completions answers, as OpenAI's older API has it."""
+"""Response bodies of POST /v1/completions, in the shape of OpenAI's older API."""
 
 from typing import Literal
 
@@ -8,19 +8,20 @@ from server.api.openai.chat_answer import UsageBody
 
 
 class CompletionLogprobs(BaseModel):
-    """The tokens of a text, ln of their probabilities, the likeliest in their places with theirs (null when none were
-    asked for), and where each begins in the text, in characters. A token that is no whole character is
-    "bytes:" with its bytes as "\\\\x..".
-    """
+    """The tokens of a text. Each list has one item per token."""
 
     tokens: list[str]
+    """A token that is not complete characters is "bytes:" with its bytes as "\\\\x..". """
     token_logprobs: list[float]
+    """ln of the probabilities."""
     top_logprobs: list[dict[str, float]] | None
+    """The likeliest tokens at each position, null if not requested."""
     text_offset: list[int]
+    """Where the token begins in the text, in characters."""
 
 
 class CompletionChoice(BaseModel):
-    """`finish_reason` is null only within a stream."""
+    """`finish_reason` is null only in a stream."""
 
     text: str
     index: int
@@ -29,9 +30,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """The whole answer, and each SSE message. In a stream `usage` is set (null, then the counts) only when the request
-    asked for it.
-    """
+    """The response, and each SSE message. In a stream `usage` is absent unless requested."""
 
     id: str
     object: Literal["text_completion"]

@@ -1,4 +1,4 @@
-"""The body of POST /v1/completions, as OpenAI's older API has it with what other local servers add."""
+"""The body of POST /v1/completions: fields of OpenAI's older API, and some of other local servers."""
 
 from typing import Annotated, Any, ClassVar
 
@@ -6,8 +6,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from server.api.openai.sampling import SampledRequest
 from server.errors import InvalidRequest, UnsupportedField
-from server.http.conditions import Condition, given, is_true
-from server.http.wire import NonEmpty, TokenId, only
+from server.http.wire import Condition, NonEmpty, TokenId, given, is_true, only
 
 MOST_ANSWERS = 128
 DEFAULT_TOKENS = 16
@@ -16,7 +15,7 @@ _Tokens = Annotated[list[TokenId], Field(min_length=1)]
 
 
 def _kind(prompt: Any) -> str | None:
-    """A list is what its first item says."""
+    """The first item tells the kind of a list."""
     if not isinstance(prompt, list):
         return "<string>" if isinstance(prompt, str) else None
     first = prompt[0] if prompt else 0
@@ -37,7 +36,7 @@ TextPrompt = Annotated[
 
 
 class CompletionRequest(SampledRequest):
-    """The body of POST /v1/completions. A field that is null counts as not given."""
+    """The body of POST /v1/completions. Null is the same as absent."""
 
     conditions: ClassVar[tuple[Condition, ...]] = ({"not": {"allOf": [is_true("echo"), given("logprobs")]}},)
 
@@ -50,7 +49,7 @@ class CompletionRequest(SampledRequest):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "CompletionRequest":
-        # Not ValueErrors: pydantic lets these pass as they are, with the field they name.
+        # Not ValueErrors: pydantic passes these on unchanged, with the field that they name.
         if self.echo and self.logprobs is not None:
             raise UnsupportedField(
                 "Unsupported parameter: 'logprobs' is not supported by this version when 'echo' is enabled.",
@@ -73,7 +72,7 @@ class CompletionRequest(SampledRequest):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Each a text or token ids."""
+        """Each is a text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)

@@ -1,4 +1,4 @@
-"""What chat and text completions ask for in the same words: how tokens are drawn, where answers end, how they come."""
+"""Fields that chat and text completions share: sampling, stop strings, streaming."""
 
 from typing import Annotated, ClassVar
 
@@ -6,9 +6,8 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
-from server.http.conditions import Condition, given, is_true, needs
 from server.http.session_name import KEY_PATTERN, MAX_LENGTH
-from server.http.wire import ModelName, NonEmpty, Wire, kind_of, of_model, only
+from server.http.wire import Condition, ModelName, NonEmpty, Wire, given, is_true, kind_of, needs, of_model, only
 from server.protocol import SamplingParams
 
 
@@ -39,7 +38,7 @@ AnswerTokens = Annotated[int, Field(ge=1), of_model("answer")]
 
 
 class SampledRequest(Wire):
-    """A field that is null counts as not given."""
+    """Null is the same as absent."""
 
     conditions: ClassVar[tuple[Condition, ...]] = (needs(given("stream_options"), is_true("stream")),)
 
@@ -54,7 +53,7 @@ class SampledRequest(Wire):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    # Logits are divided by it, and must stay within what the smallest float formats hold.
+    # Logits are divided by it and must stay in the range of the smallest float formats.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -62,12 +61,12 @@ class SampledRequest(Wire):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     prompt_cache_key: SessionKey | None = None
 
-    # A label for the caller's own books; it changes nothing about the answer.
+    # A label for the client. It does not change the answer.
     user: str | None = None
 
     @model_validator(mode="after")
     def _stream_agrees(self) -> "SampledRequest":
-        # Not a ValueError: pydantic lets this pass as it is, with the field it names.
+        # Not a ValueError: pydantic passes this on unchanged, with the field that it names.
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
@@ -83,7 +82,7 @@ class SampledRequest(Wire):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self) -> SamplingParams:
-        """Given values, or OpenAI's defaults."""
+        """The given values, or OpenAI's defaults."""
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,

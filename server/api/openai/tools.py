@@ -1,4 +1,4 @@
-"""What an answer may be, as OpenAI's chat API says it: tools, the choice among them, and the form of the content."""
+"""Tools, tool choice and response format of OpenAI's chat API."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ Schema = dict[str, JsonValue]
 
 
 class FunctionSpec(Wire):
-    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+    """A function that the model may call. `parameters` is the JSON schema of its arguments."""
 
     name: Name
     description: str | None = None
@@ -23,13 +23,13 @@ class FunctionSpec(Wire):
 
 
 class ToolSpec(Wire):
-    """Only functions: a model here has no tools of its own."""
+    """A function. There are no built-in tools."""
 
     type: Literal["function"]
     function: FunctionSpec
 
     def template(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """The tool for chat templates."""
         function = self.function.model_dump(exclude_unset=True, exclude_none=True, exclude={"strict"})
         return {"type": "function", "function": function}
 
@@ -77,7 +77,7 @@ class JsonObjectFormat(Wire):
 
 
 class JsonSchema(Wire):
-    """`strict` changes nothing: an answer is always held to the whole schema."""
+    """`strict` changes nothing: an answer always follows the whole schema."""
 
     name: Name
     description: str | None = None
@@ -104,7 +104,7 @@ def answer_rules(
     parallel: bool | None,
     format: ResponseFormat | None,
 ) -> AnswerRules:
-    """The engine's rules. Raises InvalidRequest when they contradict each other."""
+    """The engine's rules. Raises InvalidRequest if they contradict each other."""
     known = tuple(
         Tool(
             name=spec.function.name,
@@ -127,7 +127,7 @@ def answer_rules(
 
 
 def check_choice(tools: Sequence[Tool], mode: ToolChoice, allowed: frozenset[str] | None) -> None:
-    """Raises InvalidRequest for two tools of one name, and for a choice among tools that are not there."""
+    """Raises InvalidRequest for two tools with one name, and for a choice of a tool that is missing."""
     names = [tool.name for tool in tools]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InvalidRequest(f"Invalid 'tools': two of them are called '{twice}'.", param="tools", code="invalid_value")

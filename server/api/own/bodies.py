@@ -1,4 +1,4 @@
-"""The small bodies: models, sessions, and what the server says about itself."""
+"""The bodies of this server's own endpoints: sessions, models, status."""
 
 from typing import Annotated, Any, Literal
 
@@ -11,13 +11,14 @@ SessionName = Annotated[str, Field(json_schema_extra={"maxLength": MAX_LENGTH, "
 
 
 class ForkRequest(Wire):
-    """POST /v1/sessions/{id}/fork: the new session's `id`, or null for one that the server makes up."""
+    """The body of POST /v1/sessions/{id}/fork."""
 
     id: Annotated[SessionName, Field(min_length=1)] | None = None
+    """The new session's name. The server makes one up if it is null."""
 
 
 class SessionBytes(BaseModel):
-    """Memory by kind. Pages that sessions share count for each of them."""
+    """A session's memory by kind. Shared pages count for each session."""
 
     pages: int
     sink: int
@@ -27,40 +28,43 @@ class SessionBytes(BaseModel):
 
 
 class SessionRing(BaseModel):
-    """A session's cache as a ring, in tokens but for `first_page` and `pages`: the sink, pages (the oldest is
-    `first_page`, as many as have rotated out) of `page_tokens` each, and the raw window up to `offset`, the tokens that
-    have ever come. `max_size` is null where nothing rotates.
-    """
+    """A session's cache as a ring: the sink, the compressed pages, and the raw window up to `offset`."""
 
     offset: int
+    """Tokens ever seen."""
     sink_tokens: int
     first_page: int
+    """Number of the oldest page. As many pages have rotated out."""
     pages: int
     page_tokens: int
+    """Tokens per page."""
     window_tokens: int
     max_size: int | None
+    """Largest number of tokens, null if nothing rotates."""
 
 
 class SessionBody(BaseModel):
-    """One session. `name` is the client's; `last_used` a time in seconds. `bytes` is null where no cache at rest is in
-    memory, `ring` and `centred_heads` where no compressed cache is.
-    """
+    """One session."""
 
     id: str
     object: Literal["session"]
     name: str | None
+    """The client's name for it."""
     model: str
     state: Literal["running", "spilled", "resident"]
     tokens_seen: int
     tokens_held: int
     bytes: SessionBytes | None
+    """Null unless a cache is in memory and not in use."""
     saved: bool
     rotations: int
     ring: SessionRing | None
+    """Null without a compressed cache in memory, like `centred_heads`."""
     centred_heads: int | None
     checkpoints: int
     turns: int
     last_used: float
+    """Seconds since the epoch."""
 
 
 class SessionList(BaseModel):
@@ -75,13 +79,14 @@ class SessionDeleted(BaseModel):
 
 
 class ModelBody(BaseModel):
-    """One model; `max_model_len` is the longest conversation in tokens (an addition other local servers have too)."""
+    """One model."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    """Longest conversation in tokens. An addition of other local servers, too."""
 
 
 class ModelList(BaseModel):
@@ -90,42 +95,45 @@ class ModelList(BaseModel):
 
 
 class HealthBody(BaseModel):
-    """`detail` says what is wrong and what to do."""
-
     status: Literal["ok", "unavailable"]
     detail: str
+    """What is wrong, and what to do."""
 
 
 class RequestCounts(BaseModel):
-    """Requests of all clients."""
+    """Number of requests of all clients."""
 
     running: int
     waiting: int
 
 
 class MemoryState(BaseModel):
-    """The budget for the cache and what has a claim on it: promises to requests that run and that wait, and what rests.
-    Above a pressure of 1 sessions must go.
-    """
+    """The budget for the cache, and what uses it."""
 
     budget_bytes: int
     running_bytes: int
+    """Reserved for running requests."""
     waiting_bytes: int
+    """Needed by waiting requests."""
     resting_bytes: int
+    """Held by sessions and checkpoints that are not in use."""
     pressure_ratio: float
+    """Above 1 sessions are evicted."""
 
 
 class PageCounts(BaseModel):
-    """The page pool; a page holds `tokens` tokens and `nbytes` bytes."""
+    """The page pool."""
 
     used: int
     capacity: int
     tokens: int
+    """Tokens per page."""
     nbytes: int
+    """Bytes per page."""
 
 
 class StatusBody(BaseModel):
-    """The engine now, or a moment ago. Bytes are those of one of its `ranks`; the others have as many."""
+    """The state of the engine, now or a moment ago. Bytes are those of one rank; each rank has the same."""
 
     object: Literal["status"]
     model: str
@@ -136,7 +144,7 @@ class StatusBody(BaseModel):
 
 
 class BackendBody(BaseModel):
-    """The backend that runs, and how it was chosen."""
+    """The backend in use, and why it was chosen."""
 
     model_config = {"extra": "allow"}
 

@@ -1,4 +1,4 @@
-"""The sessions as clients see and handle them: list, look, delete, fork, save, restore."""
+"""/v1/sessions: list, show, delete, fork, save and restore sessions."""
 
 import asyncio
 from concurrent.futures import Future
@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.own.bodies import ForkRequest, SessionBody, SessionDeleted, SessionList
 from server.errors import Conflict, EngineDead, OutOfMemory, SessionNotFound, SessionNotSaved
+from server.http.middleware import app_context, request_context
 from server.http.routing import api_router, raises
-from server.http.scope import context_of, record_of
 from server.http.session_name import MAX_LENGTH, NAME_PATTERN, checked_name
 from server.http.sse import IDLE_SECONDS
 from server.protocol import Engine, SessionChange
@@ -25,16 +25,18 @@ _Id = Annotated[str, Path(json_schema_extra={"minLength": 1, "maxLength": MAX_LE
 
 @router.get("", response_model=SessionList)
 async def sessions(request: Request) -> Response:
-    """All sessions of whoever asks, in memory and on disk."""
-    return JSONResponse({"object": "list", "data": context_of(request).engine.sessions(record_of(request).owner)})
+    """All sessions of the caller's API key, in memory and on disk."""
+    return JSONResponse(
+        {"object": "list", "data": app_context(request).engine.sessions(request_context(request).owner)}
+    )
 
 
-# Names may have slashes in them, hence paths.
+# Names may contain slashes, so the parameter is a path.
 @router.get("/{session_id:path}", response_model=SessionBody, responses=raises(SessionNotFound))
 async def session(request: Request, session_id: _Id) -> Response:
-    """One session. 404 when there is none, or it is another key's."""
+    """One session. 404 if it does not exist or belongs to another key."""
     checked_name(session_id, "session_id")
-    for row in context_of(request).engine.sessions(record_of(request).owner):
+    for row in app_context(request).engine.sessions(request_context(request).owner):
         if row["id"] == session_id:
             return JSONResponse(row)
     raise SessionNotFound(session_id)
@@ -42,7 +44,7 @@ async def session(request: Request, session_id: _Id) -> Response:
 
 @router.delete("/{session_id:path}", response_model=SessionDeleted, responses=raises(*_CHANGE))
 async def delete(request: Request, session_id: _Id) -> Response:
-    """Forget a session, in memory and on disk. 409 while it answers."""
+    """Delete a session, in memory and on disk. 409 while it generates."""
     return await _change(request, "delete", session_id)
 
 
@@ -52,15 +54,16 @@ async def delete(request: Request, session_id: _Id) -> Response:
     responses=raises(*_CHANGE, OutOfMemory),
 )
 async def fork(request: Request, session_id: _Id, wanted: ForkRequest = _NO_FORK_NAME) -> Response:
-    """A second session in the same state, named by the body's `id` or by the server. It shares the first one's pages
-    until their turns differ.
+    """Copy a session. The two share pages until their conversations differ.
+
+    The body's `id` names the copy, or the server does.
     """
     return await _change(request, "fork", session_id, None if wanted.id is None else checked_name(wanted.id, "id"))
 
 
 @router.post("/{session_id:path}/save", response_model=SessionBody, responses=raises(*_CHANGE, SessionNotSaved))
 async def save(request: Request, session_id: _Id) -> Response:
-    """Write a session to disk now. It stays in memory as well."""
+    """Write a session to disk now. It stays in memory, too."""
     return await _change(request, "save", session_id)
 
 
@@ -70,20 +73,20 @@ async def save(request: Request, session_id: _Id) -> Response:
     responses=raises(*_CHANGE, SessionNotSaved, OutOfMemory),
 )
 async def restore(request: Request, session_id: _Id) -> Response:
-    """Bring a session back from disk now, so that its next turn need not. One that is in memory stays as it is."""
+    """Load a session from disk now, so that its next turn need not wait. Does nothing if it is in memory."""
     return await _change(request, "restore", session_id)
 
 
 async def _change(request: Request, change: SessionChange, session_id: str, new_id: str | None = None) -> Response:
     checked_name(session_id, "session_id")
-    engine = context_of(request).engine
+    engine = app_context(request).engine
     return JSONResponse(
-        await _result(engine, engine.change_session(change, record_of(request).owner, session_id, new_id))
+        await _result(engine, engine.change_session(change, request_context(request).owner, session_id, new_id))
     )
 
 
 async def _result(engine: Engine, future: Future[dict[str, Any]]) -> dict[str, Any]:
-    """What the engine's thread answers. Raises EngineDead when it can't any more."""
+    """Waits for the engine's thread. Raises EngineDead if the engine dies."""
     answer = asyncio.wrap_future(future)
     while not (await asyncio.wait({answer}, timeout=IDLE_SECONDS))[0]:
         if not (health := engine.health()).alive:

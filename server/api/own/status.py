@@ -1,4 +1,4 @@
-"""What the server says about itself: models, backend, health and metrics."""
+"""Models, backend, status, health and metrics."""
 
 from typing import Annotated
 
@@ -8,13 +8,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from server.api.own.bodies import BackendBody, HealthBody, ModelBody, ModelList, StatusBody
 from server.errors import NotFound
-from server.http.exchange import check_model
+from server.http.middleware import app_context
+from server.http.respond import check_model
 from server.http.routing import api_router, raises
-from server.http.scope import context_of
 from server.protocol import ModelInfo
 
 router = api_router()
-# Probes and scrapers have no key; what they see names no session and no text.
+# Probes and scrapers have no key. They see no session's name and no text.
 open_router = api_router(keyed=False)
 
 
@@ -26,36 +26,36 @@ def _model_body(model: ModelInfo) -> ModelBody:
 
 @router.get("/v1/models", response_model=ModelList)
 async def models(request: Request) -> Response:
-    """The loaded model, as a list of one."""
-    listing = ModelList(object="list", data=[_model_body(context_of(request).engine.model)])
+    """A list of the loaded model."""
+    listing = ModelList(object="list", data=[_model_body(app_context(request).engine.model)])
     return JSONResponse(listing.model_dump())
 
 
-# An id of Hugging Face has a slash in it, hence a path.
+# Ids of Hugging Face contain a slash, so the parameter is a path.
 @router.get("/v1/models/{model_id:path}", response_model=ModelBody, responses=raises(NotFound))
 async def model(request: Request, model_id: Annotated[str, Path(json_schema_extra={"minLength": 1})]) -> Response:
-    """The loaded model by any name that requests may use. 404 for another."""
-    loaded = context_of(request).engine.model
+    """The loaded model, by any name that requests may use. 404 for another name."""
+    loaded = app_context(request).engine.model
     check_model(model_id, loaded)
     return JSONResponse(_model_body(loaded).model_dump())
 
 
 @router.get("/v1/backend", response_model=BackendBody)
 async def backend(request: Request) -> Response:
-    """The backend that runs, the reason, and what it was checked with."""
-    return JSONResponse(context_of(request).engine.backend())
+    """The backend in use, why it was chosen, and the layers that it was checked with."""
+    return JSONResponse(app_context(request).engine.backend())
 
 
 @router.get("/v1/status", response_model=StatusBody)
 async def status(request: Request) -> Response:
-    """What runs and waits, and the cache's memory against its budget."""
-    return JSONResponse(context_of(request).engine.status())
+    """Running and waiting requests, and the cache's memory and its budget."""
+    return JSONResponse(app_context(request).engine.status())
 
 
 @open_router.get("/health", response_model=HealthBody, responses={503: {"model": HealthBody}})
 async def health(request: Request) -> Response:
-    """200 while the engine works, 503 with the reason when it is dead or stuck."""
-    state = context_of(request).engine.health()
+    """200 while the engine works, 503 with the reason if it is dead or stuck."""
+    state = app_context(request).engine.health()
     body = {"status": "ok" if state.alive else "unavailable", "detail": state.detail}
     return JSONResponse(body, status_code=200 if state.alive else 503)
 
@@ -66,8 +66,8 @@ async def health(request: Request) -> Response:
     responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request) -> Response:
-    """Prometheus' text exposition, or OpenMetrics' for those that ask for it."""
-    context = context_of(request)
-    context.metrics.engine_up.set(context.engine.health().alive)
-    body, content_type = context.metrics.render(request.headers.get("accept", ""))
+    """Metrics as Prometheus text, or as OpenMetrics if the client accepts that."""
+    app = app_context(request)
+    app.metrics.engine_up.set(app.engine.health().alive)
+    body, content_type = app.metrics.render(request.headers.get("accept", ""))
     return Response(body, headers={"Content-Type": content_type})

@@ -15,10 +15,10 @@ from server.api.own.tokens_request import (
     TokenizeText,
 )
 from server.errors import NotFound
-from server.http.exchange import check_model, to_json
+from server.http.generation import until_disconnect
+from server.http.middleware import app_context
+from server.http.respond import check_model, to_json
 from server.http.routing import api_router, raises
-from server.http.scope import context_of
-from server.http.turn import until_gone
 from server.protocol import Engine
 
 router = api_router()
@@ -26,8 +26,8 @@ router = api_router()
 
 @router.post("/tokenize", response_model=Tokenized, responses=raises(NotFound))
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
-    """The token ids of a text, or of a conversation as the model's chat template writes it."""
-    engine, wanted = context_of(request).engine, body.root
+    """The token ids of a text, or of a conversation in the model's chat template."""
+    engine, wanted = app_context(request).engine, body.root
     _check_name(engine, wanted.model)
 
     def work() -> Tokenized:
@@ -37,16 +37,16 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
             count=len(tokens), max_model_len=engine.model.max_tokens, tokens=list(tokens), token_strs=strings
         )
 
-    tokenized = await until_gone(asyncio.to_thread(work), request.receive)
+    tokenized = await until_disconnect(asyncio.to_thread(work), request.receive)
     return Response(to_json(tokenized), media_type="application/json")
 
 
 @router.post("/detokenize", response_model=Detokenized, responses=raises(NotFound))
 async def detokenize(request: Request, wanted: DetokenizeRequest) -> Response:
     """The text of token ids."""
-    engine = context_of(request).engine
+    engine = app_context(request).engine
     _check_name(engine, wanted.model)
-    text = await until_gone(asyncio.to_thread(engine.decode, wanted.tokens), request.receive)
+    text = await until_disconnect(asyncio.to_thread(engine.decode, wanted.tokens), request.receive)
     return Response(to_json(Detokenized(prompt=text)), media_type="application/json")
 
 
@@ -57,6 +57,6 @@ def _tokens(engine: Engine, wanted: TokenizeText | TokenizeChat) -> Sequence[int
 
 
 def _check_name(engine: Engine, name: str | None) -> None:
-    """These bodies may leave the model out."""
+    """The model is optional in these bodies."""
     if name is not None:
         check_model(name, engine.model)

@@ -16,26 +16,25 @@ class _TokenizeRequest(Wire):
 
 
 class TokenizeText(_TokenizeRequest):
-    """A text. `add_special_tokens`: with those that the tokenizer puts around a text, which it does unless told
-    otherwise.
-    """
+    """A text."""
 
     prompt: str
     add_special_tokens: bool | None = None
+    """Whether the tokenizer adds its special tokens around the text. The default is true."""
 
 
 class TokenizeChat(_TokenizeRequest):
-    """A conversation, with the opening of an answer unless `add_generation_prompt` is false."""
+    """A conversation. It ends with the beginning of an answer unless `add_generation_prompt` is false."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: Annotated[list[ToolSpec], Field(max_length=128)] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
 
-    # The template has written them already.
+    # The template adds them itself.
     add_special_tokens: Annotated[bool | None, only(False)] = None
 
-    # What vLLM has besides.
+    # A field of vLLM.
     continue_final_message: Annotated[bool | None, only(False)] = None
 
     def conversation(self) -> Conversation:
@@ -57,7 +56,7 @@ class TokenizeRequest(
         Annotated[Annotated[TokenizeText, Tag("<text>")] | Annotated[TokenizeChat, Tag("<chat>")], Discriminator(_kind)]
     ]
 ):
-    """The body of POST /tokenize: with `prompt` or with `messages`. A field that is null counts as not given."""
+    """The body of POST /tokenize, with `prompt` or `messages`. Null is the same as absent."""
 
 
 class DetokenizeRequest(Wire):
@@ -68,12 +67,11 @@ class DetokenizeRequest(Wire):
 
 
 class Tokenized(BaseModel):
-    """`token_strs` as the tokenizer's vocabulary spells the tokens, null unless they were asked for."""
-
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
+    """The tokens as the vocabulary spells them, null unless requested."""
 
 
 class Detokenized(BaseModel):

@@ -10,8 +10,7 @@ from server.api.openai.tools import JsonObjectFormat, Name, Schema, TextFormat, 
 from server.api.responses.input import Input, ItemReference, by_type, items_of
 from server.api.responses.items import Item
 from server.errors import InvalidRequest
-from server.http.conditions import Condition, given, is_true, needs, some
-from server.http.wire import REFUSED, ModelName, Wire, by_field, kind_of, only
+from server.http.wire import REFUSED, Condition, ModelName, Wire, by_field, given, is_true, kind_of, needs, only, some
 from server.protocol import AnswerRules, SamplingParams, Tool, ToolChoice
 
 LOGPROBS = "message.output_text.logprobs"

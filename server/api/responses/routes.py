@@ -16,16 +16,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.responses.answer import DeletedResponse, InputTokens, ItemList, ResponseBody, ResponseEvent
-from server.api.responses.form import ResponseForm
 from server.api.responses.input import ItemReference
 from server.api.responses.items import Item, messages_of
+from server.api.responses.renderer import ResponseRenderer
 from server.api.responses.request import InputTokensRequest, ResponseInput, ResponsesRequest
 from server.api.responses.store import ResponseStore, StoredResponse, store_of
 from server.errors import ContextLengthExceeded, InvalidRequest, NotFound
-from server.http.exchange import check_model, name_session, prepared, respond, to_json
-from server.http.record import RequestRecord
+from server.http.middleware import RESPONSES_PATH, app_context, request_context
+from server.http.request_context import RequestContext
+from server.http.respond import check_model, name_session, prepare_prompt, respond, to_json
 from server.http.routing import api_router, generates, raises
-from server.http.scope import RESPONSES_PATH, context_of, record_of
 from server.http.wire import only
 from server.protocol import AnswerRules, Conversation, GenerationRequest, Grammar, Prompt
 
@@ -60,48 +60,48 @@ class ItemsQuery(BaseModel):
 )
 async def create_response(request: Request, asked: ResponsesRequest) -> Response:
     """One response."""
-    context, record = context_of(request), record_of(request)
-    check_model(asked.model, context.engine.model)
-    earlier, new = _context(store_of(request), record.owner, asked)
-    chain = _session(asked, earlier, new, record.request_id)
+    app, context = app_context(request), request_context(request)
+    check_model(asked.model, app.engine.model)
+    earlier, new = _context(store_of(request), context.owner, asked)
+    chain = _session(asked, earlier, new, context.request_id)
     session = name_session(request, asked.prompt_cache_key, bool(asked.stream), default=chain)
 
     def keep(body: ResponseBody) -> None:
         if asked.stored:
-            store_of(request).add(StoredResponse(owner=record.owner, session=session, input=new, response=body))
+            store_of(request).add(StoredResponse(owner=context.owner, session=session, input=new, response=body))
 
     with _own_names():
         rules, prompt, grammar = await _prepared(request, asked, [*_items(earlier), *new])
-    form = ResponseForm(_blank(asked, rules, record, context.engine.model.id), asked.wants_logprobs, keep)
+    renderer = ResponseRenderer(_blank(asked, rules, context, app.engine.model.id), asked.wants_logprobs, keep)
     wanted = GenerationRequest(
-        request_id=record.request_id,
+        request_id=context.request_id,
         prompt=prompt,
         max_tokens=asked.max_output_tokens,
         sampling=asked.sampling(),
         session=session,
-        owner=record.owner,
+        owner=context.owner,
         logprobs=(asked.top_logprobs or 0) if asked.wants_logprobs else None,
         rules=rules,
         grammar=grammar,
     )
     try:
         with _own_names():
-            return await respond(request, [wanted], form, stream=bool(asked.stream))
+            return await respond(request, [wanted], renderer, stream=bool(asked.stream))
     except ContextLengthExceeded as error:
         if not asked.stream:
             raise
         # As OpenAI's API does. Codex shortens the conversation when it hears of it in the stream, and only then.
-        record.error = error.code
-        return Response(b"".join(form.fail(error)), media_type="text/event-stream")
+        context.error = error.code
+        return Response(b"".join(renderer.fail(error)), media_type="text/event-stream")
 
 
 @router.post("/input_tokens", response_model=InputTokens, responses=raises(NotFound))
 async def input_tokens(request: Request, asked: InputTokensRequest) -> Response:
     """How long the prompt of a response would be."""
-    context, record = context_of(request), record_of(request)
+    app, context = app_context(request), request_context(request)
     if asked.model is not None:
-        check_model(asked.model, context.engine.model)
-    earlier, new = _context(store_of(request), record.owner, asked)
+        check_model(asked.model, app.engine.model)
+    earlier, new = _context(store_of(request), context.owner, asked)
     with _own_names():
         _, prompt, _ = await _prepared(request, asked, [*_items(earlier), *new])
     return _json(InputTokens(object="response.input_tokens", input_tokens=len(prompt.tokens)))
@@ -110,20 +110,20 @@ async def input_tokens(request: Request, asked: InputTokensRequest) -> Response:
 @router.get("/{response_id}", response_model=ResponseBody, responses=raises(NotFound))
 async def retrieve_response(request: Request, response_id: str, query: Annotated[RetrieveQuery, Query()]) -> Response:
     """A response that is stored. 404 when there is none, or it is another key's."""
-    return _json(store_of(request).get(record_of(request).owner, response_id).response)
+    return _json(store_of(request).get(request_context(request).owner, response_id).response)
 
 
 @router.delete("/{response_id}", response_model=DeletedResponse, responses=raises(NotFound))
 async def delete_response(request: Request, response_id: str) -> Response:
     """Forget a response, in memory and on disk. Its KV session stays."""
-    store_of(request).remove(record_of(request).owner, response_id)
+    store_of(request).remove(request_context(request).owner, response_id)
     return _json(DeletedResponse(id=response_id, object="response", deleted=True))
 
 
 @router.get("/{response_id}/input_items", response_model=ItemList, responses=raises(NotFound))
 async def input_items(request: Request, response_id: str, query: Annotated[ItemsQuery, Query()]) -> Response:
     """What a response was made from, with all of the conversation before it, a page at a time."""
-    store, owner = store_of(request), record_of(request).owner
+    store, owner = store_of(request), request_context(request).owner
     stored = store.get(owner, response_id)
     items = [*_items(store.chain(owner, stored.previous)), *stored.input]
     if query.order == "desc":
@@ -171,12 +171,12 @@ async def _prepared(
     )
     rules = asked.rules()
     try:
-        return rules, *await prepared(request, conversation, rules)
+        return rules, *await prepare_prompt(request, conversation, rules)
     except InvalidRequest:
         if not asked.strict_by_default:
             raise
     rules = asked.rules(strict=False)
-    return rules, *await prepared(request, conversation, rules)
+    return rules, *await prepare_prompt(request, conversation, rules)
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def _own_names() -> Iterator[None]:
         raise
 
 
-def _blank(asked: ResponsesRequest, rules: AnswerRules, record: RequestRecord, model: str) -> ResponseBody:
+def _blank(asked: ResponsesRequest, rules: AnswerRules, context: RequestContext, model: str) -> ResponseBody:
     """The response before anything has come of it: what was asked for, and what holds where nothing was said."""
     sampling, choice, reasoning = asked.sampling(), asked.tool_choice, asked.reasoning
     tools = [
@@ -205,7 +205,7 @@ def _blank(asked: ResponsesRequest, rules: AnswerRules, record: RequestRecord, m
         for tool, rule in zip(asked.functions, rules.tools, strict=True)
     ]
     return ResponseBody(
-        id=record.request_id,
+        id=context.request_id,
         object="response",
         created_at=int(time.time()),
         status="in_progress",

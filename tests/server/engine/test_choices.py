@@ -9,7 +9,7 @@ import pytest
 
 from server.engine.engine import MlxEngine
 from server.errors import GrammarFailed, OutOfMemory, QueueFull
-from server.http.exchange import several
+from server.http.respond import expand_n
 from server.protocol import (
     AnswerRules,
     Conversation,
@@ -54,7 +54,7 @@ def asked(engine: MlxEngine, text: str, name: str | None = None, sampling: Sampl
 
 def test_answers_to_one_prompt_read_it_once_and_leave_one_session(engine: MlxEngine) -> None:
     request = asked(engine, filler(40, 3), "talk")
-    group = Group(engine, several(request, 4)).end()
+    group = Group(engine, expand_n(request, 4)).end()
     usages = [end.usage for end in group.ends.values() if isinstance(end, Finished)]
     n = len(request.prompt.tokens)
     assert sorted(usage.cached_tokens for usage in usages) == [0, n - 1, n - 1, n - 1]
@@ -65,7 +65,7 @@ def test_answers_to_one_prompt_read_it_once_and_leave_one_session(engine: MlxEng
 
 def test_each_answer_is_that_of_its_own_seed(engine: MlxEngine) -> None:
     request = asked(engine, "Hello!")
-    group = Group(engine, several(request, 3)).end()
+    group = Group(engine, expand_n(request, 3)).end()
     for i in range(3):
         alone = replace(request, request_id=f"alone-{i}", sampling=replace(HOT, seed=11 + i))
         assert Group(engine, [alone]).end().texts[0] == group.texts[i]
@@ -73,7 +73,7 @@ def test_each_answer_is_that_of_its_own_seed(engine: MlxEngine) -> None:
 
 def test_more_answers_than_places_in_the_batch(start: Callable[..., MlxEngine]) -> None:
     engine = start(max_batch=2)
-    group = Group(engine, several(asked(engine, "Hello!", sampling=replace(HOT, seed=None)), 5)).end()
+    group = Group(engine, expand_n(asked(engine, "Hello!", sampling=replace(HOT, seed=None)), 5)).end()
     assert all(isinstance(end, Finished) for end in group.ends.values())
     assert owned_by_nobody(engine)
 
@@ -81,17 +81,17 @@ def test_more_answers_than_places_in_the_batch(start: Callable[..., MlxEngine]) 
 def test_all_or_none_are_accepted(engine: MlxEngine) -> None:
     heavy = replace(asked(engine, "Hello!"), max_tokens=4000)
     with pytest.raises(OutOfMemory):
-        engine.submit(several(heavy, 100), lambda event: None)
+        engine.submit(expand_n(heavy, 100), lambda event: None)
     assert len(engine.services.queue) == 0
     assert engine.services.budget.promised == 0
     assert Answer(engine, "Hello!", None).text()
     engine.services.queue._limit = 0
     with pytest.raises(QueueFull):
-        engine.submit(several(heavy, 2), lambda event: None)
+        engine.submit(expand_n(heavy, 2), lambda event: None)
 
 
 def test_cancelling_one_leaves_the_others(engine: MlxEngine) -> None:
-    requests = several(replace(asked(engine, "Hello!"), max_tokens=None), 3)
+    requests = expand_n(replace(asked(engine, "Hello!"), max_tokens=None), 3)
     group = Group(engine, requests)
     engine.cancel(requests[1].request_id)
     del group.texts[1]
@@ -100,7 +100,7 @@ def test_cancelling_one_leaves_the_others(engine: MlxEngine) -> None:
 
 
 def test_answers_beside_one_that_is_gone_are_given_all_the_same(engine: MlxEngine) -> None:
-    requests = several(asked(engine, filler(60, 4)), 2)
+    requests = expand_n(asked(engine, filler(60, 4)), 2)
     group = Group(engine, requests)
     engine.cancel(requests[0].request_id)
     del group.texts[0]

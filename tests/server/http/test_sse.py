@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.errors import OutOfMemory, ServerError
-from server.http.sse import DONE, KEEP_ALIVE, Ended, data, next_within, write_events
+from server.http.sse import DONE, KEEP_ALIVE, AllFinished, data, next_within, write_events
 from server.protocol import Event, Failed, PrefillProgress, TextDelta, Usage
 
-ENDED = Ended(Usage(1, 0, 1))
+ALL_FINISHED = AllFinished(Usage(1, 0, 1))
 
 
 class Plain:
@@ -34,9 +34,11 @@ async def nothing() -> None:
     pass
 
 
-async def written(script: Sequence[Event | Ended | float], keepalive: float = 30.0, **options: Any) -> list[bytes]:
+async def written(
+    script: Sequence[Event | AllFinished | float], keepalive: float = 30.0, **options: Any
+) -> list[bytes]:
     """What write_events makes of events, with pauses (seconds) between them."""
-    queue: asyncio.Queue[Event | Ended] = asyncio.Queue()
+    queue: asyncio.Queue[Event | AllFinished] = asyncio.Queue()
 
     async def play() -> None:
         for step in script:
@@ -55,7 +57,7 @@ async def written(script: Sequence[Event | Ended | float], keepalive: float = 30
 
 
 async def test_text_then_done() -> None:
-    assert await written([TextDelta("a"), TextDelta("b"), ENDED]) == [data("a"), data("b"), DONE]
+    assert await written([TextDelta("a"), TextDelta("b"), ALL_FINISHED]) == [data("a"), data("b"), DONE]
 
 
 async def test_an_error_ends_the_stream_without_done() -> None:
@@ -65,11 +67,11 @@ async def test_an_error_ends_the_stream_without_done() -> None:
 
 
 async def test_nothing_after_the_terminal_event() -> None:
-    assert await written([ENDED, TextDelta("late"), Failed(OutOfMemory())]) == [DONE]
+    assert await written([ALL_FINISHED, TextDelta("late"), Failed(OutOfMemory())]) == [DONE]
 
 
 async def test_keep_alive_before_the_first_token_and_between_tokens() -> None:
-    chunks = await written([0.25, TextDelta("a"), 0.25, ENDED], keepalive=0.1)
+    chunks = await written([0.25, TextDelta("a"), 0.25, ALL_FINISHED], keepalive=0.1)
     first = chunks.index(data("a"))
     before, after = chunks[:first], chunks[first + 1 : -1]
     assert set(before) == set(after) == {KEEP_ALIVE}
@@ -77,23 +79,23 @@ async def test_keep_alive_before_the_first_token_and_between_tokens() -> None:
 
 
 async def test_events_that_send_nothing_do_not_put_off_the_keep_alive() -> None:
-    progress: list[Event | Ended | float] = [PrefillProgress(1, 9), 0.03] * 10
-    chunks = await written([*progress, ENDED], keepalive=0.1)
+    progress: list[Event | AllFinished | float] = [PrefillProgress(1, 9), 0.03] * 10
+    chunks = await written([*progress, ALL_FINISHED], keepalive=0.1)
     assert chunks.count(KEEP_ALIVE) >= 2
 
 
 async def test_no_keep_alive_while_text_flows() -> None:
-    flow: list[Event | Ended | float] = [TextDelta("a"), 0.02] * 30
-    assert KEEP_ALIVE not in await written([*flow, ENDED], keepalive=0.4)
+    flow: list[Event | AllFinished | float] = [TextDelta("a"), 0.02] * 30
+    assert KEEP_ALIVE not in await written([*flow, ALL_FINISHED], keepalive=0.4)
 
 
 async def test_silence_before_the_stream_counts() -> None:
     since = asyncio.get_running_loop().time() - 1.0
-    assert await written([0.05, ENDED], keepalive=1.0, silent_since=since) == [KEEP_ALIVE, DONE]
+    assert await written([0.05, ALL_FINISHED], keepalive=1.0, silent_since=since) == [KEEP_ALIVE, DONE]
 
 
 async def test_idle_may_end_the_stream() -> None:
-    queue: asyncio.Queue[Event | Ended] = asyncio.Queue()
+    queue: asyncio.Queue[Event | AllFinished] = asyncio.Queue()
 
     async def dead() -> None:
         queue.put_nowait(Failed(OutOfMemory("gone")))

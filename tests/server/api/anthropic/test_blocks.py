@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from server.api.anthropic.blocks import Blocks, whole_blocks
-from server.api.anthropic.thoughts import SIGNATURE, hidden_in
+from server.api.anthropic.content import SIGNATURE, hidden_in
 from server.protocol import Channel, TextDelta, ToolCall
 
 Parts = list[TextDelta | ToolCall]

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from server.api.anthropic.content import SIGNATURE, signature_of
 from server.api.anthropic.request import CountTokensRequest, MessagesRequest
-from server.api.anthropic.thoughts import SIGNATURE, signature_of
 from server.errors import InvalidRequest, UnsupportedField
 from server.http.routing import parse as parse_body
 from server.protocol import AnswerRules, SamplingParams, Tool

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its one log line, its metrics, its API key, and the last net for exceptions."""
+"""What every request gets: an id, a log line, metrics, the check of its API key, and an answer to any exception."""
 
 import asyncio
 import hashlib
@@ -16,7 +16,7 @@ from server.http.cors import check_origin
 from server.http.envelopes import MESSAGES_PATH, is_anthropic_path
 from server.http.error_handlers import error_response
 from server.http.open_requests import OpenRequests
-from server.http.record import RequestRecord
+from server.http.request_context import RequestContext
 from server.metrics import Metrics
 from server.protocol import Engine
 from server.settings import Settings
@@ -27,31 +27,31 @@ CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 RESPONSES_PATH = "/v1/responses"
 _ID_PREFIXES = {CHAT_PATH: "chatcmpl-", COMPLETIONS_PATH: "cmpl-", RESPONSES_PATH: "resp_", MESSAGES_PATH: "msg_"}
-"""Where a request's id is the id of its answer."""
+"""Paths where the request's id is also the id of the answer."""
 _QUIET_PATHS = frozenset({"/health", "/metrics", "/", "/page/{name}", "/v1/sessions", "/v1/status"})
-"""Asked for again and again by those who watch: templates, of which the sessions' takes nothing but GET."""
+"""Route templates that monitors poll. Their lines are logged at DEBUG."""
 
 
 @dataclass(frozen=True, slots=True)
 class AppContext:
-    """What the routes need; put on `app.state.context` when the engine runs."""
+    """What the endpoints need. It is on `app.state.context` once the engine runs."""
 
     engine: Engine
     settings: Settings
     metrics: Metrics
 
 
-def context_of(request: Request) -> AppContext:
+def app_context(request: Request) -> AppContext:
     return cast(AppContext, request.app.state.context)
 
 
-def record_of(request: Request) -> RequestRecord:
-    return cast(RequestRecord, request.state.record)
+def request_context(request: Request) -> RequestContext:
+    return cast(RequestContext, request.state.context)
 
 
 async def require_key(request: Request) -> None:
-    """Raises Unauthorized unless the request carries one of TURBOCACHE_API_KEYS, or none are set. Notes whose it is."""
-    keys = context_of(request).settings.api_keys
+    """Raises Unauthorized unless the request has one of TURBOCACHE_API_KEYS, or none are set. Sets the owner."""
+    keys = app_context(request).settings.api_keys
     if not keys:
         return
     all_presented = _presented_keys(request)
@@ -61,25 +61,25 @@ async def require_key(request: Request) -> None:
             "auth (i.e. Authorization: Bearer YOUR_KEY) or in an x-api-key header."
         )
     for presented in all_presented:
-        # All keys are compared, each in constant time, so the time taken tells nothing about them.
+        # Compare with all keys, each in constant time: the time must tell nothing about them.
         if sum(hmac.compare_digest(presented, key.encode()) for key in keys):
-            record_of(request).owner = hashlib.sha256(b"turbocache owner " + presented).hexdigest()[:32]
+            request_context(request).owner = hashlib.sha256(b"turbocache owner " + presented).hexdigest()[:32]
             return
     raise Unauthorized("Incorrect API key provided.")
 
 
 def _presented_keys(request: Request) -> list[bytes]:
-    """As a bearer, and as Anthropic's clients send it; some send both, of which one may be for somebody else."""
+    """The bearer token and x-api-key. Some of Anthropic's clients send both, one of them for another server."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     keys = (token if scheme.lower() == "bearer" else "", request.headers.get("x-api-key", ""))
     return [key.strip().encode("latin-1") for key in keys if key.strip()]
 
 
-class RequestScope:
-    """ASGI middleware: gives each request a `RequestRecord`, the x-request-id header, a log line and a count, and has
-    it watched among the open ones.
+class RequestMiddleware:
+    """ASGI middleware: gives each request a `RequestContext`, an x-request-id header, a log line and a count, and
+    tracks it among the open requests.
 
-    An exception that nothing else handled is logged and answered with 500, or ends the response if it has begun.
+    It logs an exception that nothing else handled and answers 500. A response that has begun ends instead.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, requests: OpenRequests) -> None:
@@ -91,44 +91,44 @@ class RequestScope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(f"{_ID_PREFIXES.get(scope['path'], 'req-')}{uuid.uuid4().hex}")
-        scope.setdefault("state", {})["record"] = record
+        context = RequestContext(f"{_ID_PREFIXES.get(scope['path'], 'req-')}{uuid.uuid4().hex}")
+        scope.setdefault("state", {})["context"] = context
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                record.status = message["status"]
-                headers = [*message.get("headers", []), (b"x-request-id", record.request_id.encode())]
+                context.status = message["status"]
+                headers = [*message.get("headers", []), (b"x-request-id", context.request_id.encode())]
                 if is_anthropic_path(scope["path"]):
-                    headers.append((b"request-id", record.request_id.encode()))
-                if record.session_name is not None:
-                    headers.append((b"x-session-id", record.session_name.encode()))
-                if record.rotated:
+                    headers.append((b"request-id", context.request_id.encode()))
+                if context.session_name is not None:
+                    headers.append((b"x-session-id", context.session_name.encode()))
+                if context.rotated:
                     headers.append((b"x-turbocache-overflow", b"rotate"))
                 message = {**message, "headers": headers}
             await send(message)
 
         async def refuse(error: ServerError) -> None:
-            if record.status is None:
+            if context.status is None:
                 await error_response(error, scope)(scope, receive, send_with_id)
 
         try:
             check_origin(scope, scope["app"].state.context.settings.cors_origins)
-            async with self._requests.watched(record.turns):
+            async with self._requests.track(context.generations):
                 await self._app(scope, receive, send_with_id)
         except ServerError as error:
-            record.error = error.code or error.type
+            context.error = error.code or error.type
             await refuse(error)
         except asyncio.CancelledError:
-            # uvicorn's own patience at a stop has an end.
-            record.error = ShuttingDown.default_code
+            # At a stop uvicorn cancels what takes too long.
+            context.error = ShuttingDown.default_code
             await refuse(ShuttingDown())
         except Exception as error:
-            logger.exception("%s ended with an unexpected error", record.request_id)
-            record.error = type(error).__name__
-            await refuse(InternalError.of(record.request_id))
+            logger.exception("%s ended with an unexpected error", context.request_id)
+            context.error = type(error).__name__
+            await refuse(InternalError.of(context.request_id))
         finally:
-            # The template, not the address: addresses are text from users.
+            # The route's template: an address itself is text from users.
             path = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.http_requests.labels(path=path, status=str(record.status or 0)).inc()
+            self._metrics.http_requests.labels(path=path, status=str(context.status or 0)).inc()
             level = logging.DEBUG if path in _QUIET_PATHS else logging.INFO
-            logger.log(level, record.line(scope["method"], path))
+            logger.log(level, context.line(scope["method"], path))

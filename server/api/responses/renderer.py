@@ -1,4 +1,4 @@
-"""The form of POST /v1/responses: a response as it grows, item by item, as events and whole."""
+"""The renderer of POST /v1/responses: a response as it grows, item by item, as events and whole."""
 
 import json
 import time
@@ -20,7 +20,7 @@ from server.api.responses.answer import (
 from server.api.responses.input import new_id
 from server.api.responses.items import CallItem, Item, MessageItem, OutputText, ReasoningItem, ReasoningText, Status
 from server.errors import ContextLengthExceeded, QueueFull, ServerError
-from server.http.exchange import Answer
+from server.http.respond import Answer
 from server.http.sse import data
 from server.protocol import DrawnToken, Event, Finished, TextDelta, ToolCall, Usage
 
@@ -136,7 +136,7 @@ class Output:
         ]
 
 
-class ResponseForm:
+class ResponseRenderer:
     """One response. `blank` is its body before anything has come of it; `keep` gets the whole one, before the client
     does. An answer that failed is not kept.
     """
@@ -162,7 +162,7 @@ class ResponseForm:
         body = self._body.model_copy(update=update)
         return [*self._opening(), *self._written([{"type": "response.failed", "response": dump(body)}])]
 
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> ResponseBody:
+    def body(self, answers: Sequence[Answer], usage: Usage) -> ResponseBody:
         [answer] = answers
         for event in (*answer.parts, answer.end):
             self._taken(event)

@@ -1,4 +1,4 @@
-"""server.http.turn over a real socket: signs of life, clients that leave, and exactly one outcome."""
+"""server.http.generation over a real socket: signs of life, clients that leave, and exactly one outcome."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""What is known of one HTTP request, and the one line that the log has of it."""
+"""What the server knows about one HTTP request, and its line in the log."""
 
 import hashlib
 import time
@@ -11,35 +11,40 @@ _HEAD = ("request_id", "method", "path", "status")
 
 
 @dataclass(slots=True)
-class RequestRecord:
-    """Who asks, and what the log says of a request: no text of a prompt or an answer, and of a session's name only a
-    hash. `session_name` goes back to the client, as X-Session-ID. `owner` tells API keys apart. `rotated`: the prompt
-    is longer than a session holds, which the client is told as X-Turbocache-Overflow. `turns` are those that the engine
-    has accepted. `times` are seconds of what is over: queue (from its acceptance to its start), prefill, decode.
-    """
+class RequestContext:
+    """One HTTP request. Nothing of this but `session_name` holds text of the client."""
 
     request_id: str
     arrived: float = field(default_factory=time.monotonic)
     status: int | None = None
+    """HTTP status of the response, None until it begins."""
     error: str | None = None
+    """Code of the error that ended the request."""
     session: str | None = None
+    """Hash of the session's name, for the log."""
     session_name: str | None = None
+    """Goes back to the client as X-Session-ID, never into the log."""
     owner: str = ""
+    """Tells API keys apart."""
     rotated: bool = False
+    """The prompt is longer than a session holds. The client sees X-Turbocache-Overflow."""
     stream: bool = False
     usage: Usage | None = None
     first_text_seconds: float | None = None
     finish: str | None = None
+    """Finish reason, "cancelled" or "error"."""
     times: dict[str, float] = field(default_factory=dict)
-    turns: list[Endable] = field(default_factory=list)
+    """Seconds of each finished phase: queue, prefill, decode."""
+    generations: list[Endable] = field(default_factory=list)
+    """Those that the engine has accepted."""
 
     def elapsed(self) -> float:
         """Seconds since the request arrived."""
         return time.monotonic() - self.arrived
 
-    def line(self, method: str, path: str) -> "RequestLine":
-        """What is known by now. `path` is the route's template; times are in seconds."""
-        found = RequestLine(
+    def line(self, method: str, path: str) -> "RequestLogLine":
+        """The log line. `path` is the route's template; times are in seconds."""
+        line = RequestLogLine(
             {
                 "message": "request",
                 "request_id": self.request_id,
@@ -50,36 +55,36 @@ class RequestRecord:
             }
         )
         if self.finish is not None:
-            found |= {"finish": self.finish, "stream": self.stream, "session": self.session}
-        found |= {f"{name}_s": round(seconds, 4) for name, seconds in self.times.items()}
+            line |= {"finish": self.finish, "stream": self.stream, "session": self.session}
+        line |= {f"{name}_s": round(seconds, 4) for name, seconds in self.times.items()}
         if self.first_text_seconds is not None:
-            found["first_s"] = round(self.first_text_seconds, 4)
+            line["first_s"] = round(self.first_text_seconds, 4)
         if (usage := self.usage) is not None:
-            found |= {
+            line |= {
                 "cached": usage.cached_tokens,
                 "prefilled": usage.prompt_tokens - usage.cached_tokens,
                 "generated": usage.completion_tokens,
             }
         if self.error is not None:
-            found["error"] = self.error
-        return found
+            line["error"] = self.error
+        return line
 
 
-class RequestLine(dict[str, str | int | float | bool | None]):
-    """A log message that JSON shows field by field, and text as what was asked and answered, then name=value."""
+class RequestLogLine(dict[str, str | int | float | bool | None]):
+    """A log message. As JSON it is these fields; as text it is method, path and status, then name=value."""
 
     def __str__(self) -> str:
         head = [str(self[name]) for name in _HEAD]
-        rest = [f"{name}={_shown(value)}" for name, value in self.items() if name not in (*_HEAD, "message")]
+        rest = [f"{name}={_to_text(value)}" for name, value in self.items() if name not in (*_HEAD, "message")]
         return " ".join([*head, *rest])
 
 
-def _shown(value: str | int | float | bool | None) -> str:
+def _to_text(value: str | int | float | bool | None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def session_hash(name: str | None) -> str | None:
-    """Eight hex digits to tell sessions apart in a log without telling their names."""
+    """Eight hex digits. They tell sessions apart in a log that must not hold their names."""
     return None if name is None else hashlib.blake2s(name.encode(), digest_size=4).hexdigest()
