@@ -1,4 +1,4 @@
-"""What POST /v1/messages and /v1/messages/count_tokens answer, as Anthropic's API has it."""
+"""Response bodies of POST /v1/messages and /v1/messages/count_tokens, in Anthropic's shape."""
 
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ class Text(BaseModel):
 
 
 class Thought(BaseModel):
-    """`signature` holds a thought that is not shown, see `server.api.anthropic.content`."""
+    """A thought. `signature` holds its text if the client does not want to see it."""
 
     type: Literal["thinking"]
     thinking: str
@@ -35,13 +35,12 @@ class OutputTokensDetails(BaseModel):
 
 
 class MessageUsage(BaseModel):
-    """Token counts of one turn: of the prompt, `cache_read_input_tokens` were found in the session's cache and
-    `input_tokens` were not.
-    """
+    """Token counts of one request. `input_tokens` excludes the tokens that were cached."""
 
     input_tokens: int
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
+    """Tokens of the prompt that were in the session's cache."""
     output_tokens: int
     output_tokens_details: OutputTokensDetails
 
@@ -55,7 +54,7 @@ class DiagnosticsBody(BaseModel):
 
 
 class MessageBody(BaseModel):
-    """The whole answer; in a stream its beginning, without content."""
+    """The response. A stream begins with one without content."""
 
     id: str
     type: Literal["message"]
@@ -72,7 +71,7 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
-# Events of a stream, each named by its type.
+# Events of a stream. The event's name is its type.
 
 
 class MessageStart(BaseModel):
@@ -130,7 +129,7 @@ class Ending(BaseModel):
 
 
 class MessageDelta(BaseModel):
-    """The answer's end; `usage` counts all of it."""
+    """The end of the answer. `usage` counts all of it."""
 
     type: Literal["message_delta"]
     delta: Ending
@@ -145,4 +144,4 @@ StreamEvent = MessageStart | Ping | BlockStart | BlockDelta | BlockStop | Messag
 
 
 class StreamEventBody(RootModel[StreamEvent]):
-    """The data of any of them."""
+    """The data of any event."""

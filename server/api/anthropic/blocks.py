@@ -1,4 +1,4 @@
-"""An answer's texts, thoughts and calls as the content blocks of Anthropic's API, in the order in which they come."""
+"""Turns an answer's texts, thoughts and calls into content blocks of Anthropic's API, in their order."""
 
 import json
 import re
@@ -22,17 +22,16 @@ from server.api.anthropic.content import SIGNATURE, signature_of
 from server.protocol import Channel, TextDelta, ToolCall
 
 _OURS = re.compile(r"call_([0-9a-f]{24})")
-"""Ids of calls to which the model gave none. One that it gave must come back as it was written."""
+"""Ids of calls that the server made up. The model's own ids must come back unchanged."""
 
 BlockEvent = BlockStart | BlockDelta | BlockStop
 
 
 class Blocks:
-    """The events of one answer's blocks. With `hide_thoughts` its thoughts are there, but only in their
-    signatures.
+    """The stream events of one answer's blocks. With `hide_thoughts` thoughts are only in their signatures.
 
-    White space alone is no block beside others: models write line breaks between thoughts, texts and calls, and clients
-    as well as Anthropic's own API take a block of nothing else for a fault.
+    White space alone is no block unless it is the whole answer. Models write line breaks between thoughts, texts and
+    calls, and clients and Anthropic's API take a blank block for an error.
     """
 
     def __init__(self, *, hide_thoughts: bool) -> None:
@@ -45,21 +44,21 @@ class Blocks:
 
     def add(self, part: TextDelta | ToolCall) -> list[BlockEvent]:
         if isinstance(part, ToolCall):
-            return [*self._turn_to(None), *self._call(part)]
-        events = [] if part.channel == self._channel else self._turn_to(part.channel)
+            return [*self._switch_to(None), *self._call(part)]
+        events = [] if part.channel == self._channel else self._switch_to(part.channel)
         self._held += part.text
         if not self._open and self._held.strip():
             events.append(self._begin())
         return [*events, *self._release()]
 
     def finish(self) -> list[BlockEvent]:
-        """What remains, when no part follows."""
+        """The events after the last part."""
         if self._held and self._channel == "content" and not self._index:
-            return [self._begin(), *self._release(), *self._turn_to(None)]
-        return self._turn_to(None)
+            return [self._begin(), *self._release(), *self._switch_to(None)]
+        return self._switch_to(None)
 
-    def _turn_to(self, channel: Channel | None) -> list[BlockEvent]:
-        """Ends the block that is open, if one is; what comes next is in another channel."""
+    def _switch_to(self, channel: Channel | None) -> list[BlockEvent]:
+        """Ends the open block, if any. The next part is in another channel."""
         events: list[BlockEvent] = []
         if self._open:
             if self._channel == "reasoning":
@@ -77,7 +76,7 @@ class Blocks:
         return self._start(Thought(type="thinking", thinking="", signature=""))
 
     def _release(self) -> list[BlockEvent]:
-        """What has come of the open block and is not sent yet."""
+        """Text of the open block that is not sent yet."""
         if not self._open or not self._held:
             return []
         text, self._held = self._held, ""
@@ -106,15 +105,15 @@ class Blocks:
 
 
 def whole_blocks(parts: Sequence[TextDelta | ToolCall], *, hide_thoughts: bool) -> list[ContentBlock]:
-    """The blocks of a whole answer: what a client makes of the events."""
+    """The blocks of a complete answer. They are what a client builds from the events."""
     blocks = Blocks(hide_thoughts=hide_thoughts)
-    whole: list[ContentBlock] = []
+    content: list[ContentBlock] = []
     for event in [*(event for part in parts for event in blocks.add(part)), *blocks.finish()]:
         if isinstance(event, BlockStart):
-            whole.append(event.content_block)
+            content.append(event.content_block)
         elif isinstance(event, BlockDelta):
-            _extend(whole[-1], event.delta)
-    return whole
+            _extend(content[-1], event.delta)
+    return content
 
 
 def _extend(block: ContentBlock, part: BlockPart) -> None:

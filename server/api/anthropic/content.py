@@ -1,4 +1,8 @@
-"""Messages of Anthropic's API and the blocks that they are made of."""
+"""Messages of Anthropic's API, their blocks, and the signatures of thoughts.
+
+Anthropic's signatures hold a thought encrypted, so that a hidden thought comes back with the next request. No thought
+is secret here: these hold it in plain text.
+"""
 
 import base64
 from typing import Annotated, Any, Literal
@@ -9,23 +13,21 @@ from server.errors import InvalidRequest
 from server.http.wire import REFUSED, NonEmpty, Wire, by_field, kind_of, only
 
 SIGNATURE = "turbocache"
-"""Of a thought that is shown. It says nothing, but clients drop a thought that has no signature."""
+"""Signature of a visible thought. It holds nothing, but clients drop a thought without a signature."""
 _HOLDS = f"{SIGNATURE}:"
 
 
 class CacheControl(Wire):
-    """Where a client wants the prompt cached. The cache is automatic here and keeps every prefix that it has room for,
-    so this changes nothing.
-    """
+    """Where a client wants the prompt cached. It changes nothing: the cache here is automatic."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
-    # Who may share it. Claude Code says "global" of what all its users' prompts begin with.
+    # Who may share it. Claude Code sets "global" on the part that all its users' prompts share.
     scope: Literal["global", "organization"] | None = None
 
 
 class Block(Wire):
-    """What all kinds of blocks may have."""
+    """Fields of all blocks."""
 
     cache_control: CacheControl | None = None
 
@@ -37,7 +39,7 @@ class TextBlock(Block):
 
 
 class ThinkingBlock(Block):
-    """What the assistant thought. It is in the signature where it was not to be shown."""
+    """A thought of the assistant. A hidden thought is in the signature."""
 
     type: Literal["thinking"]
     thinking: str
@@ -50,14 +52,14 @@ class ThinkingBlock(Block):
 
 
 class RedactedThinkingBlock(Block):
-    """Thoughts that only Anthropic can read, of a conversation that began there. The model doesn't get them."""
+    """A thought that only Anthropic can read. The model does not get it."""
 
     type: Literal["redacted_thinking"]
     data: str
 
 
 class ToolUseBlock(Block):
-    """One call of an earlier answer."""
+    """A call in an earlier answer."""
 
     type: Literal["tool_use"]
     id: NonEmpty
@@ -67,7 +69,7 @@ class ToolUseBlock(Block):
     toolset_name: Annotated[JsonValue, only()] = None
 
 
-# Kinds of blocks that this version can't read, such as images, are refused by their `type`.
+# Blocks that are not supported, such as images. Refused by their `type`.
 
 
 class NoText(BaseModel):
@@ -83,13 +85,13 @@ class NoAssistantBlock(BaseModel):
 
 
 def _type_among(*kinds: str) -> Discriminator:
-    """For a union of blocks: the tag is the type in angle brackets, <other> for one that is not among these."""
+    """Discriminator of a union of blocks: the type in angle brackets, or <other> for a type that is not in `kinds`."""
 
     def tag(value: Any) -> str | None:
-        found = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-        return None if found is None else f"<{found}>" if found in kinds else "<other>"
+        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        return None if kind is None else f"<{kind}>" if kind in kinds else "<other>"
 
-    tag.__name__ = "type"  # which pydantic's error names
+    tag.__name__ = "type"  # pydantic's error has it
     return Discriminator(tag)
 
 
@@ -108,7 +110,7 @@ TextContent = Annotated[
 
 
 class ToolResultBlock(Block):
-    """What a call of the answer before has led to."""
+    """The result of a call."""
 
     type: Literal["tool_result"]
     tool_use_id: NonEmpty
@@ -134,7 +136,7 @@ _AssistantBlock = Annotated[
 
 
 class UserMessage(Wire):
-    """What the person says, and what came of the assistant's calls."""
+    """A message of the user, with results of calls."""
 
     role: Literal["user"]
     content: Annotated[
@@ -144,7 +146,7 @@ class UserMessage(Wire):
 
 
 class AssistantMessage(Wire):
-    """An earlier answer, or as the last message the beginning of this one."""
+    """An earlier answer. As the last message it is the beginning of the new answer."""
 
     role: Literal["assistant"]
     content: Annotated[
@@ -170,12 +172,12 @@ Message = Annotated[
 
 
 def signature_of(hidden: str) -> str:
-    """The signature that holds a thought which is not shown."""
+    """The signature that holds a hidden thought."""
     return _HOLDS + base64.b64encode(hidden.encode()).decode()
 
 
 def hidden_in(signature: str) -> str:
-    """The thought that a signature holds, empty for others' signatures. Raises InvalidRequest for a damaged one."""
+    """The hidden thought in a signature, empty for foreign signatures. Raises InvalidRequest for a damaged one."""
     if not signature.startswith(_HOLDS):
         return ""
     try:

@@ -1,4 +1,4 @@
-"""The bodies of POST /v1/messages and /v1/messages/count_tokens, as Anthropic's API has them."""
+"""The bodies of POST /v1/messages and /v1/messages/count_tokens."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,10 +16,7 @@ Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 
 
 class ToolSpec(Wire):
-    """A tool of the client's. Those that Anthropic runs or defines are refused by their `type`.
-
-    `eager_input_streaming` permits to send a call's input before it is known to be JSON; here it always is.
-    """
+    """A tool of the client. Tools of Anthropic are refused by their `type`."""
 
     type: Annotated[str | None, only("custom")] = None
     name: Name
@@ -27,13 +24,14 @@ class ToolSpec(Wire):
     input_schema: Schema
     strict: bool | None = None
     cache_control: CacheControl | None = None
+    # Permits to stream a call's input before it is complete JSON. Here it is always complete.
     eager_input_streaming: bool | None = None
     allowed_callers: Annotated[list[str] | None, only(["direct"])] = None
     defer_loading: Annotated[bool | None, only(False)] = None
     input_examples: Annotated[JsonValue, only([])] = None
 
     def template(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """The tool for chat templates."""
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
@@ -70,7 +68,7 @@ Choice = Annotated[
 
 
 class Thinking(Wire):
-    """Whether the model may think. Templates know no budget, so `budget_tokens` is as much a permission as the rest."""
+    """Whether the model may think. Templates know no budget, so any `budget_tokens` only permits to think."""
 
     conditions: ClassVar[tuple[Condition, ...]] = (
         {
@@ -82,22 +80,22 @@ class Thinking(Wire):
 
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: Annotated[int, Field(ge=1)] | None = None
-    # Nobody sums up here: "summarized" shows all of a thought, "omitted" leaves it to the signature.
+    # "summarized" shows the whole thought, "omitted" puts it into the signature.
     display: Literal["summarized", "omitted"] | None = None
     block_binding: Annotated[JsonValue, only()] = None
 
     @model_validator(mode="after")
     def _enabled_with_a_budget(self) -> "Thinking":
         if (self.type == "enabled") != (self.budget_tokens is not None):
-            said = "required" if self.type == "enabled" else "only allowed"
+            rule = "required" if self.type == "enabled" else "only allowed"
             raise InvalidRequest(
-                f"'thinking.budget_tokens' is {said} when 'thinking.type' is 'enabled'.", param="thinking.budget_tokens"
+                f"'thinking.budget_tokens' is {rule} when 'thinking.type' is 'enabled'.", param="thinking.budget_tokens"
             )
         return self
 
 
 class OutputFormat(Wire):
-    """The JSON schema that the answer's text must satisfy."""
+    """The JSON schema of the answer's text."""
 
     type: Literal["json_schema"]
     json_schema: Annotated[Schema, Field(alias="schema")]
@@ -110,19 +108,19 @@ class OutputConfig(Wire):
 
 
 class Metadata(Wire):
-    """`user_id` may carry the session's name, see `server.http.session_name`."""
+    """`user_id` may contain the session's name, see `server.http.session_name`."""
 
     user_id: str | None = None
 
 
 class Diagnostics(Wire):
-    """Asks why a prompt was not found in the cache. Prompts aren't kept to be compared: the answer is "unavailable"."""
+    """Asks why a prompt was not in the cache. Earlier prompts are not kept, so the reply is "unavailable"."""
 
     previous_message_id: str | None = None
 
 
 class PromptBody(Wire):
-    """What both bodies have: all that a prompt is made of. A field that is null counts as not given."""
+    """The fields of both bodies: everything that makes a prompt. Null is the same as absent."""
 
     conditions: ClassVar[tuple[Condition, ...]] = (
         {"not": {"allOf": [given("output_format"), within("output_config", given("format"))]}},
@@ -137,13 +135,13 @@ class PromptBody(Wire):
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    # The older place of `output_config.format`.
+    # The old place of `output_config.format`.
     output_format: OutputFormat | None = None
     cache_control: CacheControl | None = None
 
-    # Fields of Anthropic's API that this version does not honour.
+    # Fields of Anthropic's API that are not supported.
     speed: Annotated[str | None, only("standard")] = None
-    # Claude Code asks that no thoughts be dropped. Here the template decides that, as the model was trained.
+    # Claude Code asks to keep all thoughts. Here the template decides, as the model was trained.
     context_management: Annotated[
         JsonValue, only({}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]})
     ] = None
@@ -153,7 +151,7 @@ class PromptBody(Wire):
 
     @model_validator(mode="after")
     def _formats_agree(self) -> "PromptBody":
-        # Not ValueErrors: pydantic lets these pass as they are, with the field they name.
+        # Not ValueErrors: pydantic passes these on unchanged, with the field that they name.
         if self.output_format is not None and self.output_config is not None and self.output_config.format is not None:
             raise InvalidRequest(
                 "Setting 'output_format' and 'output_config.format' at the same time is not supported.",
@@ -176,9 +174,9 @@ class PromptBody(Wire):
         return "output_format" if self.output_format is not None else "output_config.format"
 
     def conversation(self) -> Conversation:
-        """For the chat template. Raises InvalidRequest for messages that make none.
+        """The input of the chat template. Raises InvalidRequest if the messages make no prompt.
 
-        Thinking and effort are permissions: a model whose template has no switch for them does what it always does.
+        Thinking and effort only permit: a template without a switch for them is unaffected.
         """
         messages, go_on = template_messages(self.system, self.messages)
         return Conversation(
@@ -191,7 +189,7 @@ class PromptBody(Wire):
         )
 
     def rules(self) -> AnswerRules:
-        """Raises InvalidRequest when they contradict each other."""
+        """Raises InvalidRequest if the fields contradict each other."""
         tools = tuple(
             Tool(spec.name, spec.input_schema, bool(spec.strict), f"tools[{i}].input_schema")
             for i, spec in enumerate(self.tools or ())
@@ -229,10 +227,10 @@ class MessagesRequest(PromptBody):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     metadata: Metadata | None = None
     diagnostics: Diagnostics | None = None
-    # There is one tier, and it is the standard one.
+    # The only tier is the standard one.
     service_tier: Literal["auto", "standard_only"] | None = None
 
-    # Fields of Anthropic's API that this version does not honour.
+    # Fields of Anthropic's API that are not supported.
     container: Annotated[JsonValue, only()] = None
     inference_geo: Annotated[JsonValue, only()] = None
     fallbacks: Annotated[JsonValue, only([])] = None
@@ -248,7 +246,7 @@ class MessagesRequest(PromptBody):
         return self.thinking is not None and self.thinking.display == "omitted"
 
     def sampling(self) -> SamplingParams:
-        """Given values, or Anthropic's defaults."""
+        """The given values, or Anthropic's defaults."""
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,

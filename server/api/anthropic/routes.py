@@ -1,4 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, from the body to the renderer of its answers."""
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API."""
 
 import json
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ router = api_router(envelope=AnthropicErrorEnvelope)
 
 @router.post(MESSAGES_PATH, response_model=MessageBody, responses=generates(StreamEventBody))
 async def messages(request: Request, body: MessagesRequest) -> Response:
-    """One turn."""
+    """Generate the next message of a conversation."""
     app, context = app_context(request), request_context(request)
     check_model(body.model, app.engine.model)
     session, rules = name_session(request, None, bool(body.stream), user_id=body.user_id), body.rules()
@@ -60,17 +60,17 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
 
 @router.post(f"{MESSAGES_PATH}/count_tokens", response_model=TokenCount, responses=raises(NotFound))
 async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
-    """How many tokens a prompt has, and nothing is computed of it."""
+    """Count the tokens of a prompt. Nothing is computed."""
     check_model(body.model, app_context(request).engine.model)
     prompt, _ = await prepare_prompt(request, body.conversation(), body.rules())
     return Response(to_json(TokenCount(input_tokens=len(prompt.tokens))), media_type="application/json")
 
 
 class MessagesRenderer:
-    """The answer to one request: a message whose id is the request's. A stream is this and nothing else:
+    """Renders the answer to one request: a message with the request's id. The events of a stream:
 
     message_start, ping, (content_block_start, content_block_delta..., content_block_stop)..., message_delta,
-    message_stop; or error where the answer failed.
+    message_stop; or error if the answer failed.
     """
 
     def __init__(self, request_id: str, model_id: str, n_prompt: int, body: MessagesRequest) -> None:
@@ -81,21 +81,21 @@ class MessagesRenderer:
         self._blocks: Blocks | None = None
 
     def render(self, event: Event) -> Sequence[bytes]:
-        """A message begins as soon as it is known how much of its prompt was cached: with its first chunk."""
+        """The message begins with the first prefill chunk: then its cached tokens are known."""
         if isinstance(event, PrefillProgress):
             return [] if self._blocks is not None else self._start(self._n_prompt - event.total)
         opening = [] if self._blocks is not None else self._start(0)
         assert self._blocks is not None
         if isinstance(event, TextDelta | ToolCall):
-            return [*opening, *map(_sent, self._blocks.add(event))]
+            return [*opening, *map(_event, self._blocks.add(event))]
         if isinstance(event, Finished):
             ending = Ending(stop_reason=_stop_reason(event), stop_sequence=event.stop)
             delta = MessageDelta(type="message_delta", delta=ending, usage=usage_body(event.usage))
-            return [*opening, *map(_sent, self._blocks.finish()), _sent(delta)]
+            return [*opening, *map(_event, self._blocks.finish()), _event(delta)]
         return opening
 
     def end(self, usage: Usage) -> Sequence[bytes]:
-        return [_sent(MessageStop(type="message_stop"))]
+        return [_event(MessageStop(type="message_stop"))]
 
     def fail(self, error: ServerError) -> Sequence[bytes]:
         return [data(json.dumps(anthropic_envelope(error, error.status, self._id), ensure_ascii=False), "error")]
@@ -108,7 +108,7 @@ class MessagesRenderer:
     def _start(self, cached: int) -> list[bytes]:
         self._blocks = Blocks(hide_thoughts=self._body.hides_thoughts)
         message = self._message([], usage_body(Usage(self._n_prompt, cached, 0)), None)
-        return [_sent(MessageStart(type="message_start", message=message)), _sent(Ping(type="ping"))]
+        return [_event(MessageStart(type="message_start", message=message)), _event(Ping(type="ping"))]
 
     def _message(self, content: list[ContentBlock], usage: MessageUsage, end: Finished | None) -> MessageBody:
         message = MessageBody(
@@ -142,5 +142,5 @@ def _stop_reason(end: Finished) -> StopReason:
     return "tool_use" if end.finish_reason == "tool_calls" else "max_tokens"
 
 
-def _sent(event: StreamEvent) -> bytes:
+def _event(event: StreamEvent) -> bytes:
     return data(to_json(event), event.type)

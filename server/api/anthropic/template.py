@@ -1,4 +1,4 @@
-"""Messages of Anthropic's API as chat templates take them."""
+"""Turns messages of Anthropic's API into messages for chat templates."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -17,19 +17,18 @@ from server.api.anthropic.content import (
 from server.errors import InvalidRequest
 
 _ATTRIBUTION = "x-anthropic-billing-header:"
-"""How the line begins that Claude Code puts before its system prompt for Anthropic's books."""
+"""Beginning of a line that Claude Code puts before its system prompt, for Anthropic's accounting."""
 
 Names = dict[str, str]
-"""Of the tools that were called, by the calls' ids."""
+"""Names of the called tools, by the calls' ids."""
 
 
 def template_messages(system: TextContent | None, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], bool]:
-    """The messages, and whether the last one is an answer to be continued. Raises InvalidRequest where nothing is left
-    of them, or the last one can't be continued.
+    """Returns the messages, and whether the last one is an answer to continue. Raises InvalidRequest if there are none,
+    or if the last one can't be continued.
 
-    Messages that follow each other in one role are one turn, as Anthropic has it. Instructions within the conversation
-    are the user's text, in the tags that agents use for them: many templates take a system message at the beginning
-    only.
+    Consecutive messages of one role are one turn, as in Anthropic's API. Instructions within the conversation become
+    text of the user in the tags that agents use, because many templates take a system message only at the beginning.
     """
     instructions = [] if system is None else list(_instructions(system))
     n_leading = 0
@@ -38,29 +37,29 @@ def template_messages(system: TextContent | None, messages: Sequence[Message]) -
             break
         instructions += _texts(message.content)
         n_leading += 1
-    found: list[dict[str, Any]] = [{"role": "system", "content": _joined(instructions)}] if any(instructions) else []
+    result: list[dict[str, Any]] = [{"role": "system", "content": _joined(instructions)}] if any(instructions) else []
     names: Names = {}
     for answers, turn in groupby(messages[n_leading:], lambda message: isinstance(message, AssistantMessage)):
         blocks = [block for message in turn for block in _blocks(message)]
-        found += [_answer(blocks, names)] if answers else _said(blocks, names)
-    go_on = isinstance(messages[-1], AssistantMessage) and _begun(found[-1])
+        result += [_answer(blocks, names)] if answers else _user_turn(blocks, names)
+    go_on = isinstance(messages[-1], AssistantMessage) and _has_text(result[-1])
     if isinstance(messages[-1], AssistantMessage) and not go_on:
-        found.pop()
-    if not found:
+        result.pop()
+    if not result:
         raise InvalidRequest("At least one message must have content.", param="messages")
-    return found, go_on
+    return result, go_on
 
 
 def _instructions(system: TextContent) -> Iterator[str]:
-    """The system prompt's texts without Claude Code's attribution. That differs from request to request, and with it no
-    prompt would begin as an earlier one did, so that nothing cached could be used.
+    """The system prompt's texts without Claude Code's attribution line. That line differs in each request, so no prompt
+    would continue a cached one.
     """
     for text in _texts(system):
         yield text.partition("\n")[2] if text.startswith(_ATTRIBUTION) else text
 
 
-def _begun(answer: dict[str, Any]) -> bool:
-    """Whether there is anything to continue. Raises InvalidRequest where it can't be."""
+def _has_text(answer: dict[str, Any]) -> bool:
+    """Whether the answer has text to continue. Raises InvalidRequest if it can't be continued."""
     if "tool_calls" in answer:
         raise InvalidRequest(
             "The last message calls tools: each `tool_use` block must have a `tool_result` block in the next message.",
@@ -87,8 +86,8 @@ def _answer(blocks: Sequence[Any], names: Names) -> dict[str, Any]:
     return message
 
 
-def _said(blocks: Sequence[Any], names: Names) -> Iterator[dict[str, Any]]:
-    """A user's turn: a message for each result and for the texts between them."""
+def _user_turn(blocks: Sequence[Any], names: Names) -> Iterator[dict[str, Any]]:
+    """A user's turn: one message per result, and one per run of texts between them."""
     for results, run in groupby(blocks, lambda block: isinstance(block, ToolResultBlock)):
         if results:
             yield from (_result(block, names) for block in run)
@@ -99,9 +98,9 @@ def _said(blocks: Sequence[Any], names: Names) -> Iterator[dict[str, Any]]:
 def _result(block: ToolResultBlock, names: Names) -> dict[str, Any]:
     text = "" if block.content is None else _joined(_texts(block.content))
     if block.is_error and not text.lower().startswith("error"):
-        text = f"Error: {text}"  # templates have no other place for it
+        text = f"Error: {text}"  # templates have no field for it
     message = {"role": "tool", "content": text, "tool_call_id": block.tool_use_id}
-    # Some templates tell results by their tools' names.
+    # Some templates identify results by the tool's name.
     return message | ({"name": names[block.tool_use_id]} if block.tool_use_id in names else {})
 
 

@@ -1,4 +1,4 @@
-"""What /v1/responses answers, as OpenAI's API has it."""
+"""Response bodies of /v1/responses, in OpenAI's shape."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
 class InputTokensDetails(BaseModel):
-    """`cached_tokens` of the input were found in the session's cache; nobody is charged for writing it."""
+    """`cached_tokens` were in the session's cache. Writing it costs nothing, so `cache_write_tokens` is 0."""
 
     cached_tokens: int
     cache_write_tokens: int
@@ -38,7 +38,7 @@ class IncompleteDetails(BaseModel):
 
 
 class ResponseBody(BaseModel):
-    """A response: what was asked for, and what has come of it so far."""
+    """A response: the request's fields, and the output so far."""
 
     id: str
     object: Literal["response"]
@@ -73,7 +73,7 @@ class ResponseBody(BaseModel):
 
 
 class ResponseEvent(BaseModel):
-    """The data of one of a stream's events; what else is in it depends on its type."""
+    """The data of one event of a stream. Other fields depend on its type."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -82,7 +82,7 @@ class ResponseEvent(BaseModel):
 
 
 class ItemList(BaseModel):
-    """A page of the items that a response was made from, earlier ones of its conversation among them."""
+    """A page of the items that a response was made from, including earlier ones of its conversation."""
 
     object: Literal["list"]
     data: list[Item]

@@ -4,8 +4,8 @@
     1 byte     line feed
     JSON       the response as it is stored
 
-A file is put into place whole or not at all. One that was damaged since is moved aside until the next start, and the
-log says so. Other servers may have files there too: ids are of one server only, so no file has two writers.
+A file is replaced atomically. A damaged file is moved aside until the next start, and logged. Other servers may have
+files in the folder. Their ids differ, so no file has two writers.
 """
 
 import hashlib
@@ -22,15 +22,14 @@ from turbocache.storage.whole_file import PARTIAL, replacing
 SUFFIX, REFUSED = ".json", ".refused"
 
 _ID = re.compile(r"\w{1,100}", re.ASCII)
-"""Of ours. Clients may ask for any, and not all may become the name of a file."""
+"""Ids of this server. Clients may send any id, and not every string may become a file's name."""
 
 logger = logging.getLogger(__name__)
 
 
 class ResponseFiles:
-    """The files in one folder, mode 0700. They are written and removed by a thread of their own, in the order in which
-    that is asked for, so that nobody waits for a disk. Raises OSError when the folder can't be used at all, and
-    StartupError when it has no locks.
+    """The files in one folder, mode 0700. A thread of its own writes and removes them in the order of the calls, so
+    that nobody waits for the disk. Raises OSError if the folder can't be used, and StartupError if it has no locks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,18 +42,18 @@ class ResponseFiles:
             path.unlink(missing_ok=True)
         for path in folder.glob(f"*{PARTIAL}"):
             with self._leases.taken(path.name.removesuffix(PARTIAL)) as mine:
-                if mine:  # else another server is writing it
+                if mine:  # otherwise another server is writing it
                     path.unlink(missing_ok=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="response-files")
 
     def read(self) -> Iterator[tuple[str, bytes]]:
-        """The ids and the JSON of all files that are as they were written, the oldest first."""
+        """Yields id and JSON of all undamaged files, the oldest first."""
         for path in sorted(self._folder.glob(f"*{SUFFIX}"), key=_written):
             if (text := self.find(id := path.name.removesuffix(SUFFIX))) is not None:
                 yield id, text
 
     def find(self, id: str) -> bytes | None:
-        """The JSON of one file, if it is there and as it was written. This one waits for the disk."""
+        """The JSON of one file, None if it is missing or damaged. Waits for the disk."""
         path = self._path(id)
         if not _ID.fullmatch(id) or id in self._going or not path.exists():
             return None
@@ -69,23 +68,23 @@ class ResponseFiles:
         return None
 
     def refuse(self, id: str, why: str) -> None:
-        """Move a file aside that can't be used."""
+        """Moves an unusable file aside."""
         path = self._path(id)
         logger.warning("the stored response %s is left out: %s", path.name, why)
         with suppress(OSError):
             path.replace(path.with_name(f"{path.name}{REFUSED}"))
 
     def write(self, id: str, text: bytes) -> None:
-        """Put a file into place, soon."""
+        """Writes a file soon."""
         self._thread.submit(self._logged, lambda: self._write(self._path(id), text))
 
     def remove(self, id: str) -> None:
-        """Soon, but it is not found from now on."""
+        """Removes a file soon. From now on `find` does not find it."""
         self._going.add(id)
         self._thread.submit(self._logged, lambda: self._remove(id))
 
     def close(self) -> None:
-        """Returns when all is written."""
+        """Returns when everything is written."""
         self._thread.shutdown()
         self._leases.close()
 

@@ -1,4 +1,4 @@
-"""The input of POST /v1/responses: text, or items in all the forms in which clients send them."""
+"""The input of POST /v1/responses: text, or items in all forms that clients send."""
 
 import uuid
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from server.api.responses.items import (
 from server.http.wire import REFUSED, NonEmpty, Wire, kind_of, only
 
 DIRECT = {"type": "direct"}
-"""Who calls functions: the model itself, not a program of OpenAI's."""
+"""The caller of functions: the model itself, not a program of OpenAI."""
 
 
 def by_type(*known: str, missing: Callable[[dict[str, Any]], str | None] = lambda value: None) -> Discriminator:
-    """For a union of models: the tag is the value's `type` if that is known, else `<other>`, which stands for a model
-    that refuses it by its name. Without a type it is what `missing` makes of the value.
+    """Discriminator of a union of models: the value's `type` if known, else `<other>` for a model that refuses it by
+    name. `missing` gives the tag of a value without a type.
     """
 
     def type(value: Any) -> str | None:  # pydantic's error names the function
@@ -48,7 +48,7 @@ class InputTextPart(Wire):
 
 
 class OutputTextPart(Wire):
-    """Text of an earlier answer. Its `logprobs` say nothing to a model."""
+    """Text of an earlier answer. The model does not see its `logprobs`."""
 
     type: Literal["output_text"]
     text: str
@@ -57,7 +57,7 @@ class OutputTextPart(Wire):
 
 
 class OtherPart(BaseModel):
-    """Images, files and whatever else the API has, refused by its `type`."""
+    """Images, files and other parts of the API. Refused by the `type`."""
 
     type: Annotated[str, only("input_text", "output_text")]
 
@@ -88,7 +88,7 @@ Output = Annotated[Annotated[str, Tag("<string>")] | Annotated[list[OutputPart],
 
 
 class InputMessage(Wire):
-    """A message in short form (a string, no `type`), in full, or as an earlier answer had it."""
+    """A message: in short form (a string, no `type`), in full, or as an earlier answer had it."""
 
     role: Role
     content: Content
@@ -173,7 +173,7 @@ class Thought(Wire):
 
 
 class Reasoning(Wire):
-    """An earlier thought in its own words; one that somebody else has encrypted can't be read here."""
+    """An earlier thought in plain text. A thought that another server encrypted can't be read."""
 
     type: Literal["reasoning"]
     summary: list[Summary] | None = None
@@ -194,14 +194,14 @@ class Reasoning(Wire):
 
 
 class ItemReference(Wire):
-    """Stands for an item that is stored."""
+    """Refers to a stored item."""
 
     id: NonEmpty
     type: Literal["item_reference"] | None = None
 
 
 class OtherItem(BaseModel):
-    """Calls of hosted tools and whatever else the API has, refused by its `type`."""
+    """Calls of hosted tools and other items of the API. Refused by the `type`."""
 
     type: Annotated[str, only("message", "function_call", "function_call_output", "reasoning", "item_reference")]
 
@@ -223,7 +223,7 @@ Input = Annotated[Annotated[str, Tag("<string>")] | Annotated[list[InputItem], T
 
 
 def items_of(input: Input | None) -> list[Item | ItemReference]:
-    """The items in full, those that came without an id with one."""
+    """The full items. An item without an id gets one."""
     if input is None:
         return []
     if isinstance(input, str):

@@ -1,4 +1,4 @@
-"""The items of a response, whole: as they are answered, stored and listed, and as chat templates take them."""
+"""Items of a response: as returned, stored and listed, and as messages for chat templates."""
 
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ class InputText(BaseModel):
 
 
 class OutputText(BaseModel):
-    """`annotations` cite files and pages, of which a model here has none."""
+    """`annotations` cite files and pages. They are empty here."""
 
     type: Literal["output_text"]
     text: str
@@ -31,7 +31,7 @@ Text = Annotated[InputText | OutputText, Field(discriminator="type")]
 
 
 class MessageItem(BaseModel):
-    """What somebody says. `phase` is the label that a client gave an earlier answer; templates have no word for it."""
+    """A message. `phase` is the client's label of an earlier answer. Templates have no field for it."""
 
     id: str
     type: Literal["message"]
@@ -56,8 +56,8 @@ class SummaryText(BaseModel):
 
 
 class ReasoningItem(BaseModel):
-    """What the model thought, in its own words. So `summary` is empty, and `encrypted_content` is null even where it is
-    asked for: a client that keeps its own state gets the thought back to us by `content`.
+    """A thought of the model in plain text. `summary` is empty and `encrypted_content` null, even if requested: a
+    client that keeps the state itself sends the thought back in `content`.
     """
 
     id: str
@@ -73,7 +73,7 @@ class ReasoningItem(BaseModel):
 
 
 class CallItem(BaseModel):
-    """A call of a function; `arguments` is JSON text."""
+    """A call of a function. `arguments` is JSON text."""
 
     id: str
     type: Literal["function_call"]
@@ -84,7 +84,7 @@ class CallItem(BaseModel):
 
 
 class CallOutputItem(BaseModel):
-    """What a function gave back."""
+    """The result of a function."""
 
     id: str
     type: Literal["function_call_output"]
@@ -102,7 +102,7 @@ Item = Annotated[MessageItem | ReasoningItem | CallItem | CallOutputItem, Field(
 
 
 def messages_of(instructions: str | None, items: Iterable[Item]) -> list[dict[str, Any]]:
-    """For the chat template: plain dicts, string contents, `system` for `developer`."""
+    """The messages for the chat template: plain dicts, string contents, `system` for `developer`."""
     messages: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
     for item in items:
         if isinstance(item, CallOutputItem):
@@ -118,8 +118,8 @@ def messages_of(instructions: str | None, items: Iterable[Item]) -> list[dict[st
 
 
 def _begins_an_answer(messages: Sequence[dict[str, Any]], item: Item) -> bool:
-    """An answer is one message of a template and several items here: its thought, its text and its calls, and until
-    their results come also what it says around them.
+    """Whether the item begins a new message. In a template one message holds a thought, a text, the calls, and what is
+    said around the calls until their results.
     """
     if not messages or messages[-1]["role"] != "assistant":
         return True
@@ -138,7 +138,7 @@ def _add(message: dict[str, Any], item: Item) -> None:
 
 
 def _one_system_message(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Instructions and the developer messages behind them as one: many templates refuse a second one."""
+    """Merges the instructions with the developer messages behind them: many templates refuse a second one."""
     n = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     if n < 2:
         return messages

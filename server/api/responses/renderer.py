@@ -1,4 +1,4 @@
-"""The renderer of POST /v1/responses: a response as it grows, item by item, as events and whole."""
+"""Renders the answer of POST /v1/responses, as a stream of events or as one body."""
 
 import json
 import time
@@ -25,11 +25,11 @@ from server.http.sse import data
 from server.protocol import DrawnToken, Event, Finished, TextDelta, ToolCall, Usage
 
 EventBody = dict[str, Any]
-"""An event of the API, without its `sequence_number`."""
+"""An event of the API without its `sequence_number`."""
 
 
 class Output:
-    """The items of an answer. Each method returns the API's events for what it does, in their order."""
+    """The items of an answer. Each method returns the API's events for its change, in order."""
 
     def __init__(self, logprobs: bool) -> None:
         self.items: list[Item] = []
@@ -38,22 +38,22 @@ class Output:
         self._text: list[str] = []
 
     def take(self, event: TextDelta | ToolCall) -> list[EventBody]:
-        """What is new. Text goes on with the item that is open, if that is of its kind."""
+        """Adds a text or call. Text extends the open item if that is of its kind."""
         if isinstance(event, ToolCall):
             return [*self.close("completed"), *self._call(event)]
         if event.channel == "content":
-            begun = [] if isinstance(self._open, MessageItem) or not event.text else self._begin(_message())
+            opening = [] if isinstance(self._open, MessageItem) or not event.text else self._begin(_message())
         else:
-            begun = [] if isinstance(self._open, ReasoningItem) or not event.text else self._begin(_thought())
-        return [*begun, *self._extend(event)]
+            opening = [] if isinstance(self._open, ReasoningItem) or not event.text else self._begin(_thought())
+        return [*opening, *self._extend(event)]
 
     def finish(self, status: Status) -> list[EventBody]:
-        """The end. An answer that says nothing at all is an empty message."""
-        begun = [] if self.items else self._begin(_message())
-        return [*begun, *self.close(status)]
+        """Ends the answer. An empty answer is an empty message."""
+        opening = [] if self.items else self._begin(_message())
+        return [*opening, *self.close(status)]
 
     def close(self, status: Status) -> list[EventBody]:
-        """The end of the item that is open, if there is one."""
+        """Ends the open item, if any."""
         item, self._open = self._open, None
         if item is None:
             return []
@@ -81,7 +81,7 @@ class Output:
         return {"item_id": item.id, "output_index": self._index}
 
     def _begin(self, item: MessageItem | ReasoningItem) -> list[EventBody]:
-        """Opens an item with an empty part; what was open is complete."""
+        """Opens an item with an empty part and ends the one before."""
         closed = self.close("completed")
         self.items.append(item)
         self._open, self._text = item, []
@@ -103,17 +103,17 @@ class Output:
     def _extend(self, event: TextDelta) -> list[EventBody]:
         item = self._open
         if item is None or (event.channel == "content") != isinstance(item, MessageItem):
-            return []  # no text, and nothing that it goes on with
+            return []  # empty text that extends no open item
         part = item.content[0]
         self._text.append(event.text)
         delta: EventBody = {"type": "response.reasoning_text.delta"}
         if isinstance(part, OutputText):
-            tokens = self._shown(event.tokens)
+            tokens = self._logprobs_of(event.tokens)
             part.logprobs += tokens
             delta = {"type": "response.output_text.delta", "logprobs": dumped(tokens)}
         return [{**delta, **self._at(item), "content_index": 0, "delta": event.text}]
 
-    def _shown(self, tokens: Sequence[DrawnToken]) -> list[ContentLogprob]:
+    def _logprobs_of(self, tokens: Sequence[DrawnToken]) -> list[ContentLogprob]:
         return logprobs_body(tokens).content if self._logprobs else []
 
     def _call(self, call: ToolCall) -> list[EventBody]:
@@ -137,8 +137,8 @@ class Output:
 
 
 class ResponseRenderer:
-    """One response. `blank` is its body before anything has come of it; `keep` gets the whole one, before the client
-    does. An answer that failed is not kept.
+    """Renders one response. `blank` is its body before any output. `keep` gets the complete body before the client
+    does, unless the answer failed.
     """
 
     def __init__(self, blank: ResponseBody, logprobs: bool, keep: Callable[[ResponseBody], None]) -> None:
@@ -149,26 +149,26 @@ class ResponseRenderer:
         self._cut = False
 
     def render(self, event: Event) -> Sequence[bytes]:
-        """The API's events of one event. The first of any kind begins the response."""
-        return [*self._opening(), *self._written(self._taken(event))]
+        """The API's events for one event. The first one begins the response."""
+        return [*self._opening(), *self._to_bytes(self._take(event))]
 
     def end(self, usage: Usage) -> Sequence[bytes]:
-        body = self._ended(usage)
-        return [*self._opening(), *self._written([{"type": f"response.{body.status}", "response": dump(body)}])]
+        body = self._finish(usage)
+        return [*self._opening(), *self._to_bytes([{"type": f"response.{body.status}", "response": dump(body)}])]
 
     def fail(self, error: ServerError) -> Sequence[bytes]:
         self._output.close("incomplete")
         update: EventBody = {"status": "failed", "error": _error(error), "output": self._output.items}
         body = self._body.model_copy(update=update)
-        return [*self._opening(), *self._written([{"type": "response.failed", "response": dump(body)}])]
+        return [*self._opening(), *self._to_bytes([{"type": "response.failed", "response": dump(body)}])]
 
     def body(self, answers: Sequence[Answer], usage: Usage) -> ResponseBody:
         [answer] = answers
         for event in (*answer.parts, answer.end):
-            self._taken(event)
-        return self._ended(usage)
+            self._take(event)
+        return self._finish(usage)
 
-    def _taken(self, event: Event) -> list[EventBody]:
+    def _take(self, event: Event) -> list[EventBody]:
         if isinstance(event, TextDelta | ToolCall):
             return self._output.take(event)
         if isinstance(event, Finished):
@@ -176,7 +176,7 @@ class ResponseRenderer:
             return self._output.finish("incomplete" if self._cut else "completed")
         return []
 
-    def _ended(self, usage: Usage) -> ResponseBody:
+    def _finish(self, usage: Usage) -> ResponseBody:
         update: EventBody = {"output": self._output.items, "usage": _usage(usage)}
         if self._cut:
             update |= {"status": "incomplete", "incomplete_details": IncompleteDetails(reason="max_output_tokens")}
@@ -190,19 +190,19 @@ class ResponseRenderer:
         if self._n_events:
             return []
         blank = dump(self._body)
-        return self._written([{"type": f"response.{word}", "response": blank} for word in ("created", "in_progress")])
+        return self._to_bytes([{"type": f"response.{word}", "response": blank} for word in ("created", "in_progress")])
 
-    def _written(self, events: Sequence[EventBody]) -> list[bytes]:
-        written = []
+    def _to_bytes(self, events: Sequence[EventBody]) -> list[bytes]:
+        chunks = []
         for event in events:
             numbered = {**event, "sequence_number": self._n_events}
-            written.append(data(json.dumps(numbered, ensure_ascii=False), event["type"]))
+            chunks.append(data(json.dumps(numbered, ensure_ascii=False), event["type"]))
             self._n_events += 1
-        return written
+        return chunks
 
 
 def dump(body: Item | ResponseBody) -> dict[str, JsonValue]:
-    """Only fields that were set: absent and null mean different things."""
+    """The fields that were set: absent and null differ."""
     return body.model_dump(exclude_unset=True)
 
 
@@ -233,7 +233,7 @@ def _usage(usage: Usage) -> ResponseUsage:
 
 
 def _error(error: ServerError) -> ResponseError:
-    """In one of the few words that the API has for it; by `context_length_exceeded` clients know what to do."""
+    """The API's error. Clients act on `context_length_exceeded`."""
     if isinstance(error, ContextLengthExceeded):
         code = "context_length_exceeded"
     else:

@@ -1,4 +1,4 @@
-"""The bodies of POST /v1/responses and POST /v1/responses/input_tokens, as OpenAI's API has them."""
+"""The bodies of POST /v1/responses and POST /v1/responses/input_tokens."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,8 +17,8 @@ LOGPROBS = "message.output_text.logprobs"
 
 
 class FunctionTool(Wire):
-    """A function that the model may call. `strict` is the default, as in the API: where it is not said, calls are held
-    to `parameters` if these can be held to.
+    """A function that the model may call. `strict` is the default, as in the API: without it calls follow `parameters`
+    if a grammar can enforce that schema.
     """
 
     type: Literal["function"]
@@ -32,13 +32,13 @@ class FunctionTool(Wire):
     asynchronous: Annotated[JsonValue, only(False), Field(alias="async")] = None
 
     def template(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """The tool for chat templates."""
         function = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
         return {"type": "function", "function": function}
 
 
 class OtherTool(BaseModel):
-    """Hosted tools, custom ones and whatever else the API has, refused by their `type`."""
+    """Hosted tools, custom ones and other tools of the API. Refused by the `type`."""
 
     type: Annotated[str, only("function")]
 
@@ -97,7 +97,7 @@ Choice = Annotated[
 
 
 class JsonSchemaFormat(Wire):
-    """`strict` changes nothing: an answer is always held to the whole schema."""
+    """`strict` changes nothing: an answer always follows the whole schema."""
 
     type: Literal["json_schema"]
     name: Name
@@ -120,7 +120,7 @@ class TextConfig(Wire):
 
 
 class ReasoningConfig(Wire):
-    """A `summary` that is `auto` may be none: the thought itself is in the answer."""
+    """A `summary` of `auto` may be empty: the thought itself is in the answer."""
 
     effort: ReasoningEffort | None = None
     summary: Annotated[str | None, only("auto")] = None
@@ -133,7 +133,7 @@ _OBJECT = {"type": "object"}
 
 
 class ResponseInput(Wire):
-    """What makes the prompt of a response."""
+    """The fields that make the prompt of a response."""
 
     conditions: ClassVar[tuple[Condition, ...]] = (
         {
@@ -157,7 +157,7 @@ class ResponseInput(Wire):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    # A longer input is refused, as it is everywhere here. Sessions that rotate drop tokens, not items.
+    # A longer input is refused. Sessions that rotate drop tokens, not items.
     truncation: Annotated[str | None, only("disabled")] = None
     conversation: Annotated[JsonValue, only()] = None
 
@@ -172,7 +172,7 @@ class ResponseInput(Wire):
         return self
 
     def items(self) -> list[Item | ItemReference]:
-        """What is new, each item with an id."""
+        """The new items, each with an id."""
         return items_of(self.input)
 
     @property
@@ -185,11 +185,11 @@ class ResponseInput(Wire):
 
     @property
     def strict_by_default(self) -> bool:
-        """Whether calls of a function are held to a schema without the client's word for it."""
+        """Whether some function is strict only by default."""
         return any(tool.strict is None for tool in self.functions)
 
     def rules(self, strict: bool = True) -> AnswerRules:
-        """`strict` is what functions are that don't say it. Raises InvalidRequest when they contradict each other."""
+        """`strict` applies to functions that don't set it. Raises InvalidRequest if the fields contradict each other."""
         known = tuple(
             Tool(tool.name, tool.parameters, strict if tool.strict is None else tool.strict, f"tools[{i}].parameters")
             for i, tool in enumerate(self.functions)
@@ -227,7 +227,7 @@ class InputTokensRequest(ResponseInput):
 
 
 class ResponsesRequest(ResponseInput):
-    """The body of POST /v1/responses. A field that is null counts as not given."""
+    """The body of POST /v1/responses. Null is the same as absent."""
 
     conditions: ClassVar[tuple[Condition, ...]] = (
         needs(given("stream_options"), is_true("stream")),
@@ -242,24 +242,24 @@ class ResponsesRequest(ResponseInput):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
-    # As much as one likes: a stream tells by its one event that it is too much, and is no error by its status.
+    # No upper limit: in a stream an event reports that it is too large, not the status.
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    # Thoughts are never encrypted here: the item has them in plain words, which is what a client needs it for.
+    # Thoughts are never encrypted: the item has them in plain text, which serves the same purpose.
     include: list[Annotated[str, only("reasoning.encrypted_content", LOGPROBS)]] | None = None
     prompt_cache_key: SessionKey | None = None
-    # It counts calls of hosted tools, of which there are none.
+    # It limits calls of hosted tools. There are none.
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
 
-    # Labels for the caller's own books; they change nothing about the answer.
+    # Labels for the client. They do not change the answer.
     user: str | None = None
     safety_identifier: str | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     client_metadata: dict[str, JsonValue] | None = None  # Codex CLI's
 
-    # Known, but not honoured yet.
+    # Fields of OpenAI's API that are not supported.
     background: Annotated[bool | None, only(False)] = None
     background_options: Annotated[JsonValue, only()] = None
     prompt: Annotated[JsonValue, only()] = None
@@ -292,7 +292,7 @@ class ResponsesRequest(ResponseInput):
         return self.store is not False
 
     def sampling(self) -> SamplingParams:
-        """Given values, or OpenAI's defaults."""
+        """The given values, or OpenAI's defaults."""
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,

@@ -1,8 +1,8 @@
-"""/v1/responses: OpenAI's Responses API, whose conversations the server remembers.
+"""/v1/responses: OpenAI's Responses API. The server remembers the conversations.
 
-The KV session of a conversation has the name that the client gives it, else the id of its first response. A client that
-brings the whole history along remembers it itself: then there is no name, and the session that the prompt extends is
-gone on with, as in chats.
+The KV session of a conversation has the client's name for it, else the id of its first response. A client that sends
+the whole history remembers it itself. Then there is no name, and the request continues the session that its prompt
+extends, as in chats.
 """
 
 import time
@@ -32,11 +32,11 @@ from server.protocol import AnswerRules, Conversation, GenerationRequest, Gramma
 router = api_router(RESPONSES_PATH)
 
 _PARAMS = {"messages": "input", "reasoning_effort": "reasoning.effort"}
-"""What the rooms that all APIs share call the fields of this one."""
+"""This API's names of fields that the shared modules name otherwise."""
 
 
 class RetrieveQuery(BaseModel):
-    """Only responses that are made in the background could be streamed once more."""
+    """Only background responses could be streamed again, and they are not supported."""
 
     model_config = ConfigDict(extra="forbid")
     stream: Annotated[str | None, only("false")] = None
@@ -59,7 +59,7 @@ class ItemsQuery(BaseModel):
     responses=generates(ResponseEvent, links=("retrieve_response", "delete_response", "input_items")),
 )
 async def create_response(request: Request, asked: ResponsesRequest) -> Response:
-    """One response."""
+    """Generate a response."""
     app, context = app_context(request), request_context(request)
     check_model(asked.model, app.engine.model)
     earlier, new = _context(store_of(request), context.owner, asked)
@@ -70,8 +70,8 @@ async def create_response(request: Request, asked: ResponsesRequest) -> Response
         if asked.stored:
             store_of(request).add(StoredResponse(owner=context.owner, session=session, input=new, response=body))
 
-    with _own_names():
-        rules, prompt, grammar = await _prepared(request, asked, [*_items(earlier), *new])
+    with _renamed_errors():
+        rules, prompt, grammar = await _prepare(request, asked, [*_items(earlier), *new])
     renderer = ResponseRenderer(_blank(asked, rules, context, app.engine.model.id), asked.wants_logprobs, keep)
     wanted = GenerationRequest(
         request_id=context.request_id,
@@ -85,44 +85,44 @@ async def create_response(request: Request, asked: ResponsesRequest) -> Response
         grammar=grammar,
     )
     try:
-        with _own_names():
+        with _renamed_errors():
             return await respond(request, [wanted], renderer, stream=bool(asked.stream))
     except ContextLengthExceeded as error:
         if not asked.stream:
             raise
-        # As OpenAI's API does. Codex shortens the conversation when it hears of it in the stream, and only then.
+        # As OpenAI's API does. Codex shortens the conversation only if this error is in the stream.
         context.error = error.code
         return Response(b"".join(renderer.fail(error)), media_type="text/event-stream")
 
 
 @router.post("/input_tokens", response_model=InputTokens, responses=raises(NotFound))
 async def input_tokens(request: Request, asked: InputTokensRequest) -> Response:
-    """How long the prompt of a response would be."""
+    """Count the tokens of a response's prompt."""
     app, context = app_context(request), request_context(request)
     if asked.model is not None:
         check_model(asked.model, app.engine.model)
     earlier, new = _context(store_of(request), context.owner, asked)
-    with _own_names():
-        _, prompt, _ = await _prepared(request, asked, [*_items(earlier), *new])
+    with _renamed_errors():
+        _, prompt, _ = await _prepare(request, asked, [*_items(earlier), *new])
     return _json(InputTokens(object="response.input_tokens", input_tokens=len(prompt.tokens)))
 
 
 @router.get("/{response_id}", response_model=ResponseBody, responses=raises(NotFound))
 async def retrieve_response(request: Request, response_id: str, query: Annotated[RetrieveQuery, Query()]) -> Response:
-    """A response that is stored. 404 when there is none, or it is another key's."""
+    """A stored response. 404 if it does not exist or belongs to another key."""
     return _json(store_of(request).get(request_context(request).owner, response_id).response)
 
 
 @router.delete("/{response_id}", response_model=DeletedResponse, responses=raises(NotFound))
 async def delete_response(request: Request, response_id: str) -> Response:
-    """Forget a response, in memory and on disk. Its KV session stays."""
+    """Delete a response, in memory and on disk. Its KV session stays."""
     store_of(request).remove(request_context(request).owner, response_id)
     return _json(DeletedResponse(id=response_id, object="response", deleted=True))
 
 
 @router.get("/{response_id}/input_items", response_model=ItemList, responses=raises(NotFound))
 async def input_items(request: Request, response_id: str, query: Annotated[ItemsQuery, Query()]) -> Response:
-    """What a response was made from, with all of the conversation before it, a page at a time."""
+    """The items that a response was made from, with the conversation before it, page by page."""
     store, owner = store_of(request), request_context(request).owner
     stored = store.get(owner, response_id)
     items = [*_items(store.chain(owner, stored.previous)), *stored.input]
@@ -140,7 +140,7 @@ async def input_items(request: Request, response_id: str, query: Annotated[Items
 
 
 def _context(store: ResponseStore, owner: str, asked: ResponseInput) -> tuple[list[StoredResponse], list[Item]]:
-    """The responses that a request goes on with, and its own items. Raises NotFound for what is not stored."""
+    """The earlier responses of the conversation, and the request's new items. Raises NotFound for what is not stored."""
     earlier = store.chain(owner, asked.previous_response_id)
     new = [store.item(owner, item.id) if isinstance(item, ItemReference) else item for item in asked.items()]
     return earlier, new
@@ -153,17 +153,19 @@ def _items(earlier: Sequence[StoredResponse]) -> list[Item]:
 def _session(
     asked: ResponsesRequest, earlier: Sequence[StoredResponse], new: Sequence[Item], response_id: str
 ) -> str | None:
-    """The KV session's name where the client gives none."""
+    """The KV session's name if the client gives none."""
     if earlier:
         return earlier[-1].session or earlier[0].id
-    answered = any(item.type != "message" or item.role == "assistant" for item in new)
-    return response_id if asked.stored and not answered else None
+    has_answers = any(item.type != "message" or item.role == "assistant" for item in new)
+    return response_id if asked.stored and not has_answers else None
 
 
-async def _prepared(
+async def _prepare(
     request: Request, asked: ResponseInput, items: Sequence[Item]
 ) -> tuple[AnswerRules, Prompt, Grammar | None]:
-    """Where functions are strict by default alone and can't be held to, they are not."""
+    """The rules, prompt and grammar. Functions that are strict only by default are not if no grammar can enforce their
+    schemas.
+    """
     conversation = Conversation(
         messages_of(asked.instructions, items),
         tools=[tool.template() for tool in asked.functions],
@@ -180,8 +182,8 @@ async def _prepared(
 
 
 @contextmanager
-def _own_names() -> Iterator[None]:
-    """Errors name the fields as this API does."""
+def _renamed_errors() -> Iterator[None]:
+    """Renames fields in errors as this API does."""
     try:
         yield
     except InvalidRequest as error:
@@ -192,7 +194,7 @@ def _own_names() -> Iterator[None]:
 
 
 def _blank(asked: ResponsesRequest, rules: AnswerRules, context: RequestContext, model: str) -> ResponseBody:
-    """The response before anything has come of it: what was asked for, and what holds where nothing was said."""
+    """The response before any output: the request's fields and their defaults."""
     sampling, choice, reasoning = asked.sampling(), asked.tool_choice, asked.reasoning
     tools = [
         {

@@ -1,9 +1,8 @@
-"""The responses that clients go on with by their id.
+"""Stored responses, which clients continue by their ids.
 
-They are kept in memory, at most MOST of them and MOST_BYTES of their JSON, which takes a few times as much as Python's
-objects; those whose conversation was not used for longest go first, and a conversation that is more than that by itself
-can't be gone on with. With a folder each is in a file as well, and a start reads them back. What another server has put
-there since is read when it is asked for.
+Memory holds at most MOST of them and MOST_BYTES of their JSON; Python's objects take a few times as much. The least
+recently used conversations go first. A conversation that exceeds the limits alone can't be continued. With a folder
+each response is in a file as well, and a start reads the files back. A file of another server is read on demand.
 """
 
 from collections import OrderedDict
@@ -24,12 +23,11 @@ MOST_BYTES = 64 << 20
 
 
 class StoredResponse(BaseModel):
-    """A response with what was new in its input. `session` is the KV session's name, None if it had none. Nobody but
-    `owner` gets it.
-    """
+    """A response with its own input. Only `owner` gets it."""
 
     owner: str
     session: str | None
+    """Name of the KV session."""
     input: list[Item]
     response: ResponseBody
 
@@ -43,7 +41,7 @@ class StoredResponse(BaseModel):
 
 
 class PreviousResponseNotFound(InvalidRequest):
-    """400, as OpenAI has it: a conversation can't be gone on with, because a response of it is not there (any more)."""
+    """400, as in OpenAI's API: the conversation can't be continued because one of its responses is missing."""
 
     default_code = "previous_response_not_found"
 
@@ -52,25 +50,26 @@ class PreviousResponseNotFound(InvalidRequest):
 
 
 class ResponseStore:
-    """Used by the event loop's thread alone; only files are written by another."""
+    """Only the event loop's thread uses it. Another thread writes the files."""
 
     def __init__(self, files: ResponseFiles | None = None, most: int = MOST, most_bytes: int = MOST_BYTES) -> None:
         self._files = files
         self._most = most
         self._most_bytes = most_bytes
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
-        """Longest unused first, and in a conversation the latest first: one that loses its end can be gone on with, one
-        that loses its beginning can't."""
+        """Least recently used first, and within a conversation the latest first: a conversation without its end can be
+        continued, one without its beginning can't.
+        """
         self._sizes: dict[str, int] = {}
         self._n_bytes = 0
         self._with_item: dict[tuple[str, str], str] = {}
-        """By owners and ids of items the latest response that has them."""
+        """The latest response with an item, by owner and item id."""
         if files is not None:
             self._read(files)
         followed = {stored.previous for stored in self._kept.values()}
         for id in [id for id in self._kept if id not in followed]:
             self._use(id)
-        self._hold()
+        self._evict()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -80,15 +79,15 @@ class ResponseStore:
         return self._n_bytes
 
     def get(self, owner: str, id: str) -> StoredResponse:
-        """Raises NotFound for one that is not there, or another key's."""
+        """Raises NotFound if it is missing or belongs to another key."""
         if (stored := self._find(id)) is None or stored.owner != owner:
             raise NotFound(f"Response with id '{id[:100]}' not found.", param="response_id", code="response_not_found")
         self._use(id)
-        self._hold()
+        self._evict()
         return stored
 
     def chain(self, owner: str, id: str | None) -> list[StoredResponse]:
-        """A response and all that it goes on with, the first one first. Raises PreviousResponseNotFound."""
+        """A response and all earlier ones of its conversation, the first one first. Raises PreviousResponseNotFound."""
         chain: list[StoredResponse] = []
         while id is not None:
             if (stored := self._find(id)) is None or stored.owner != owner:
@@ -97,7 +96,7 @@ class ResponseStore:
             id = stored.previous
         if chain:
             self._use(chain[0].id)
-            self._hold()
+            self._evict()
         return chain[::-1]
 
     def item(self, owner: str, id: str) -> Item:
@@ -112,16 +111,16 @@ class ResponseStore:
         )
 
     def add(self, stored: StoredResponse) -> None:
-        """Keep a response; others go for it when there are too many."""
+        """Stores a response. Evicts others if there are too many."""
         text = stored.model_dump_json(exclude_unset=True).encode()
         self._keep(stored, len(text))
         self._use(stored.id)
         if self._files is not None:
             self._files.write(stored.id, text)
-        self._hold()
+        self._evict()
 
     def remove(self, owner: str, id: str) -> None:
-        """Raises NotFound. What goes on with it can't be gone on with any more."""
+        """Raises NotFound. Later responses of the conversation can't be continued any more."""
         self.get(owner, id)
         self._drop(id)
 
@@ -135,13 +134,13 @@ class ResponseStore:
             self._take(files, id, text)
 
     def _find(self, id: str) -> StoredResponse | None:
-        """What is kept, or what another server has written."""
+        """A response from memory, or from a file of another server."""
         if (stored := self._kept.get(id)) is None and self._files is not None and (text := self._files.find(id)):
             return self._take(self._files, id, text)
         return stored
 
     def _take(self, files: ResponseFiles, id: str, text: bytes) -> StoredResponse | None:
-        """Keep what a file says, if this version understands it."""
+        """Stores a file's response if this version understands it."""
         try:
             stored = StoredResponse.model_validate_json(text)
         except ValidationError:
@@ -161,7 +160,7 @@ class ResponseStore:
             self._kept.move_to_end(id)
             id = stored.previous
 
-    def _hold(self) -> None:
+    def _evict(self) -> None:
         while len(self._kept) > self._most or self._n_bytes > self._most_bytes:
             self._drop(next(iter(self._kept)))
 
@@ -181,7 +180,7 @@ def _items(stored: StoredResponse) -> Iterator[Item]:
 
 
 def open_store(session_dir: Path | None) -> ResponseStore:
-    """The store of a server whose sessions are in this folder. Raises StartupError when that can't be used."""
+    """The store in a session folder. Raises StartupError if the folder can't be used."""
     if session_dir is None:
         return ResponseStore()
     folder = session_dir / "responses"
