@@ -1,10 +1,9 @@
-"""A stop that nobody waits for for ever: what SIGTERM and SIGINT mean while requests are open.
+"""Handling of SIGTERM and SIGINT while requests are open.
 
-The ASGI server hears of the first signal as ever, takes no more connections and waits for what is open; uvicorn by
-itself would wait for as long as that takes, also through further SIGTERMs. Here the requests have a time of grace to
-end by themselves. After it, or at a second signal, each is told that the server stops. Whoever does not even take that
-is left behind a moment later, and from the third signal on all are for the ASGI server again, which then drops
-everything.
+At the first signal the ASGI server takes no more connections and waits for the open ones. uvicorn alone would wait
+without limit, also at further SIGTERMs. Here the requests have a grace period to finish. After it, or at a second
+signal, each open request ends with an error that the server stops. The server does not wait for clients that don't read
+that error. From the third signal on the ASGI server handles signals alone, and drops everything.
 """
 
 import asyncio
@@ -22,8 +21,8 @@ from server.errors import ServerError, ShuttingDown
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_LAST_WORDS_SECONDS = 2.0
-"""What a request may take to tell its client that it has been ended."""
+_ERROR_SECONDS = 2.0
+"""Time for the clients to receive the error."""
 
 _Handler = Callable[[int, FrameType | None], object]
 
@@ -39,8 +38,8 @@ class Stoppable(Protocol):
 
 
 class Stopping:
-    """Listens for signals in front of the ASGI server's own handlers. `stop_engine` is called in a thread where the
-    ASGI server would not let the application come to its end.
+    """Handles signals before the ASGI server's own handlers do. `stop_engine` runs in a thread if the ASGI server would
+    end the process before the application has stopped.
     """
 
     def __init__(self, requests: Stoppable, grace_seconds: float, stop_engine: Callable[[], None]) -> None:
@@ -55,13 +54,15 @@ class Stopping:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While the server answers. Outside of the main thread there are no signals, and nothing happens."""
+        """Installs the handlers while the server runs. Outside the main thread there are no signals and it does
+        nothing.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         number: int
         for number in _SIGNALS:
-            # Without a handler of the ASGI server's the signal ends the process, and may go on doing so.
+            # Without a handler of the ASGI server the signal ends the process. Leave that as it is.
             if callable(handler := signal.getsignal(number)):
                 self._before[number] = handler
                 signal.signal(number, self._hear)
@@ -75,7 +76,7 @@ class Stopping:
                     timer.cancel()
 
     def ask(self) -> None:
-        """Stop as at a first signal, unless one has come. From any thread."""
+        """Acts like a first signal, unless there was one. May be called from any thread."""
         if not self._heard:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -102,11 +103,12 @@ class Stopping:
             self._ending = self._loop.create_task(self._end_all())
 
     async def _end_all(self) -> None:
-        """Tell the clients. One that does not read holds its connection open, which only the ASGI server can drop:
-        uvicorn does at a SIGINT behind the signal that stopped it, and then may end before the application has.
+        """Ends the requests with an error. A client that does not read keeps its connection open, and only the ASGI
+        server can drop that: uvicorn does at a SIGINT after the first signal. It may then exit before the
+        application has stopped, so the engine stops first.
         """
         self._requests.end_all(ShuttingDown())
-        await asyncio.sleep(_LAST_WORDS_SECONDS)
+        await asyncio.sleep(_ERROR_SECONDS)
         logger.warning("stopping without %d requests whose clients do not read", len(self._requests))
         await asyncio.to_thread(self._stop_engine)
         if (handler := self._before.get(signal.SIGINT)) is not None:

@@ -189,7 +189,7 @@ class ResponseInput(Wire):
         return any(tool.strict is None for tool in self.functions)
 
     def rules(self, strict: bool = True) -> AnswerRules:
-        """`strict` applies to functions that don't set it. Raises InvalidRequest if the fields contradict each other."""
+        """`strict` is for functions that don't set it. Raises InvalidRequest if the fields contradict each other."""
         known = tuple(
             Tool(tool.name, tool.parameters, strict if tool.strict is None else tool.strict, f"tools[{i}].parameters")
             for i, tool in enumerate(self.functions)

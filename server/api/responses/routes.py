@@ -140,7 +140,7 @@ async def input_items(request: Request, response_id: str, query: Annotated[Items
 
 
 def _context(store: ResponseStore, owner: str, asked: ResponseInput) -> tuple[list[StoredResponse], list[Item]]:
-    """The earlier responses of the conversation, and the request's new items. Raises NotFound for what is not stored."""
+    """The conversation's earlier responses and the request's new items. Raises NotFound for missing ones."""
     earlier = store.chain(owner, asked.previous_response_id)
     new = [store.item(owner, item.id) if isinstance(item, ItemReference) else item for item in asked.items()]
     return earlier, new
