@@ -152,7 +152,7 @@ async def respond(
     try:
         if not stream:
             body = await until_disconnect(_collect_body(generation, renderer), request.receive)
-            return Response(to_json(body), media_type="application/json")
+            return json_response(body)
         silent_since = asyncio.get_running_loop().time()
         keepalive = app.settings.keepalive_seconds
         # An immediate error still gets its own status. After `keepalive` the client needs a sign of life.
@@ -212,3 +212,7 @@ class GenerationStream(StreamingResponse):
 def to_json(body: BaseModel) -> str:
     """JSON of the fields that were set: absent and null differ."""
     return body.model_dump_json(exclude_unset=True, by_alias=True)
+
+
+def json_response(body: BaseModel) -> Response:
+    return Response(to_json(body), media_type="application/json")

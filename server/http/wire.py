@@ -120,6 +120,21 @@ def by_field(field: str) -> Discriminator:
     return Discriminator(tag)
 
 
+def by_type(*known: str, missing: Callable[[dict[str, Any]], str | None] = lambda value: None) -> Discriminator:
+    """Discriminator of a union of models: the value's `type` if known, else `<other>` for a model that refuses it by
+    name. `missing` gives the tag of a value without a type.
+    """
+
+    def type(value: Any) -> str | None:  # pydantic's error names the function
+        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        if kind is not None:
+            return f"<{kind}>" if kind in known else "<other>"
+        kind = missing(value) if isinstance(value, dict) else None
+        return None if kind is None else f"<{kind}>"
+
+    return Discriminator(type)
+
+
 def kind_of(*kinds: tuple[type, str]) -> Callable[[Any], str | None]:
     """Function for a discriminator: the tag of the first matching type."""
     return lambda value: next((tag for of, tag in kinds if isinstance(value, of)), None)

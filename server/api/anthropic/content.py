@@ -5,12 +5,12 @@ is secret here: these hold it in plain text.
 """
 
 import base64
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
 from server.errors import InvalidRequest
-from server.http.wire import REFUSED, NonEmpty, Wire, by_field, kind_of, only
+from server.http.wire import REFUSED, NonEmpty, Wire, by_field, by_type, kind_of, only
 
 SIGNATURE = "turbocache"
 """Signature of a visible thought. It holds nothing, but clients drop a thought without a signature."""
@@ -84,17 +84,6 @@ class NoAssistantBlock(BaseModel):
     type: Annotated[str, only("text", "thinking", "redacted_thinking", "tool_use")]
 
 
-def _type_among(*kinds: str) -> Discriminator:
-    """Discriminator of a union of blocks: the type in angle brackets, or <other> for a type that is not in `kinds`."""
-
-    def tag(value: Any) -> str | None:
-        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-        return None if kind is None else f"<{kind}>" if kind in kinds else "<other>"
-
-    tag.__name__ = "type"  # pydantic's error has it
-    return Discriminator(tag)
-
-
 _STRING_OR_BLOCKS = Discriminator(
     kind_of((str, "<string>"), (list, "<blocks>")),
     custom_error_type="content_type",
@@ -102,7 +91,7 @@ _STRING_OR_BLOCKS = Discriminator(
 )
 _OnlyText = Annotated[
     Annotated[TextBlock, Tag("<text>")] | Annotated[NoText, REFUSED, Tag("<other>")],
-    _type_among("text"),
+    by_type("text"),
 ]
 TextContent = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[_OnlyText], Tag("<blocks>")], _STRING_OR_BLOCKS
@@ -123,7 +112,7 @@ _UserBlock = Annotated[
     Annotated[TextBlock, Tag("<text>")]
     | Annotated[ToolResultBlock, Tag("<tool_result>")]
     | Annotated[NoUserBlock, REFUSED, Tag("<other>")],
-    _type_among("text", "tool_result"),
+    by_type("text", "tool_result"),
 ]
 _AssistantBlock = Annotated[
     Annotated[TextBlock, Tag("<text>")]
@@ -131,7 +120,7 @@ _AssistantBlock = Annotated[
     | Annotated[RedactedThinkingBlock, Tag("<redacted_thinking>")]
     | Annotated[ToolUseBlock, Tag("<tool_use>")]
     | Annotated[NoAssistantBlock, REFUSED, Tag("<other>")],
-    _type_among("text", "thinking", "redacted_thinking", "tool_use"),
+    by_type("text", "thinking", "redacted_thinking", "tool_use"),
 ]
 
 

@@ -28,7 +28,7 @@ from server.api.anthropic.request import CountTokensRequest, MessagesRequest
 from server.errors import NotFound, ServerError
 from server.http.envelopes import MESSAGES_PATH, AnthropicErrorEnvelope, anthropic_envelope
 from server.http.middleware import app_context, request_context
-from server.http.respond import Answer, check_model, name_session, prepare_prompt, respond, to_json
+from server.http.respond import Answer, check_model, json_response, name_session, prepare_prompt, respond, to_json
 from server.http.routing import api_router, generates, raises
 from server.http.sse import data
 from server.protocol import Event, Finished, GenerationRequest, PrefillProgress, TextDelta, ToolCall, Usage
@@ -63,7 +63,7 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
     """Count the tokens of a prompt. Nothing is computed."""
     check_model(body.model, app_context(request).engine.model)
     prompt, _ = await prepare_prompt(request, body.conversation(), body.rules())
-    return Response(to_json(TokenCount(input_tokens=len(prompt.tokens))), media_type="application/json")
+    return json_response(TokenCount(input_tokens=len(prompt.tokens)))
 
 
 class MessagesRenderer:

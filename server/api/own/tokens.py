@@ -17,7 +17,7 @@ from server.api.own.tokens_request import (
 from server.errors import NotFound
 from server.http.generation import until_disconnect
 from server.http.middleware import app_context
-from server.http.respond import check_model, to_json
+from server.http.respond import check_model, json_response
 from server.http.routing import api_router, raises
 from server.protocol import Engine
 
@@ -38,7 +38,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         )
 
     tokenized = await until_disconnect(asyncio.to_thread(work), request.receive)
-    return Response(to_json(tokenized), media_type="application/json")
+    return json_response(tokenized)
 
 
 @router.post("/detokenize", response_model=Detokenized, responses=raises(NotFound))
@@ -47,7 +47,7 @@ async def detokenize(request: Request, wanted: DetokenizeRequest) -> Response:
     engine = app_context(request).engine
     _check_name(engine, wanted.model)
     text = await until_disconnect(asyncio.to_thread(engine.decode, wanted.tokens), request.receive)
-    return Response(to_json(Detokenized(prompt=text)), media_type="application/json")
+    return json_response(Detokenized(prompt=text))
 
 
 def _tokens(engine: Engine, wanted: TokenizeText | TokenizeChat) -> Sequence[int]:

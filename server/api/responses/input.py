@@ -1,7 +1,6 @@
 """The input of POST /v1/responses: text, or items in all forms that clients send."""
 
 import uuid
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
@@ -20,25 +19,10 @@ from server.api.responses.items import (
     Status,
     SummaryText,
 )
-from server.http.wire import REFUSED, NonEmpty, Wire, kind_of, only
+from server.http.wire import REFUSED, NonEmpty, Wire, by_type, kind_of, only
 
 DIRECT = {"type": "direct"}
 """The caller of functions: the model itself, not a program of OpenAI."""
-
-
-def by_type(*known: str, missing: Callable[[dict[str, Any]], str | None] = lambda value: None) -> Discriminator:
-    """Discriminator of a union of models: the value's `type` if known, else `<other>` for a model that refuses it by
-    name. `missing` gives the tag of a value without a type.
-    """
-
-    def type(value: Any) -> str | None:  # pydantic's error names the function
-        found = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-        if found is None:
-            found = missing(value) if isinstance(value, dict) else None
-            return None if found is None else f"<{found}>"
-        return f"<{found}>" if found in known else "<other>"
-
-    return Discriminator(type)
 
 
 class InputTextPart(Wire):

@@ -7,10 +7,23 @@ from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, model_vali
 from server.api.openai.chat_request import MetadataKey, MetadataValue, ReasoningEffort
 from server.api.openai.sampling import SessionKey, StreamOptions
 from server.api.openai.tools import JsonObjectFormat, Name, Schema, TextFormat, check_choice
-from server.api.responses.input import Input, ItemReference, by_type, items_of
+from server.api.responses.input import Input, ItemReference, items_of
 from server.api.responses.items import Item
 from server.errors import InvalidRequest
-from server.http.wire import REFUSED, Condition, ModelName, Wire, by_field, given, is_true, kind_of, needs, only, some
+from server.http.wire import (
+    REFUSED,
+    Condition,
+    ModelName,
+    Wire,
+    by_field,
+    by_type,
+    given,
+    is_true,
+    kind_of,
+    needs,
+    only,
+    some,
+)
 from server.protocol import AnswerRules, SamplingParams, Tool, ToolChoice
 
 LOGPROBS = "message.output_text.logprobs"

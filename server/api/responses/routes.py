@@ -24,7 +24,7 @@ from server.api.responses.store import ResponseStore, StoredResponse, store_of
 from server.errors import ContextLengthExceeded, InvalidRequest, NotFound
 from server.http.middleware import RESPONSES_PATH, app_context, request_context
 from server.http.request_context import RequestContext
-from server.http.respond import check_model, name_session, prepare_prompt, respond, to_json
+from server.http.respond import check_model, json_response, name_session, prepare_prompt, respond
 from server.http.routing import api_router, generates, raises
 from server.http.wire import only
 from server.protocol import AnswerRules, Conversation, GenerationRequest, Grammar, Prompt
@@ -104,20 +104,20 @@ async def input_tokens(request: Request, asked: InputTokensRequest) -> Response:
     earlier, new = _context(store_of(request), context.owner, asked)
     with _renamed_errors():
         _, prompt, _ = await _prepare(request, asked, [*_items(earlier), *new])
-    return _json(InputTokens(object="response.input_tokens", input_tokens=len(prompt.tokens)))
+    return json_response(InputTokens(object="response.input_tokens", input_tokens=len(prompt.tokens)))
 
 
 @router.get("/{response_id}", response_model=ResponseBody, responses=raises(NotFound))
 async def retrieve_response(request: Request, response_id: str, query: Annotated[RetrieveQuery, Query()]) -> Response:
     """A stored response. 404 if it does not exist or belongs to another key."""
-    return _json(store_of(request).get(request_context(request).owner, response_id).response)
+    return json_response(store_of(request).get(request_context(request).owner, response_id).response)
 
 
 @router.delete("/{response_id}", response_model=DeletedResponse, responses=raises(NotFound))
 async def delete_response(request: Request, response_id: str) -> Response:
     """Delete a response, in memory and on disk. Its KV session stays."""
     store_of(request).remove(request_context(request).owner, response_id)
-    return _json(DeletedResponse(id=response_id, object="response", deleted=True))
+    return json_response(DeletedResponse(id=response_id, object="response", deleted=True))
 
 
 @router.get("/{response_id}/input_items", response_model=ItemList, responses=raises(NotFound))
@@ -136,7 +136,7 @@ async def input_items(request: Request, response_id: str, query: Annotated[Items
     page = items[: query.limit]
     first, last = (page[0].id, page[-1].id) if page else (None, None)
     more = len(items) > len(page)
-    return _json(ItemList(object="list", data=page, first_id=first, last_id=last, has_more=more))
+    return json_response(ItemList(object="list", data=page, first_id=first, last_id=last, has_more=more))
 
 
 def _context(store: ResponseStore, owner: str, asked: ResponseInput) -> tuple[list[StoredResponse], list[Item]]:
@@ -238,7 +238,3 @@ def _blank(asked: ResponsesRequest, rules: AnswerRules, context: RequestContext,
         usage=None,
         user=asked.user,
     )
-
-
-def _json(body: BaseModel) -> Response:
-    return Response(to_json(body), media_type="application/json")
