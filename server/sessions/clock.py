@@ -1,7 +1,7 @@
 """The time and the random names that the engine's decisions use.
 
-The ranks of a group decide alike only if they see the same time and draw the same names. So both belong to the step:
-rank 0 reads the time once for each, and all ranks draw from a generator of the same seed.
+The ranks of a group make the same decisions only if they see the same time and draw the same names. So rank 0 reads the
+time once for each step, and all ranks draw names from a generator with the same seed.
 """
 
 import random
@@ -11,8 +11,8 @@ _APART = 1e-6
 
 
 class StepClock:
-    """Seconds as `time.time` has them, as of the running step. Each reading is a little later than the one before, so
-    that what is used later in a step counts as used later.
+    """The time of the current step, in seconds as `time.time` gives them. Each reading is 1 us later than the one
+    before, so that last uses within a step keep their order.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -20,11 +20,11 @@ class StepClock:
         self._now = time.time()
 
     def set(self, now: float) -> None:
-        """A step begins. Time does not go back."""
+        """Set the time at the beginning of a step. It never goes back."""
         self._now = max(now, self._now)
 
     def seed(self, seed: int) -> None:
-        """From now on names are those of this seed."""
+        """Draw names from this seed."""
         self._random.seed(seed)
 
     def __call__(self) -> float:
@@ -32,5 +32,5 @@ class StepClock:
         return self._now
 
     def name(self) -> str:
-        """Twelve hexadecimal digits that no other name of the process has."""
+        """Twelve random hexadecimal digits."""
         return f"{self._random.getrandbits(48):012x}"

@@ -1,11 +1,8 @@
-"""Sessions on disk: which files there are, which go when the disk's budget is full, and what is moved aside.
+"""Sessions on disk: reading and writing their files, evicting files over the disk's budget, moving bad files aside.
 
-Other servers may use the same folder. Nothing is written, replaced, moved or deleted without the file's lease
-(`server.sessions.leases`), which is held only meanwhile; reading needs none. So it does not matter which of two
-servers that have gone on with the same session is first: who comes later and finds a file of a later turn leaves it
-there, and its own to be forgotten.
-
-Everything here runs on the engine's thread.
+Other servers may use the same folder. A server writes, replaces, moves or deletes a file only while it holds the file's
+lease (`server.sessions.leases`). Reading needs no lease. If two servers continue the same session, the later turn wins,
+whichever server writes first: a server that finds a later turn in the file keeps the file and forgets its own turn.
 """
 
 import hashlib
@@ -32,17 +29,19 @@ log = logging.getLogger(__name__)
 
 _REFUSED = ".refused"
 Saved = Literal["written", "failed", "leased", "superseded"]
-"""How a write ended. `leased`: another server was at the file; `superseded`: it holds a later turn."""
+"""Result of a write. `leased`: another server holds the file's lease. `superseded`: the file holds a later turn."""
 
 Event = Literal["found", "taken_up", "leased", "superseded"]
-"""What happens between servers. `found`: another one's session was new here; `taken_up`: one known here was further."""
+"""Events between servers. `found`: a session of another server is new here. `taken_up`: another server has continued a
+known session.
+"""
 
 
 class SessionDisk:
     """The files of sessions in one folder, mode 0700. File names are hashes of model and session.
 
-    A file that can't be used is counted, moved aside and not asked for again. Raises OSError when the folder can't be
-    used at all, StartupError when it has no locks.
+    A file that can't be used is counted, moved aside and not read again. Raises OSError if the folder can't be used,
+    and StartupError if its file system has no locks.
     """
 
     def __init__(
@@ -57,47 +56,45 @@ class SessionDisk:
         self._held: Path | None = None
         self._leases = Leases(folder)
         self._snapshot = FolderSnapshot(folder)
-        self._put_off: set[Path] = set()
+        self._waiting: set[Path] = set()
         self._foreign = foreign or ForeignSessions([], "")
         metrics.session_disk_limit_bytes.set(budget)
         metrics.session_files_refused.labels(reason="other_group").inc(len(self._foreign.sessions))
         if left := remove_partial(folder, self._leases.taken):
-            log.warning("removed %d session files in %s that were not written to their end", left, folder)
+            log.warning("removed %d incomplete session files in %s", left, folder)
         self._measure()
 
     def stored(self) -> Iterator[Session]:
-        """The sessions of this model that the folder has, as their manifests say; only loading looks at every byte."""
+        """The sessions of this model in the folder, from their manifests. Only `load` checks the arrays."""
         for path in self._paths():
-            found = self._peek(path)
-            if found is not None and path == self._path(found):
-                yield found
+            session = self._peek(path)
+            if session is not None and path == self._path(session):
+                yield session
 
     def find(self, owner: str, id: str) -> Session | None:
-        """A session by its id, if there is a file of it."""
+        """A session by its id, None if it has no file."""
         path = self._path(Session(id, owner=owner))
         return self._peek(path) if path.exists() else None
 
     def later(self, session: Session) -> Session | None:
-        """What a session's file has of it now, if another server has gone on with it there."""
+        """The session in its file, if another server has written a later turn there."""
         path = self._path(session)
         if (state := file_state(path)) is None or state == session.file:
             return None
         if (found := self._peek(path, refuse=False)) is not None and found.last_used > session.last_used:
             return found
-        session.file = state  # somebody has read it, or it is damaged, which is for whoever reads all of it to say
+        session.file = state  # only its mtime changed, or it is damaged, which `load` will find
         return None
 
     def news(self) -> list[Session] | None:
-        """The sessions of files that others have put into the folder. None if it was not looked at: nothing has
-        happened there, or a second has not passed.
-        """
+        """The sessions in new and changed files. None if the folder is unchanged, or was read within a second."""
         if (changed := self._snapshot.changed()) is None:
             return None
         found = [(path, self._peek(path, refuse=False)) for path in changed]
         return [session for path, session in found if session is not None and path == self._path(session)]
 
     def save(self, session: Session) -> Saved:
-        """Write a session at rest with its checkpoints. What kept it from being written is logged and counted."""
+        """Write a session that is not running, with its checkpoints. A failure is logged and counted."""
         if (outcome := self._write(session)) != "written":
             return outcome
         self._make_room(self._path(session))
@@ -112,7 +109,7 @@ class SessionDisk:
         try:
             with self._leases.taken(path.name) as mine:
                 if not mine:
-                    self._note_put_off(path)
+                    self._note_leased(path)
                     return "leased"
                 if self.later(session) is not None:
                     self.count("superseded")
@@ -123,35 +120,33 @@ class SessionDisk:
             log.error("a session of %d tokens could not be written to %s: %s", len(session.tokens), self._folder, error)
             self._metrics.spill_failures.labels(reason=type(error).__name__).inc()
             return "failed"
-        self._put_off.discard(path)
+        self._waiting.discard(path)
         self._metrics.spills.inc()
         self._metrics.spilled_bytes.inc(n_bytes)
         self._metrics.spill_seconds.inc(time.perf_counter() - start)
         return "written"
 
-    def _note_put_off(self, path: Path) -> None:
-        """Once for each time that a session waits for another server, however often it is tried."""
-        if path not in self._put_off:
-            self._put_off.add(path)
-            log.warning("a session is not written for now: another server is at its file, %s", path.name)
+    def _note_leased(self, path: Path) -> None:
+        """Log and count a wait for another server, once until the file is written."""
+        if path not in self._waiting:
+            self._waiting.add(path)
+            log.warning("a session is not written for now: another server holds the lease of its file, %s", path.name)
             self.count("leased")
 
     def count(self, event: Event) -> None:
         self._metrics.session_handovers.labels(event=event).inc()
 
     def load(self, session: Session) -> str | None:
-        """Bring a session's cache and checkpoints back from its file. When that can't be used they stay away, and the
-        file was moved aside; returns why.
-        """
+        """Read a session's cache and checkpoints from its file. Moves a bad file aside, and returns the reason."""
         start, path = time.perf_counter(), self._path(session)
-        judged = file_state(path)
+        state = file_state(path)
         try:
             own, *others = self._files.load(path)
             n_bytes = path.stat().st_size
             path.touch()
             session.file = self._snapshot.record(path)
         except SessionFileError as error:
-            self._refuse(path, error, judged)
+            self._refuse(path, error, state)
             return str(error)
         except (OSError, PoolExhausted) as error:
             log.warning("a session could not be read back from %s: %s", path.name, error)
@@ -168,7 +163,7 @@ class SessionDisk:
 
     @contextmanager
     def held(self, session: Session) -> Iterator[None]:
-        """While others are written, a session's file stays whatever the budget says: it is about to be read."""
+        """Protect a session's file from the disk's budget: it is about to be read, while other sessions are written."""
         self._held = self._path(session)
         try:
             yield
@@ -179,19 +174,19 @@ class SessionDisk:
         return self._path(session).exists()
 
     def missing(self, sessions: Sequence[Session]) -> list[Session]:
-        """Those whose files are gone: the disk's budget may have cost them, or a person has deleted them."""
+        """Those whose files are gone: evicted by the disk's budget, or deleted by a person."""
         return [session for session in sessions if not self.has(session)]
 
     def refusal(self, owner: str, id: str) -> str | None:
-        """Why what the disk has of a session is of no use here, None if it has nothing of it."""
+        """Why a session's files can't be used here, None if there are none."""
         return self._foreign.reason(owner, id)
 
     def others(self) -> Iterator[Session]:
-        """Sessions that a group of another size has written, which are of no use here."""
+        """Sessions that a group of another size has written. They can't be used here."""
         return iter(self._foreign.sessions.values())
 
     def remove(self, session: Session) -> bool:
-        """Delete a session's file, if there is one. False, and it stays, while another server is at it."""
+        """Delete a session's file, if there is one. Returns False if another server holds its lease."""
         path = self._path(session)
         with self._leases.taken(path.name) as mine:
             if mine:
@@ -208,7 +203,7 @@ class SessionDisk:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:40]}{SUFFIX}"
 
     def _paths(self) -> list[Path]:
-        """Oldest use first."""
+        """Least recently used first."""
         return sorted(self._folder.glob(f"*{SUFFIX}"), key=_used)
 
     def _peek(self, path: Path, refuse: bool = True) -> Session | None:
@@ -217,36 +212,36 @@ class SessionDisk:
             about, tokens = self._files.peek(path)
             return Session(tokens=tokens, stored=True, file=state, **{name: about[name] for name in ABOUT})
         except SessionFileError as error:
-            if refuse and error.code != "other_model":  # another server's, perhaps
+            if refuse and error.code != "other_model":  # it may belong to another server
                 self._refuse(path, error, state)
-        except OSError as error:  # gone while it was read, from a folder of another machine
-            log.warning("a session file could not be looked at: %s: %s", path.name, error)
+        except OSError as error:  # another machine may have removed it
+            log.warning("a session file could not be read: %s: %s", path.name, error)
         except (KeyError, TypeError) as error:
             if refuse:
                 self._refuse(path, SessionFileError("corrupt", f"{path.name}: the manifest has no {error}"), state)
         return None
 
-    def _refuse(self, path: Path, error: SessionFileError, judged: FileState | None) -> None:
-        """Move a file aside, unless another server has put another one there since it was `judged`, or is about to."""
+    def _refuse(self, path: Path, error: SessionFileError, read: FileState | None) -> None:
+        """Move a file aside, unless its state is not `read` any more or another server holds its lease."""
         self._metrics.session_files_refused.labels(reason=error.code).inc()
         if error.code == "missing":
             return
         log.warning("a session file is refused (%s): %s; it is now %s", error.code, error, f"{path.name}{_REFUSED}")
         with suppress(OSError), self._leases.taken(path.name) as mine:
-            if mine and file_state(path) == judged:
+            if mine and file_state(path) == read:
                 path.replace(path.with_name(f"{path.name}{_REFUSED}"))
 
     def _make_room(self, kept: Path) -> None:
-        """Remove what was refused, then the longest unused files, until the rest fits; `kept` last."""
+        """Delete files until the rest fits the budget: refused ones, then the least recently used; `kept` last."""
         self._delete(self._too_many(kept))
         self._measure()
 
     def _too_many(self, kept: Path) -> list[str]:
-        """Names of files, in the order in which they should go, as many as are too many."""
+        """Names of the files to delete so that the rest fits the budget, in that order."""
         refused = sorted(self._folder.glob(f"*{SUFFIX}{_REFUSED}"), key=_used)
-        going = [*refused, *(path for path in self._paths() if path not in (kept, self._held)), kept]
+        candidates = [*refused, *(path for path in self._paths() if path not in (kept, self._held)), kept]
         total, names = self._measure(), list[str]()
-        for path in going:
+        for path in candidates:
             if total <= self._budget:
                 break
             total -= _size(path)

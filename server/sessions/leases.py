@@ -1,12 +1,12 @@
-"""Leases: which of several servers on one folder may write a session's file, replace it, move it or delete it.
+"""Leases: which of several servers on one folder may write, replace, move or delete a session's file.
 
-A lease is a lock that the kernel holds on one byte of the file `leases` in the folder; which byte follows from the name
-of the session's file. So it is atomic on local disks, NFS and SMB, and it ends with its process, however that ends:
-there is no clock, nothing that expires, nothing left behind to clean up, and nobody to take over from. The file stays
-empty, because a lock needs no byte to be there.
+A lease is a lock that the kernel holds on one byte of the file `leases` in the folder. The name of the session's file
+gives the byte's position. So a lease is atomic on local disks, NFS and SMB, and it ends with its process, however that
+ends: there is no clock, no expiry, nothing to clean up, and no takeover. The file stays empty, because a lock does not
+need the byte to exist.
 
-POSIX gives these locks to processes. What that leaves open is closed here: all `Leases` of a process on one folder
-share one descriptor, because closing any of them would drop the locks of all, and a set of what they hold, because the
+POSIX gives these locks to processes, not to descriptors. So all `Leases` of a process on one folder share one
+descriptor: closing any descriptor of the file would drop all its locks. They also share the set of held locks: the
 kernel would give the same process a lock twice. Nothing else in the process may open that file. A process that is
 stopped (SIGSTOP) keeps its leases.
 
@@ -28,12 +28,12 @@ from server.errors import StartupError
 NAME = "leases"
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _OFFSET_BITS = 62
-"""An offset in a file is a signed number of 64 bits, and the end of a lock must be one as well."""
+"""File offsets are signed 64-bit numbers, and so is the end of a lock."""
 
 
 @dataclass(slots=True)
 class _Shared:
-    """One folder's file as this process has it: its descriptor, what is held, and how many `Leases` share it."""
+    """One folder's file in this process: its descriptor, the locks held, and the number of `Leases` sharing it."""
 
     descriptor: int
     held: set[int] = field(default_factory=set)
@@ -45,8 +45,8 @@ _lock = threading.Lock()
 
 
 class Leases:
-    """The leases of one server in one folder, from any thread. Raises OSError when the folder can't be used, and
-    StartupError when its file system has no locks.
+    """The leases of one server in one folder. Safe to call from any thread. Raises OSError if the folder can't be used,
+    and StartupError if its file system has no locks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +72,7 @@ class Leases:
             ) from error
 
     def take(self, name: str) -> bool:
-        """Whether the lease of the file of this name is this server's, from now on or already."""
+        """Take the lease of a file, by name. Returns whether this server has it now."""
         offset = _offset(name)
         with _lock:
             if offset in self._mine:
@@ -84,20 +84,20 @@ class Leases:
             return True
 
     def release(self, name: str) -> None:
-        """Let go of a lease. One that is not held is ignored."""
+        """Release a lease. Does nothing if it is not held."""
         with _lock:
             self._release(_offset(name))
 
     @contextmanager
     def taken(self, name: str) -> Iterator[bool]:
-        """The lease for as long as the block takes, if it can be had: whether it was."""
+        """Hold the lease during the block, if it is free. Yields whether it was."""
         try:
             yield self.take(name)
         finally:
             self.release(name)
 
     def close(self) -> None:
-        """Let go of everything, for good. Closing again does nothing."""
+        """Release all leases. Closing again does nothing."""
         with _lock:
             if self._closed:
                 return
@@ -117,17 +117,17 @@ class Leases:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Of the file, made if it is missing: the same whatever name leads to it. Not by opening it, because closing it
-    again would drop this process' locks.
+    """Device and inode of the file, which is created if missing. An existing file is not opened: closing it again would
+    drop this process' locks.
     """
     if not path.exists():
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    found = path.stat()
-    return found.st_dev, found.st_ino
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def _offset(name: str) -> int:
-    """The byte that stands for a name. Two names with one byte would only wait for each other."""
+    """The byte for a name. If two names had the same byte, they would only wait for each other."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> (64 - _OFFSET_BITS)
 
 
@@ -142,7 +142,7 @@ def _locked(descriptor: int, offset: int) -> bool:
 
 
 def _try_out(descriptor: int) -> None:
-    """Shared, so that servers that start together do not meet. Raises OSError."""
+    """Try a shared lock, so that servers that start together do not collide. Raises OSError."""
     offset = _offset("")
     fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, offset)
     fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, offset)
