@@ -31,6 +31,6 @@ def test_auto_can_always_fall_back_and_never_takes_the_reference() -> None:
 
 def test_help_texts_list_every_name() -> None:
     assert ("auto", *BACKENDS) == CHOICES
-    assert one_of() == "auto, metal, cuda, packed or reference"
-    assert one_of("auto") == "auto (the default), metal, cuda, packed or reference"
-    assert one_of("reference") == "auto, metal, cuda, packed or reference (the default)"
+    assert one_of() == f"{', '.join(CHOICES[:-1])} or {CHOICES[-1]}"
+    assert one_of("auto").startswith("auto (the default), metal, cuda, ")
+    assert "packed (the default)" in one_of("packed")
