@@ -75,6 +75,7 @@ def test_the_order_of_threads_does_not_matter(setting: Setting, language: Langua
     assert_close(got, step.expected(), setting, language)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("language", "mode", "name"),
     [

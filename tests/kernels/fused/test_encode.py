@@ -175,6 +175,7 @@ def test_the_order_of_threads_does_not_matter(setting: Setting, language: Langua
         setting.lanes(language).expand(tuple(map(mx.array, pages)), setting.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("language", "mode", "name"),
     [

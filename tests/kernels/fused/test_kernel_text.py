@@ -56,6 +56,7 @@ def test_metal_takes_the_text(setting: Setting) -> None:
         check(kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_nvrtc(), reason="no libnvrtc: nvidia-cuda-nvrtc is not installed")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)

@@ -103,7 +103,13 @@ FAULTS: dict[str, tuple[Any, dict[str, str] | None, str, str, str, dict[str, flo
 PARTS = ("encode", "expand", "attend", "attend_step", "speed", "answer")
 
 
-@pytest.mark.parametrize("name", FAULTS)
+QUICK = ("healthy", "does not compile", "encodes wrongly")
+"""The faults of the quick tests. Each fault starts an engine."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAULTS]
+)
 def test_each_fault_yields_its_backend_reason_log_line_answer_and_metrics(
     name: str, pretend: Any, log: pytest.LogCaptureFixture
 ) -> None:

@@ -198,6 +198,7 @@ def test_stopping_ends_what_runs(engine: MlxEngine) -> None:
     assert not engine.health().alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overflow", ["rotate", "error"])
 def test_what_does_not_fit_a_session_rotates_or_is_refused(overflow: str) -> None:
     engine = MlxEngine(SETTINGS.model_copy(update={"max_size": 320, "overflow": overflow}), Metrics())
@@ -238,6 +239,7 @@ STOPS = """
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_well_right_after_its_engine() -> None:
     """Three of four did not, while MLX's own destructors were left to the thread that had been joined."""
     for _ in range(2):

@@ -202,6 +202,7 @@ def test_each_token_is_read_in_the_form_its_position_calls_for(
     run(Paged.session(layers, spec, np.random.default_rng(0), codecs=codecs, tolerance=5e-4), script)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "name"), [("packed", "k4v4"), ("reference", "k4v4"), ("reference", "turbo3_5")])
 @pytest.mark.parametrize("ring", [RingConfig(3, 64, 200), RingConfig(64, 0, None)], ids=str)
 def test_results_do_not_depend_on_how_a_prefill_is_cut(backend: str, name: str, ring: RingConfig) -> None:

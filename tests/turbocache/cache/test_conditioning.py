@@ -135,6 +135,7 @@ SCRIPT: list[tuple[str, int]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "kind"), [("reference", "pair"), ("packed", "uniform")])
 @pytest.mark.parametrize("ring", [RingConfig(3, 64, 220), RingConfig(0, 0, None), RingConfig(64, 128, 400)], ids=str)
 def test_pages_hold_keys_without_the_mean_of_the_first_tokens(

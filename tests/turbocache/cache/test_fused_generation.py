@@ -8,6 +8,7 @@ from tests.kernels.fused.cases import emulated, need
 from turbocache.cache.ring import RingConfig
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_size", [None, 256])
 @pytest.mark.parametrize("backend", ["metal", "cuda"])
 def test_a_model_says_the_same_as_over_the_reference(backend: str, max_size: int | None) -> None:

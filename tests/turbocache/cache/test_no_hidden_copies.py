@@ -28,7 +28,10 @@ MIB = 1 << 20
 HEADS = Heads(4, 4, 128, 128)
 PAGE_BYTES = 2 * 4 * PAGE * 128 * 4  # 256 KiB, uncompressed
 
-pytestmark = pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="bounds were set for the CPU backend")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="bounds were set for the CPU backend"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ def arguments(text: Path, out: Path, *more: str) -> list[str]:
     return ["eval", str(BUNDLED), "--text", str(text), "--json", str(out), *SMALL, *more]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loaded")
 def test_numbers_come_as_json_markdown_and_plots(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -70,6 +71,7 @@ def numbers(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(
     text: Path, tmp_path: Path, loaded: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def test_a_row_has_its_own_backend_and_sizes(maker: RowMaker) -> None:
         maker.row("k4v4:vulkan")
 
 
+@pytest.mark.slow
 def test_a_row_may_rotate(measured: Callable[..., Any]) -> None:
     """Without a codec nothing but what has rotated out makes a difference."""
     _, (_, small, large, plain) = measured("off@4/0/80", "off@4/0/200", "off", context=160)
@@ -88,6 +89,7 @@ def test_a_row_may_rotate(measured: Callable[..., Any]) -> None:
     assert small["stored_bits"] < plain["stored_bits"]
 
 
+@pytest.mark.slow
 def test_a_field_of_a_preset_can_be_changed(measured: Callable[..., Any]) -> None:
     _, (_, changed, known, plain) = measured("k4v4+value_bits=2", "k4v2", "k4v4", context=160)
     assert changed["preset"] == "k4v4+value_bits=2"
