@@ -220,6 +220,7 @@ def test_a_session_at_rest_is_written_before_anybody_asks(start: Callable[..., M
     assert len(files(tmp_path)) == metric(engine, "spills_total") == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_is_never_idle_writes_sessions_too_at_a_bounded_cost(
     start: Callable[..., MlxEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +260,7 @@ def test_a_session_that_nobody_uses_leaves_memory(start: Callable[..., MlxEngine
     assert lost == 0 if disk else lost > 200
 
 
+@pytest.mark.slow
 def test_side_requests_do_not_push_out_what_was_used_since(start: Callable[..., MlxEngine]) -> None:
     """An unnamed request waits for its place in the batch while named sessions take turns."""
     engine = start(kv_memory=MemoryBudget(bytes=24 << 20), max_batch=1, session_dir=None)

@@ -49,6 +49,7 @@ def held(ring: Row) -> int:
     return int(ring["sink_tokens"] + ring["pages"] * ring["page_tokens"] + ring["window_tokens"])
 
 
+@pytest.mark.slow
 def test_the_ring_of_a_running_session_moves(small: MlxEngine) -> None:
     answer = endless(small, "runs", 120)
     early = row_when(small, "runs", "running", lambda row: row["ring"] is not None)
@@ -68,6 +69,7 @@ def test_the_ring_of_a_running_session_moves(small: MlxEngine) -> None:
     assert rest["ring"]["pages"] == rest["bytes"]["pages"] // small.status()["pages"]["nbytes"]
 
 
+@pytest.mark.slow
 def test_rings_are_told_apart_in_a_batch(small: MlxEngine) -> None:
     """One reads a long prompt while another answers."""
     short = endless(small, "short", 60)

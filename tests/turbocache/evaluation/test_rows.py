@@ -136,6 +136,7 @@ class ReadBack:
         return getattr(self.native, name)
 
 
+@pytest.mark.slow
 @needs_mlx_vlm
 @pytest.mark.parametrize(("bits", "cut"), [(4, 60), (2.5, 99)])
 def test_mlx_vlm_rows_attend_over_what_its_codec_gives_back(

@@ -13,6 +13,7 @@ from turbocache.evaluation.settings import EvaluationError, Settings
 from turbocache.mlxlm.model import LoadedModel
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(bundled: LoadedModel, text: Path, tmp_path: Path) -> None:
     settings = Settings(
         text,

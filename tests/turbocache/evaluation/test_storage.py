@@ -25,6 +25,7 @@ def filled(model: Module, name: str, keep: int = 5, window: int = 64) -> OpenCac
     return opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["off", "k8v8", "k4v3", "turbo3_5", "turbo2_5", "k4v4:packed"])
 @pytest.mark.parametrize("ring", [(5, 64), (0, 0), (64, 128)], ids=str)
 def test_bytes_are_those_of_the_arrays(tiny_llama: Module, name: str, ring: tuple[int, int]) -> None:

@@ -83,6 +83,7 @@ def oracle(model: Any, window: list[int], score_from: int, bits: int) -> dict[st
     }
 
 
+@pytest.mark.slow
 def test_a_row_of_the_table_is_what_the_oracle_says(bundled: LoadedModel, measured: Callable[..., Any]) -> None:
     work, rows = measured("mlx-lm-3", context=80, score_from=30, chunk=33)
     full, row = rows
@@ -93,6 +94,7 @@ def test_a_row_of_the_table_is_what_the_oracle_says(bundled: LoadedModel, measur
     assert (full["kld_mean"], full["top1"]) == (0, 1)
 
 
+@pytest.mark.slow
 def test_paged_rows_lie_where_they_should(measured: Callable[..., Any]) -> None:
     """Nothing compressed says the same; fewer bits say less of it."""
     _, (full, off, *compressed) = measured("off", "k8v8", "k4v4", "k2v2", context=160)
