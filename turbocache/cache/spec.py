@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -13,8 +13,15 @@ from turbocache.cache.paths import PathCounts
 from turbocache.cache.pool import PagePool
 from turbocache.cache.ring import PageRing, RingConfig
 
-if TYPE_CHECKING:
-    from turbocache.cache.batch import CacheBatch
+
+class LiveBatch(Protocol):
+    """What a spec knows of a `CacheBatch` (turbocache/cache/batch.py)."""
+
+    rings: list[PageRing]
+
+    @property
+    def shadow_nbytes(self) -> int: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,7 @@ class CacheSpec:
     pool: PagePool
     layers: tuple[CompressedLayer, ...]
     rotations: RotationCount = field(default_factory=RotationCount)
-    live: "weakref.WeakSet[CacheBatch]" = field(default_factory=weakref.WeakSet)
+    live: "weakref.WeakSet[LiveBatch]" = field(default_factory=weakref.WeakSet)
     paths: PathCounts = field(init=False)
 
     def __post_init__(self) -> None:
