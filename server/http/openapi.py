@@ -1,4 +1,4 @@
-"""GET /openapi.json: FastAPI's document, completed by what it does not know: errors, streams, the loaded model."""
+"""GET /openapi.json: FastAPI's document, with what FastAPI does not know: errors, streams, the loaded model."""
 
 import asyncio
 import functools
@@ -34,6 +34,7 @@ Schema = dict[str, Any]
 
 router = api_router()
 
+_TITLE = "turbocache"
 _ABOUT = "Chat and text completions by one model in OpenAI's words, and sessions whose caches are kept."
 _REQUEST_ID: Schema = {"schema": {"type": "string"}, "required": True}
 _RETRY: Schema = {"schema": {"type": "integer", "minimum": 1}, "description": "in seconds, if it is worth another try"}
@@ -72,9 +73,7 @@ def _document(app: FastAPI, model: ModelInfo, keys: bool) -> Schema:
 
 def document(routes: Sequence[BaseRoute], model: ModelInfo, *, keys: bool) -> Schema:
     """OpenAPI 3.2 of the routes. `keys`: those of keyed routers need an API key."""
-    whole = get_openapi(
-        title="turbocache", description=_ABOUT, version="v1", openapi_version="3.2.0", routes=routes
-    )  # fmt: skip
+    whole = get_openapi(title=_TITLE, description=_ABOUT, version="v1", openapi_version="3.2.0", routes=routes)
     for path, methods in whole["paths"].items():
         for method, operation in methods.items():
             if not keys:
@@ -98,7 +97,7 @@ def _common_errors(method: str, operation: Schema) -> Iterator[type[ServerError]
         yield OriginNotAllowed
     if "security" in operation:
         yield Unauthorized
-    if operation["responses"].pop("422", None) is not None:  # FastAPI's, of all that has parameters or a body
+    if operation["responses"].pop("422", None) is not None:  # FastAPI adds it where there are parameters or a body
         yield InvalidRequest
     if "requestBody" in operation:
         yield PayloadTooLarge

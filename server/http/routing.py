@@ -19,11 +19,11 @@ Body = TypeVar("Body", bound=BaseModel)
 Responses = dict[int | str, dict[str, Any]]
 
 STREAM = "2XX"
-"""The key in `responses` of what an event stream's data is. FastAPI takes one model for a status; the OpenAPI document
+"""Key in `responses` for the data of a stream's events. FastAPI takes one model per status, so the OpenAPI document
 moves this one into the 200.
 """
 _BEARER = HTTPBearer(scheme_name="bearer", auto_error=False)
-"""For the document alone: `KeyedRoute` checks the key."""
+"""Only for the OpenAPI document. `KeyedRoute` checks the key."""
 _ANSWER_HEADERS = {
     "X-Session-ID": {"schema": {"type": "string"}, "description": "the session's name, if it has one"},
     "X-Turbocache-Overflow": {
@@ -34,8 +34,11 @@ _ANSWER_HEADERS = {
 
 
 class KeyedRoute(APIRoute):
-    """FastAPI alone reads and decodes a whole body before any dependency runs, so before a key is checked; it has no
-    limit per app, decodes with `json`, and takes other content types for no JSON. Here it gets the parsed model.
+    """Checks the key, then reads and parses the body once, and hands FastAPI the parsed model.
+
+    FastAPI alone reads and decodes the whole body before any dependency runs, so before a key check. It fixes the size
+    limit when the route is built, before the settings are read. It decodes with `json`, and only bodies with a JSON
+    content type.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -54,7 +57,7 @@ class KeyedRoute(APIRoute):
 
 
 class _ParsedRequest(Request):
-    """A request whose body FastAPI takes as it is: a model, or no bytes at all."""
+    """A request whose body is a parsed model, or empty bytes."""
 
     def __init__(self, request: Request, body: Any) -> None:
         super().__init__(request.scope, request.receive)

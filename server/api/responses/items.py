@@ -118,8 +118,8 @@ def messages_of(instructions: str | None, items: Iterable[Item]) -> list[dict[st
 
 
 def _begins_an_answer(messages: Sequence[dict[str, Any]], item: Item) -> bool:
-    """Whether the item begins a new message. In a template one message holds a thought, a text, the calls, and what is
-    said around the calls until their results.
+    """Whether the item begins a new message. In a template one message holds a thought, a text and calls, also text
+    that comes after a call.
     """
     if not messages or messages[-1]["role"] != "assistant":
         return True
