@@ -81,6 +81,36 @@ def test_an_allowed_import_is_not(module: str, source: str) -> None:
     assert violations(module, source) == []
 
 
+# The only modules that read private attributes of mlx-lm's objects.
+PRIVATE = ("turbocache.mlxlm.batch_generator", "turbocache.mlxlm.model")
+STANDARD = {"_exit", "_replace"}
+
+
+def foreign_privates(source: str) -> list[str]:
+    """Private attributes that a module reads from other objects than its own classes make."""
+    tree = ast.parse(source)
+    attributes = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+    ]
+
+    def is_own(node: ast.Attribute) -> bool:
+        return ast.unparse(node.value) in ("self", "cls", "super()")
+
+    own = {node.attr for node in attributes if is_own(node)}
+    return [ast.unparse(node) for node in attributes if not is_own(node) and node.attr not in own | STANDARD]
+
+
+def test_one_adapter_uses_private_attributes() -> None:
+    found = {module: foreign_privates(path.read_text()) for module, path in modules() if module not in PRIVATE}
+    assert {module: names for module, names in found.items() if names} == {}
+    assert foreign_privates("class A:\n    def f(self): return self._b._generation_batch") == [
+        "self._b._generation_batch"
+    ]
+    assert foreign_privates("class A:\n    def f(self, a): return self._b + a._b") == []
+
+
 def test_kernels_init_is_empty() -> None:
     # transformers looks for a PyPI package of this name and would take it for that one.
     assert (ROOT / "kernels" / "__init__.py").read_bytes() == b""

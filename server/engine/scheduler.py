@@ -160,7 +160,7 @@ class Scheduler:
         for response in tokens:
             if (running := self.batch.get(response.uid)) is None:
                 continue
-            if not self.generator.finite(response.uid):
+            if not self.generator.is_finite(response.token):
                 bad.append(response.uid)
             elif failure := self.generator.grammar_error(response.uid, response.finish_reason is not None):
                 self._fail_grammar(response, running, failure)

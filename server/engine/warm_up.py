@@ -21,11 +21,11 @@ def rehearse(model: LoadedModel, store: CacheStore, chunk: int, lengths: Iterabl
     generator = Generator(model, max_batch=1, prefill_chunk=chunk)
     for length in lengths:
         prompt = [1 + i % 32 for i in range(length)]
-        uid = generator.insert(prompt, 0, store.new_cache(), _ANSWER, SamplingParams())
+        generator.insert(prompt, 0, store.new_cache(), _ANSWER, SamplingParams())
         ended = False
         while not ended:
             _, tokens = generator.next()
-            if tokens and not generator.finite(uid):
+            if not all(generator.is_finite(response.token) for response in tokens):
                 raise FloatingPointError(f"logits after a prompt of {length} tokens are not finite")
             ended = any(response.finish_reason for response in tokens)
     return time.perf_counter() - start

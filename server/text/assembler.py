@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from server.protocol import AnswerRules, Channel, TextDelta, ToolCall
 from server.text.tool_formats import ToolFormat
+from turbocache.mlxlm.model import wrapped_tokenizer
 
 _CHANNELS: dict[str, Channel] = {"normal": "content", "reasoning": "reasoning"}
 
@@ -34,7 +35,7 @@ class Vocabulary:
     @functools.cached_property
     def ll_tokenizer(self) -> LLTokenizer:
         """Built at first use: it is slow with large vocabularies, and most requests do not need it."""
-        return from_tokenizer(self._tokenizer._tokenizer, eos_token=sorted(self._tokenizer.eos_token_ids))
+        return from_tokenizer(wrapped_tokenizer(self._tokenizer), eos_token=sorted(self._tokenizer.eos_token_ids))
 
     def token_bytes(self, token: int) -> bytes:
         return self.ll_tokenizer.decode_bytes([token])

@@ -73,6 +73,11 @@ def load_model(source: str | None = None, group: Group | None = None) -> LoadedM
     )
 
 
+def wrapped_tokenizer(tokenizer: TokenizerWrapper) -> Any:
+    """The transformers tokenizer inside mlx-lm's wrapper, for libraries that check the type."""
+    return tokenizer._tokenizer
+
+
 def _suit_cpu(model: Module, group: Group) -> list[str]:
     notes = []
     if any(name.endswith(".scales") for name, _ in _parameters(model)):

@@ -1,4 +1,4 @@
-"""Short prompts in one forward pass: the same tokens and caches as mlx-lm's own BatchGenerator, and fewer passes."""
+"""The adapter: the same tokens and caches as mlx-lm's own BatchGenerator in fewer passes, and marks of bad logits."""
 
 from typing import Any
 
@@ -8,10 +8,11 @@ import pytest
 from mlx.nn.layers.base import Module
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import greedy_sampler
 
 from turbocache.cache.ring import RingConfig
+from turbocache.mlxlm.batch_generator import NOT_FINITE, ShortPromptGenerator, mark_not_finite
 from turbocache.mlxlm.plan import plan_layers
-from turbocache.mlxlm.short_prompts import ShortPromptGenerator
 from turbocache.presets import preset
 from turbocache.store import CacheStore, evaluate, fork
 
@@ -100,9 +101,44 @@ def test_a_warm_turn_has_its_first_token_after_one_pass(tiny_llama: Module) -> N
     model.shapes.clear()
     (uid,) = generator.insert([turn], max_tokens=[2], caches=[cache])
     generator.next()
-    opened = generator._generation_batch
-    assert int(opened._next_tokens[opened.uids.index(uid)].item()) == int(mx.argmax(logits[0, -1]))
+    assert generator.next_tokens([uid]) == {uid: int(mx.argmax(logits[0, -1]))}
     assert model.shapes == [(1, 15)]
     _, responses = generator.next()
     assert [response.uid for response in responses] == [other, uid]
+    generator.close()
+
+
+class _Faulty(_Counting):
+    """Logits behind the token BAD are not finite."""
+
+    BAD = 7
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        logits = super().__call__(tokens, cache)
+        return mx.where((tokens[:, -1:] == self.BAD)[..., None], mx.nan, logits)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("length", [3, 80])
+def test_a_mark_is_in_the_row_whose_logits_are_not_finite(tiny_llama: Module, shared: bool, length: int) -> None:
+    """Whoever else is in the batch, with one sampler for all rows or one for each, after short prompts and long."""
+    generator = ShortPromptGenerator(_Faulty(tiny_llama), **OPTIONS)
+    one = mark_not_finite(greedy_sampler)
+    prompts = [[1 + i] * (length - 1) + [last] for i, last in enumerate((5, _Faulty.BAD, 9))]
+    uids = generator.insert(
+        prompts,
+        max_tokens=[3] * 3,
+        samplers=[one if shared else mark_not_finite(greedy_sampler) for _ in prompts],
+    )
+    begun: set[int] = set()
+    while len(begun) < len(uids):
+        progress, _ = generator.next()
+        ended = [p.uid for p in progress if p.end_of_prompt]
+        begun |= set(ended)
+        firsts = generator.next_tokens(ended)
+        assert [uid for uid in ended if firsts[uid] == NOT_FINITE] == [uid for uid in ended if uid == uids[1]]
+    _, responses = generator.next()
+    assert [response.uid for response in responses if response.token == NOT_FINITE] == [uids[1]]
+    assert generator.current_token(uids[1]) is None
+    assert generator.current_token(uids[0]) == responses[0].token
     generator.close()
