@@ -73,7 +73,8 @@ def install() -> None:
 
     Idempotent. Modules imported later take the name from `base` and so get it too.
     """
-    for name, module in list(sys.modules.items()):
+    # A copy: an import by another thread or by the garbage collector may change `sys.modules` in between.
+    for name, module in sys.modules.copy().items():
         if name.startswith("mlx_lm.models.") and getattr(module, _NAME, None) is _original:
             setattr(module, _NAME, attention)
 

@@ -1,4 +1,6 @@
+import gc
 import sys
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +29,31 @@ def test_install_reaches_base_and_every_imported_model_and_is_idempotent(
     for name in ("mlx_lm.models.llama", "mlx_lm.models.qwen3"):
         assert sys.modules[name].scaled_dot_product_attention is seam.attention  # type: ignore[attr-defined]
     assert seam._original is not seam.attention
+
+
+def test_install_bears_imports_while_it_looks_at_the_modules() -> None:
+    """The garbage collector runs finalizers at any allocation, and these may import."""
+    names = [f"tests.imported_by_a_finalizer_{i}" for i in range(100)]
+    waiting = list(names)
+
+    def import_one(phase: str, info: dict[str, int]) -> None:
+        if waiting:
+            name = waiting.pop()
+            sys.modules[name] = ModuleType(name)
+
+    # CPython keeps 2,000 freed pairs, which it hands out again without an allocation: hold them.
+    pairs = [(name, i) for name in names for i in range(50)]
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(import_one)
+    gc.set_threshold(1)
+    try:
+        seam.install()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(import_one)
+        for name in names:
+            sys.modules.pop(name, None)
+    del pairs
 
 
 @pytest.mark.parametrize("mask", [None, "causal"])
