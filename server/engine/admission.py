@@ -7,7 +7,7 @@ from server.commands import QueuedRequest
 from server.engine.budget import Budget
 from server.engine.queue import WaitingQueue
 from server.engine.running import ANSWER_STEP
-from server.engine.sampling import bearable
+from server.engine.sampling import clamp_sampling
 from server.errors import OutOfMemory
 from server.protocol import Deliver, GenerationRequest, ModelInfo
 from server.text.chat_template import check_tokens
@@ -40,7 +40,7 @@ def _checked(request: GenerationRequest, deliver: Deliver, model: ModelInfo) -> 
     # An unknown token would read behind the embeddings, and a bias for it would write behind the logits.
     check_tokens(request.prompt.tokens, model.n_tokens, request.prompt.param)
     check_tokens([token for token, _ in request.sampling.logit_bias], model.n_tokens, "logit_bias")
-    request = replace(request, sampling=bearable(request.sampling, model.n_tokens))
+    request = replace(request, sampling=clamp_sampling(request.sampling, model.n_tokens))
     limit = model.answer_limit(request)
     # Without max_tokens the promise starts small and grows with the answer.
     promised = limit if request.max_tokens is not None else min(limit, ANSWER_STEP)

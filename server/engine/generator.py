@@ -14,6 +14,7 @@ from server.text.grammar import CompiledGrammar, Guide
 from turbocache.cache.ring import PageRing
 from turbocache.mlxlm.batch_generator import NOT_FINITE, ShortPromptGenerator, mark_not_finite
 from turbocache.mlxlm.model import LoadedModel
+from turbocache.mlxlm.prompt_cache import PromptCache
 from turbocache.store import rings_of, start_evaluation
 
 _MAX_SAMPLERS = 64
@@ -49,7 +50,7 @@ class Generator:
         self,
         prompt: Sequence[int],
         cached: int,
-        cache: list[Any],
+        cache: PromptCache,
         limit: int,
         sampling: SamplingParams,
         stops: Iterable[int] = (),
@@ -111,7 +112,7 @@ class Generator:
         caches = self._batch.prompt_caches()
         return {uid: ring for uids, cache in caches for uid, ring in zip(uids, rings_of(cache), strict=False)}
 
-    def snapshot(self, uid: int) -> list[Any]:
+    def snapshot(self, uid: int) -> PromptCache:
         """A copy of a row's cache. Pages are shared."""
         cache, _ = self._batch.extract_cache([uid])[uid]
         start_evaluation(cache)

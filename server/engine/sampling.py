@@ -1,4 +1,4 @@
-"""How a request's tokens are drawn: mlx-lm's samplers and logits processors, with OpenAI's meaning."""
+"""Draws a request's tokens: mlx-lm's samplers and logits processors, with OpenAI's meaning."""
 
 import math
 from dataclasses import replace
@@ -21,16 +21,16 @@ from mlx_lm.sample_utils import (
 from server.protocol import SamplingParams
 
 _ALL = 1 << 30
-"""As a context size: every token there is."""
+"""A context size that includes every token."""
 _LEAST_TEMPERATURE = 1e-3
-"""Below it only the likeliest token is ever drawn; float16 can't hold log-probabilities divided by much less."""
+"""Below it every draw is greedy. float16 can't hold log-probabilities divided by much less."""
 _LEAST_TOP_P = 1e-6
-"""Less than any likeliest token's probability, so that this one alone is kept, as with still less."""
+"""Keeps the likeliest token alone, as any smaller value does."""
 
 
-def bearable(params: SamplingParams, n_tokens: int) -> SamplingParams:
-    """The same draws by numbers that the arithmetic bears: mlx-lm divides by the temperature, reads beyond the
-    vocabulary where `top_p` is nothing in float32, and raises for a `top_k` that keeps everything.
+def clamp_sampling(params: SamplingParams, n_tokens: int) -> SamplingParams:
+    """Parameters that draw the same and are safe for mlx-lm, which divides by the temperature, reads beyond the
+    vocabulary if `top_p` is 0 in float32, and raises for a `top_k` of the whole vocabulary (`n_tokens`).
     """
     temperature = 0.0 if params.temperature < _LEAST_TEMPERATURE else params.temperature
     top_k = params.top_k if params.top_k < n_tokens else 0
@@ -38,13 +38,14 @@ def bearable(params: SamplingParams, n_tokens: int) -> SamplingParams:
 
 
 def sampler_for(params: SamplingParams) -> Sampler:
-    """The sampler of parameters without a seed; it may serve many rows at once."""
+    """A sampler without a seed. It can serve many rows at once."""
     return make_sampler(temp=params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=params.top_k)
 
 
 def seeded_sampler(params: SamplingParams, seed: int) -> Sampler:
-    """A sampler for one row whose random numbers depend on the seed and the token's place alone, whoever else is in the
-    batch. mlx-lm's draw from one generator for the whole process.
+    """A sampler for one row. Its random numbers depend only on the seed and the token's position, not on the batch.
+
+    mlx-lm's own samplers share one random generator per process.
     """
     if params.temperature == 0:
         return sampler_for(params)
@@ -65,17 +66,17 @@ def seeded_sampler(params: SamplingParams, seed: int) -> Sampler:
 
 
 def processors_for(params: SamplingParams, n_prompt: int) -> list[LogitsProcessor]:
-    """Penalties and biases. As OpenAI defines them presence and frequency penalties look at the answer alone, which
-    begins behind `n_prompt` tokens; the repetition penalty looks at the prompt as well (https://arxiv.org/abs/1909.05858).
+    """Penalties and biases. Presence and frequency penalties count the answer's tokens, which follow `n_prompt` tokens,
+    as OpenAI defines them. The repetition penalty counts the prompt too (https://arxiv.org/abs/1909.05858).
     """
-    found: list[LogitsProcessor] = make_logits_processors(dict(params.logit_bias)) if params.logit_bias else []
+    processors: list[LogitsProcessor] = make_logits_processors(dict(params.logit_bias)) if params.logit_bias else []
     if not math.isclose(params.repetition_penalty, 1.0):
-        found.append(make_repetition_penalty(params.repetition_penalty, _ALL))
+        processors.append(make_repetition_penalty(params.repetition_penalty, _ALL))
     if params.presence_penalty:
-        found.append(_of_answer(make_presence_penalty(params.presence_penalty, _ALL), n_prompt))
+        processors.append(_of_answer(make_presence_penalty(params.presence_penalty, _ALL), n_prompt))
     if params.frequency_penalty:
-        found.append(_of_answer(make_frequency_penalty(params.frequency_penalty, _ALL), n_prompt))
-    return found
+        processors.append(_of_answer(make_frequency_penalty(params.frequency_penalty, _ALL), n_prompt))
+    return processors
 
 
 def _of_answer(processor: LogitsProcessor, n_prompt: int) -> LogitsProcessor:
@@ -83,9 +84,7 @@ def _of_answer(processor: LogitsProcessor, n_prompt: int) -> LogitsProcessor:
 
 
 def top_tokens(logprobs: mx.array, token: int, n: int) -> tuple[float, list[tuple[int, float]]]:
-    """From one row's log-probabilities `[vocab]`: the token's own, and the `n` likeliest tokens with theirs, best
-    first.
-    """
+    """The log-probability of `token`, and the `n` likeliest tokens with theirs, best first. `logprobs` is `[vocab]`."""
     values = np.array(logprobs.astype(mx.float32))
     best = np.argpartition(-values, n)[:n]
     best = best[np.argsort(-values[best], kind="stable")]

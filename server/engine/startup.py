@@ -2,13 +2,15 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from server.coordinator import Coordinator
-from server.engine.warm_up import rehearse
+from server.engine.generator import Generator
 from server.errors import StartupError
+from server.protocol import SamplingParams
 from server.settings import Settings
 from turbocache.backend import Backend, BackendUnavailable, choose_backend, with_warm_up_check
 from turbocache.backends import BACKENDS
@@ -28,11 +30,13 @@ _DEFAULT_SHARE = 0.25
 
 _GIB = 2**30
 _SHORT = (5, 12, 25, 60)
-"""Tokens of the first prompts. MLX on CUDA has kernels for quantised products of up to 16 rows, up to 32 and more, each
-of which an H200's host compiles in 31 s and keeps in a file.
+"""Tokens of the warm-up's short prompts. MLX on CUDA has separate kernels for quantised products of up to 16 rows, up
+to 32 and more. An H200's host compiles each in 31 s and keeps it in a file.
 """
 _PAGED = 160
-"""Tokens of the longest first prompt that do not fit into sink and window."""
+"""Tokens of the warm-up's longest prompt that do not fit into sink and window."""
+_ANSWER = 4
+"""Tokens of each answer of the warm-up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,7 @@ class Runtime:
 
 
 def load_runtime(settings: Settings, coordinator: Coordinator) -> Runtime:
-    """Load the model, choose a backend and lay out the cache. Raises StartupError with a sentence that says what to
-    change.
-    """
+    """Load the model, choose a backend and lay out the cache. Raises StartupError, which says what to change."""
     try:
         condition, protect = settings.kv_condition == "auto", settings.kv_protect
         chosen = replace(preset(settings.kv_preset), condition=condition, protect=protect)
@@ -82,7 +84,7 @@ def load_runtime(settings: Settings, coordinator: Coordinator) -> Runtime:
         raise StartupError(str(error)) from error
     max_size = settings.max_size
     if max_size is not None and max_size >= model.max_positions:
-        max_size = None  # the model's own limit comes first, so nothing ever rotates
+        max_size = None  # the model's own limit is lower, so nothing rotates
     try:
         ring = RingConfig(settings.keep, settings.window, max_size)
     except ValueError as error:
@@ -117,9 +119,7 @@ def _working_backend(
     settings: Settings,
     coordinator: Coordinator,
 ) -> Backend:
-    """The backend that the probe chooses and that gives first answers. One that fails is passed over as after a failed
-    check. Raises StartupError.
-    """
+    """The first backend that passes the probe and the warm-up. Raises StartupError."""
     failed: dict[str, Exception] = {}
     while True:
         try:
@@ -138,7 +138,7 @@ def _working_backend(
         n_pages = ring.pages_needed(longest, settings.prefill_chunk) + 1
         try:
             store = CacheStore(model.model, plans, chosen, backend, ring, n_pages)
-            seconds, failure = rehearse(model, store, settings.prefill_chunk, lengths), None
+            seconds, failure = warm_up(model, store, settings.prefill_chunk, lengths), None
         except Exception as error:  # a model or a device may raise anything
             seconds, failure = 0.0, error
         if (failure := coordinator.first_failure(failure)) is None:
@@ -148,8 +148,28 @@ def _working_backend(
         failed[backend.name] = failure
 
 
+def warm_up(model: LoadedModel, store: CacheStore, chunk: int, lengths: Iterable[int]) -> float:
+    """Answer a prompt of each length as requests are answered. Returns the seconds.
+
+    Checks the backend end to end and compiles its kernels before the first request. Raises FloatingPointError for
+    logits that are not finite, and what the model or its cache raises.
+    """
+    start = time.perf_counter()
+    generator = Generator(model, max_batch=1, prefill_chunk=chunk)
+    for length in lengths:
+        prompt = [1 + i % 32 for i in range(length)]
+        generator.insert(prompt, 0, store.new_cache(), _ANSWER, SamplingParams())
+        ended = False
+        while not ended:
+            _, tokens = generator.next()
+            if not all(generator.is_finite(response.token) for response in tokens):
+                raise FloatingPointError(f"logits after a prompt of {length} tokens are not finite")
+            ended = any(response.finish_reason for response in tokens)
+    return time.perf_counter() - start
+
+
 def announce(runtime: Runtime) -> None:
-    """Log what a person should see at the start."""
+    """Log the model, backend, cache and BLAS."""
     report = runtime.report()
     n_compressed = sum(plan.compressed for plan in runtime.store.plans)
     cache, notes = report["cache"], ", ".join(runtime.model.notes)

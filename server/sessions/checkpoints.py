@@ -8,12 +8,13 @@ is as exact as if no token had followed.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from server.protocol import Prompt
 from server.sessions.starts import LEAST_SHARED
+from turbocache.mlxlm.prompt_cache import PromptCache
 from turbocache.store import CacheStore
 
 Kind = Literal["system", "prompt", "tool", "answer"]
@@ -31,7 +32,7 @@ class Checkpoint:
 
     kind: Kind
     tokens: np.ndarray
-    cache: list[Any]
+    cache: PromptCache
     last_used: float = 0.0
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from server.sessions.prefill_reasons import Loss, Losses, Reason, reasons
 from server.sessions.session import Session
 from server.sessions.starts import LEAST_SHARED, Start, choose_start, common_prefix
 from server.sessions.tables import Checkpoints, SessionTable
+from turbocache.mlxlm.prompt_cache import PromptCache
 from turbocache.store import CacheStore, fork
 
 _MIN_RESTORE = 256
@@ -31,7 +31,7 @@ class Claim:
     """A session for one turn, with a cache of a prefix of its prompt."""
 
     session: Session
-    cache: list[Any]
+    cache: PromptCache
     cached: int
     """Number of the prompt's leading tokens in the cache."""
     source: str
@@ -108,11 +108,11 @@ class SessionRegistry:
             start = choose_start(tokens, self._checkpoints.states(session))
         return self._begin(session, start, prompt, tokens)
 
-    def checkpoint(self, session: Session, kind: Kind, tokens: Sequence[int] | np.ndarray, cache: list[Any]) -> None:
+    def checkpoint(self, session: Session, kind: Kind, tokens: Sequence[int] | np.ndarray, cache: PromptCache) -> None:
         """Add a checkpoint to a session. `cache` holds exactly `tokens` and is not changed afterwards."""
         self._checkpoints.add(session, Checkpoint(kind, np.asarray(tokens, dtype=np.int32), cache, self._clock()))
 
-    def put_back(self, session: Session, cache: list[Any] | None, tokens: Sequence[int]) -> None:
+    def put_back(self, session: Session, cache: PromptCache | None, tokens: Sequence[int]) -> None:
         """A turn has ended, and its cache holds `tokens`. If the cache is None, the turn has failed and the session is
         forgotten.
         """
@@ -230,7 +230,7 @@ class SessionRegistry:
         """Remove a checkpoint from all sessions."""
         self._checkpoints.drop(checkpoint)
 
-    def caches(self) -> list[list[Any]]:
+    def caches(self) -> list[PromptCache]:
         """The caches of idle sessions and of all checkpoints."""
         idle = [session.cache for session in self if session.cache is not None]
         return [*idle, *(checkpoint.cache for checkpoint in self._checkpoints)]
@@ -294,7 +294,7 @@ class SessionRegistry:
         self._losses.forget(session.key)
         return Claim(session, cache, start.cached, start.kind, prefill)
 
-    def _cache_of(self, session: Session, start: Start) -> list[Any]:
+    def _cache_of(self, session: Session, start: Start) -> PromptCache:
         if start.state is None:
             return self._store.new_cache()
         own = start.state.cache is session.cache

@@ -1,13 +1,13 @@
 """A conversation and its cache."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from server.sessions.checkpoints import Checkpoint, turn_start
 from server.sessions.folder_snapshot import FileState
 from server.sessions.starts import State
+from turbocache.mlxlm.prompt_cache import PromptCache
 from turbocache.store import ring_of
 
 NOTHING = np.zeros(0, dtype=np.int32)
@@ -29,7 +29,7 @@ class Session:
     """int32, exactly the tokens in `cache`. While the session runs, the tokens of its prompt."""
     asked: int = 0
     """How many of `tokens` are the messages of its last prompt."""
-    cache: list[Any] | None = None
+    cache: PromptCache | None = None
     """None while the session runs (the generator has the cache) or is only on disk."""
     running: bool = False
     passing: bool = False

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from turbocache import store
+from turbocache.mlxlm.prompt_cache import PromptCache
 
 LEAST_SHARED = 64
 """Tokens that two sessions must share before one starts from a state of the other."""
@@ -36,7 +36,7 @@ class State:
     """`session`, or the kind of a checkpoint."""
     tokens: np.ndarray
     """Exactly the tokens in the cache."""
-    cache: list[Any]
+    cache: PromptCache
     own: bool = True
     """Whether it belongs to the session that the prompt continues."""
 
@@ -60,17 +60,17 @@ class Start:
     def kind(self) -> str:
         return "none" if self.state is None else self.state.kind
 
-    def fork(self) -> list[Any]:
+    def fork(self) -> PromptCache:
         """A new cache of the first `cached` tokens. The state does not change."""
         assert self.state is not None
         return self._trimmed(store.fork(self.state.cache))
 
-    def take(self) -> list[Any]:
+    def take(self) -> PromptCache:
         """The state's own cache, trimmed to the first `cached` tokens."""
         assert self.state is not None
         return self._trimmed(self.state.cache)
 
-    def _trimmed(self, cache: list[Any]) -> list[Any]:
+    def _trimmed(self, cache: PromptCache) -> PromptCache:
         assert self.state is not None
         if self.cached < len(self.state.tokens):
             store.trim(cache, len(self.state.tokens) - self.cached)

@@ -25,6 +25,7 @@ from turbocache.evaluation.rows import GROUP_SIZE, parse_preset
 from turbocache.evaluation.settings import EvaluationError
 from turbocache.evaluation.storage import Stored, foreign_bytes, paged_bytes
 from turbocache.mlxlm.plan import LayerPlan
+from turbocache.mlxlm.prompt_cache import PromptCache
 from turbocache.presets import Preset
 from turbocache.store import CacheStore
 
@@ -67,9 +68,9 @@ class Contender:
 class Opened:
     """Empty prompt caches, one for each row. `options` go to mlx-lm's loop; `stored` counts one row's bytes."""
 
-    caches: list[list[Any]]
+    caches: list[PromptCache]
     options: dict[str, Any]
-    stored: Callable[[Sequence[Any]], Stored]
+    stored: Callable[[PromptCache], Stored]
 
 
 def contenders(settings: Settings) -> list[Contender]:
@@ -123,11 +124,11 @@ def open_contender(
     return Opened(caches, options, foreign_bytes)
 
 
-def _mlx_lm_cache(model: Module, max_size: int | None) -> list[Any]:
+def _mlx_lm_cache(model: Module, max_size: int | None) -> PromptCache:
     """The model's own prompt cache, its plain caches rotating where a `max_size` is given. By hand, because mlx-lm's
     `max_kv_size` has no effect on models that make their caches themselves, llama among them.
     """
-    layers: list[Any] = make_prompt_cache(model)
+    layers: PromptCache = make_prompt_cache(model)
     if max_size is None:
         return layers
     if not any(type(layer) is KVCache for layer in layers):

@@ -10,7 +10,9 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.generate import BatchGenerator, generate_step, maybe_quantize_kv_cache
 
-AtFirst = Callable[[Sequence[Any]], None]
+from turbocache.mlxlm.prompt_cache import PromptCache
+
+AtFirst = Callable[[PromptCache], None]
 """Called with a row's cache when the first tokens are out; its time counts as the second token's."""
 
 
@@ -31,7 +33,7 @@ class Times:
 
 def play(
     model: Module,
-    caches: list[list[Any]],
+    caches: list[PromptCache],
     prompts: Sequence[Sequence[int]],
     n_tokens: int,
     chunk: int,
@@ -48,7 +50,7 @@ def play(
 
 def _one(
     model: Module,
-    cache: list[Any],
+    cache: PromptCache,
     prompt: Sequence[int],
     n_tokens: int,
     chunk: int,
@@ -80,7 +82,7 @@ def _one(
 
 def _batch(
     model: Module,
-    caches: list[list[Any]],
+    caches: list[PromptCache],
     prompts: Sequence[Sequence[int]],
     n_tokens: int,
     chunk: int,

@@ -6,7 +6,6 @@ import re
 import resource
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from turbocache.benchmark.loops import Times, play
 from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.subject import Subject
 from turbocache.evaluation.storage import Stored
+from turbocache.mlxlm.prompt_cache import PromptCache
 
 SKIPPED = 4
 """Tokens whose decode steps are not timed: the first ones of a process find everything cold."""
@@ -40,7 +40,7 @@ def measure(
     _forget_peaks()
     seen: list[tuple[Stored, int]] = []
 
-    def at_first(cache: Sequence[Any]) -> None:
+    def at_first(cache: PromptCache) -> None:
         seen.append((opened.stored(cache), mx.get_peak_memory()))
 
     prompts = _prompts(subject, context, settings.batch)

@@ -13,6 +13,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from turbocache.evaluation.settings import EvaluationError
+from turbocache.mlxlm.prompt_cache import PromptCache
 from turbocache.store import evaluate
 
 ANSWER_TOKENS = 48
@@ -130,7 +131,7 @@ def _prompt(tokenizer: TokenizerWrapper, messages: list[dict[str, str]], begun: 
     return list(tokenizer.encode("\n".join(message["content"] for message in messages) + begun))
 
 
-def ask(model: Module, tokenizer: TokenizerWrapper, cache: Sequence[Any], needle: Needle, chunk: int) -> bool:
+def ask(model: Module, tokenizer: TokenizerWrapper, cache: PromptCache, needle: Needle, chunk: int) -> bool:
     """Whether the greedy answer, read and written through `cache`, contains the needle's."""
     prompt = list(needle.ids)
     for start in range(0, len(prompt) - 1, chunk):
@@ -148,7 +149,7 @@ def ask(model: Module, tokenizer: TokenizerWrapper, cache: Sequence[Any], needle
     return False
 
 
-def _greedy(model: Module, cache: Sequence[Any], token: int) -> Iterator[int]:
+def _greedy(model: Module, cache: PromptCache, token: int) -> Iterator[int]:
     """The most likely tokens after `token`, without end."""
     while True:
         logits = model(mx.array([[token]]), cache=cache)

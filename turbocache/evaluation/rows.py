@@ -30,6 +30,7 @@ from turbocache.evaluation.settings import EvaluationError, Settings
 from turbocache.evaluation.storage import Stored, foreign_bytes, paged_bytes
 from turbocache.mlxlm import seam
 from turbocache.mlxlm.plan import LayerPlan
+from turbocache.mlxlm.prompt_cache import PromptCache
 from turbocache.presets import PRESETS, Preset
 from turbocache.store import CacheStore
 
@@ -54,7 +55,7 @@ class RowUnavailable(Exception):
 class OpenCache:
     """An empty session's prompt cache, and how its bytes are counted."""
 
-    layers: list[Any]
+    layers: PromptCache
     stored: Callable[[], Stored]
 
 
@@ -159,7 +160,7 @@ class RowMaker:
         return _foreign(layers)
 
 
-def _foreign(layers: list[Any]) -> OpenCache:
+def _foreign(layers: PromptCache) -> OpenCache:
     return OpenCache(layers, lambda: foreign_bytes(layers))
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from turbocache.mlxlm.prompt_cache import PromptCache
 from turbocache.store import CacheStore, native_nbytes, ring_of
 
 _HALF = 2
@@ -22,7 +22,7 @@ class Stored:
     half_nbytes: int
 
 
-def paged_bytes(store: CacheStore, cache: Sequence[Any]) -> Stored:
+def paged_bytes(store: CacheStore, cache: PromptCache) -> Stored:
     """A session of this project: its pages, its sink and window with all their slots, what belongs to it beside them,
     and the layers that keep mlx-lm's caches.
     """
@@ -44,13 +44,13 @@ def _share_saved(store: CacheStore) -> float:
     return sum(count * max(0, size - _HALF) for count, size in values) / nbytes if nbytes else 0.0
 
 
-def foreign_bytes(cache: Sequence[Any]) -> Stored:
+def foreign_bytes(cache: PromptCache) -> Stored:
     """A session of mlx-lm's or mlx-vlm's caches: every array that they hold."""
     arrays = _arrays(cache)
     return Stored(sum(array.nbytes for array in arrays), _halved(arrays))
 
 
-def n_values(cache: Sequence[Any]) -> int:
+def n_values(cache: PromptCache) -> int:
     """Numbers that a full-precision cache of mlx-lm's holds, unused slots not counted."""
     total = 0
     for layer in cache:
@@ -61,7 +61,7 @@ def n_values(cache: Sequence[Any]) -> int:
     return total
 
 
-def _arrays(cache: Sequence[Any]) -> list[mx.array]:
+def _arrays(cache: PromptCache) -> list[mx.array]:
     """Arrays of caches that are not paged ones."""
     found: list[mx.array] = []
     for leaf in (leaf for layer in cache for leaf in getattr(layer, "caches", (layer,))):

@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from turbocache.evaluation.divergence import TokenScores, score
 from turbocache.evaluation.settings import EvaluationError
+from turbocache.mlxlm.prompt_cache import PromptCache
 from turbocache.store import evaluate
 
 
@@ -60,7 +60,7 @@ class Reading:
 
 
 def read_logits(
-    model: Module, cache: Sequence[Any], window: Sequence[int], reading: Reading
+    model: Module, cache: PromptCache, window: Sequence[int], reading: Reading
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Read a window, all tokens but its last, through `cache`; yields index and logits `[n, vocabulary]` (float32) of
     scored positions, index 0 for position `score_from`.
@@ -86,7 +86,7 @@ class ReferenceLogits:
     whatever the vocabulary. Closing it frees the space.
     """
 
-    def __init__(self, model: Module, cache: Sequence[Any], window: Sequence[int], reading: Reading) -> None:
+    def __init__(self, model: Module, cache: PromptCache, window: Sequence[int], reading: Reading) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (held until this object is left)
         self._targets = targets_of(window, reading)
         for _, logits in read_logits(model, cache, window, reading):
@@ -111,7 +111,7 @@ class ReferenceLogits:
         """The full-precision row: its own perplexity, no divergence."""
         return self.judge(0, np.asarray(self._logits))
 
-    def judge_cache(self, model: Module, cache: Sequence[Any], window: Sequence[int], reading: Reading) -> TokenScores:
+    def judge_cache(self, model: Module, cache: PromptCache, window: Sequence[int], reading: Reading) -> TokenScores:
         """Read the window through `cache` and score it."""
         parts = [self.judge(index, logits) for index, logits in read_logits(model, cache, window, reading)]
         return TokenScores(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("kld", "nll", "agree")))

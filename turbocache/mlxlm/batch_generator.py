@@ -16,11 +16,12 @@ from mlx_lm.sample_utils import Sampler
 
 from turbocache.mlxlm import check_version
 from turbocache.mlxlm.head import LastLogits
+from turbocache.mlxlm.prompt_cache import PromptCache
 
 check_version()
 
 NOT_FINITE = -1
-"""Stands in a row for a token that was drawn from logits that are not finite."""
+"""Replaces a token drawn from logits that are not finite."""
 _SHORT = 64
 """A prompt of at most this many new tokens goes through the model in one pass."""
 _SHORT_TOGETHER = 256
@@ -82,7 +83,7 @@ class ShortPromptGenerator(BatchGenerator):
         logprobs: mx.array = batch._next_logprobs[batch.uids.index(uid)]
         return logprobs
 
-    def prompt_caches(self) -> Iterator[tuple[list[int], list[Any]]]:
+    def prompt_caches(self) -> Iterator[tuple[list[int], PromptCache]]:
         """All prompt caches between two steps, each with the uids of its rows. Read only."""
         for sequence in self._unprocessed_sequences:
             yield [sequence[0]], sequence[3]
@@ -121,13 +122,13 @@ class ShortPromptGenerator(BatchGenerator):
 
 
 class _FixedLogits(Module):
-    """Stands for the model in a forward pass that has been made already."""
+    """Replaces the model in a forward pass that is already computed."""
 
     def __init__(self, logits: mx.array) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._logits = logits
 
-    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: PromptCache) -> mx.array:
         return self._logits
 
 

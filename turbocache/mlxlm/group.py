@@ -1,7 +1,7 @@
-"""The processes that serve one model together, over MLX's distributed runtime (`mlx.launch` starts them).
+"""The processes that serve one model together, over MLX's distributed runtime. `mlx.launch` starts them.
 
-Each process is a rank. Rank 0 decides and serves; all of them compute. What they tell each other here are a few bytes
-at places that all of them come to in the same order; the sums within the model are mlx-lm's own (`Model.shard`).
+Each process is a rank. Rank 0 decides and serves. All ranks compute. They exchange a few bytes here, at the same points
+in the same order. The sums within the model are mlx-lm's own (`Model.shard`).
 """
 
 import mlx.core as mx
@@ -12,18 +12,18 @@ from turbocache.machine.launched import is_launched, launched_rank
 
 
 class GroupError(RuntimeError):
-    """The ranks can't go on together; the message says which one is why."""
+    """The ranks can't continue together. The message says which rank is the cause."""
 
 
 class RankLost(GroupError):
-    """A collective has failed: another rank has ended, or the link to it. Which one, MLX does not say."""
+    """A collective failed: another rank ended, or the link to it broke. MLX does not say which rank."""
 
 
 class Group:
-    """This process among its ranks. By itself it is rank 0 of 1, and everything here returns at once.
+    """This process among its ranks. A process without a launcher is rank 0 of 1, and every method returns at once.
 
-    All methods are collective: every rank calls the same ones in the same order, on the thread that owns MLX. They
-    raise RankLost when another rank is gone. They wait for a rank that is slow, however long it takes.
+    All methods are collective: every rank calls the same ones in the same order, on the thread that owns MLX. They wait
+    for slow ranks without a limit, and raise RankLost when another rank is gone.
     """
 
     def __init__(self, ranks: mx.distributed.Group | None = None) -> None:
@@ -37,11 +37,11 @@ class Group:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the rank that decides."""
+        """Whether this rank decides for all."""
         return self.rank == 0
 
     def gather(self, data: bytes) -> list[bytes]:
-        """What each rank has given, in their order."""
+        """The data of all ranks, by rank."""
         if self.alone:
             return [data]
         lengths = self._all(np.array([len(data)], dtype=np.int64))
@@ -52,32 +52,32 @@ class Group:
         return [rows[i, : int(n)].tobytes() for i, n in enumerate(lengths[:, 0])]
 
     def gather_row(self, row: bytes) -> list[bytes]:
-        """What each rank has given, all of the same length: one message instead of two."""
+        """As `gather`, for data of the same length on all ranks: one message instead of two."""
         return self.rows(self.send_row(row))
 
     def send_row(self, row: bytes) -> mx.array:
-        """Begin `gather_row`, behind what MLX has been asked for already; `rows` ends it."""
+        """Start `gather_row` after the work that MLX has queued. `rows` returns its result."""
         rows = self._gathered(np.frombuffer(row, dtype=np.uint8))
         mx.async_eval(rows)
         return rows
 
     def rows(self, sent: mx.array) -> list[bytes]:
-        """What all ranks have given to a `send_row`."""
+        """The result of a `send_row`: the rows of all ranks."""
         return [row.tobytes() for row in self._read(sent)]
 
     def share(self, data: bytes) -> bytes:
-        """What rank 0 has given; the others' is not looked at."""
+        """Rank 0's data, on every rank."""
         return self.gather(data if self.leads else b"")[0]
 
     def agree(self, yes: bool) -> bool:
-        """Whether all ranks say yes."""
+        """Whether `yes` is true on all ranks."""
         return all(row == b"\1" for row in self.gather_row(b"\1" if yes else b"\0"))
 
     def _all(self, row: np.ndarray) -> np.ndarray:
         return self._read(self._gathered(row))
 
     def _gathered(self, row: np.ndarray) -> mx.array:
-        """`[ranks, *row]`. On the stream of mlx-lm's generator: collectives of two streams would meet in any order."""
+        """`[ranks, *row]`, on the stream of mlx-lm's generator: collectives of two streams have no order."""
         with mx.stream(generation_stream):
             mine = mx.array(row)[None]
             return mine if self.alone else mx.distributed.all_gather(mine, group=self.ranks)
@@ -90,9 +90,7 @@ class Group:
 
 
 def join_group() -> Group:
-    """The group that the launcher has made, or this process by itself. Waits until all ranks are there. Raises
-    GroupError.
-    """
+    """The launcher's group, or this process alone. Waits for all ranks. Raises GroupError."""
     if not is_launched():
         return Group()
     try:

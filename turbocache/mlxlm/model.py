@@ -1,4 +1,4 @@
-"""Loading a model through mlx-lm, in the form that suits the machine."""
+"""Loads a model through mlx-lm in a form that suits the machine."""
 
 import time
 from dataclasses import dataclass
@@ -18,35 +18,37 @@ from turbocache.mlxlm.group import Group
 from turbocache.mlxlm.sharding import Unshardable, shard
 
 BUNDLED = Path(__file__).parents[1] / "bundled" / "tiny-recall-4bit"
-"""The model that comes with the package, so that a first run needs no network."""
+"""A model in the package, so that a first run needs no network."""
 
 _SHARE_OF_MEMORY = 0.5
 _NO_LIMIT = 1 << 20
 
 
 class ModelError(RuntimeError):
-    """The model can't be loaded; the message says which, why and what to do."""
+    """The model can't be loaded. The message says which, why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to generate. `max_positions` is its own limit in tokens; `notes` say what was done at load."""
+    """A model that is ready to generate."""
 
     model: Module
     tokenizer: TokenizerWrapper
     id: str
     created: int
+    """Unix time in seconds."""
     max_positions: int
+    """The model's own limit in tokens."""
     dtype: mx.Dtype
     notes: tuple[str, ...]
+    """What was changed at load, for people."""
 
 
 def load_model(source: str | None = None, group: Group | None = None) -> LoadedModel:
-    """Load a local directory or a Hugging Face id (downloaded with a progress bar); None is the bundled model. Of a
-    `group` each rank loads its share.
+    """Load a local directory or a Hugging Face id. None is the bundled model. Each rank of a `group` loads its share.
 
-    On a CPU-only machine the model computes in float32, because half precision is emulated there, and quantised
-    weights are expanded at load if they take at most half of the free memory. Raises ModelError.
+    On a CPU the model computes in float32, because half precision is emulated there. Quantised weights are expanded
+    there if they then take at most half of the free memory. Raises ModelError.
     """
     path, group = str(BUNDLED) if source is None else source, Group() if group is None else group
     try:
@@ -110,6 +112,11 @@ def _compute_dtype(model: Module) -> mx.Dtype:
         value.dtype for name, value in _parameters(model) if mx.issubdtype(value.dtype, mx.floating) and "norm" in name
     ]
     return floats[0] if floats else mx.float32
+
+
+def parameter_nbytes(model: Module) -> int:
+    """Bytes of all weights."""
+    return sum(value.nbytes for _, value in _parameters(model))
 
 
 def _parameters(model: Module) -> list[tuple[str, mx.array]]:

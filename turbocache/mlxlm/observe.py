@@ -1,8 +1,8 @@
-"""What a model does with its caches, seen by running a few tokens through it.
+"""Observes how a model uses its caches: runs a few tokens through it.
 
-Each plain `KVCache` is replaced by one that answers as the paged cache does: with handles that nothing but mlx-lm's
-shared attention can open. A model that reads its keys in another way runs into a handle, is run again with real arrays
-in that cache, and that cache is not one to compress. Nothing is evaluated, so this costs a few graphs.
+Each plain `KVCache` is replaced by one that returns handles, as the paged cache does. Only mlx-lm's shared attention
+can open them. A model that uses a handle in another way raises. It runs again with real arrays in that cache, and that
+cache is not compressed. Nothing is evaluated, so this costs a few graphs.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turbocache.cache.view import PagedKVCache
 from turbocache.mlxlm import seam
-from turbocache.mlxlm.prompt_cache import leaves, with_leaves
+from turbocache.mlxlm.prompt_cache import PromptCache, leaves, with_leaves
 
 PASSES = (5, 1, 3)
-"""Tokens of each pass: a prompt, a decode step, a second chunk. Models may ask for other masks in each."""
+"""Tokens of each pass: a prompt, a decode step, a second chunk. Models may use another mask in each."""
 
 WINDOW = "the layer has a sliding window, and no cache that is made for one"
 SERVES_OTHERS = "its mask serves layers with mlx-lm's own cache as well"
@@ -27,7 +27,7 @@ CHANGED_KEYS = "keys or values are computed with between cache and attention, as
 
 
 class _Misuse(Exception):
-    """A handle was used as an array, or in another place than the one that it was made for."""
+    """A handle was used as an array, or in the wrong place."""
 
     def __init__(self, leaf: "WatchedCache") -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Misuse(Exception):
 
 
 class _Handle:
-    """Stands for a cache's keys or values until attention opens it; has what `PendingAttention` has."""
+    """Replaces a cache's keys or values until attention opens it. Has the attributes of `PendingAttention`."""
 
     def __init__(self, leaf: "WatchedCache", array: mx.array) -> None:
         self.leaf, self.array = leaf, array
@@ -54,23 +54,23 @@ class _Handle:
         raise _Misuse(self.leaf)
 
 
-class _Word(str):
-    """A mask that is a word, as an object that can be told from others."""
+class _NamedMask(str):
+    """A mask given by a name (`causal`), as an object with an identity."""
 
 
 class WatchedCache:
-    """mlx-lm's `KVCache` with notes of what the model does with it; `opaque` ones hand out handles.
-
-    `reason` says why it can't be a paged cache, None while nothing speaks against it. `mask_reason` is one that only
-    concerns the masks that it makes.
-    """
+    """mlx-lm's `KVCache` with notes of how the model uses it."""
 
     def __init__(self, watch: "_Watch", opaque: bool) -> None:
         self.native: Any = KVCache()
         self.opaque = opaque
+        """Whether the model gets handles instead of arrays."""
         self.reason: str | None = None
+        """Why it can't be a paged cache. None: no reason so far."""
         self.mask_reason: str | None = None
+        """Why it can't, if the model uses the masks that it makes."""
         self.new: tuple[mx.array, mx.array] | None = None
+        """Keys and values of the newest update."""
         self.handles: tuple[_Handle, _Handle] | None = None
         self.n_heads: int | None = None
         self.sinks = False
@@ -80,7 +80,7 @@ class WatchedCache:
         self._watch = watch
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """As `KVCache` does; opaque ones return handles for keys and values."""
+        """As `KVCache`. An opaque cache returns handles for keys and values."""
         self.new = keys, values
         self._watch.updates.append(self)
         arrays = self.native.update_and_fetch(keys, values)
@@ -90,11 +90,11 @@ class WatchedCache:
         return self.handles
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        """As `KVCache` does, in an object by which its use can be recognised."""
+        """As `KVCache`, in an object whose use can be recognised."""
         self.makes_masks = True
         mask = self.native.make_mask(N, return_array=return_array, window_size=window_size)
         if isinstance(mask, str):
-            mask = _Word(mask)
+            mask = _NamedMask(mask)
         if mask is not None:
             self._watch.masks.append(_Mask(mask, self, window_size is not None))
         if window_size is not None:
@@ -110,7 +110,7 @@ class WatchedCache:
         return value
 
     def refuse(self, reason: str) -> None:
-        """Keep the first reason against a paged cache."""
+        """Note why this can't be a paged cache. The first reason stays."""
         self.reason = self.reason or reason
 
 
@@ -123,13 +123,13 @@ class _Mask:
 
 @dataclass
 class _Watch:
-    """The notes of one run: the masks that caches made, and in which order caches were updated."""
+    """The notes of one run: the masks that caches made, and the order of updates."""
 
     masks: list[_Mask] = field(default_factory=list)
     updates: list[WatchedCache] = field(default_factory=list)
 
     def attention(self, call: seam.AttentionCall) -> tuple[Any, Any]:
-        """Open the handles of a call that a paged cache could answer. Raises _Misuse for other uses of handles."""
+        """Open the handles of a call that a paged cache can serve. Raises _Misuse for other uses of handles."""
         made = next((made for made in self.masks if made.mask is call.mask), None)
         handles = [x for x in (call.keys, call.values) if isinstance(x, _Handle)]
         if not handles:
@@ -146,7 +146,7 @@ class _Watch:
 
 
 def _note(leaf: WatchedCache, call: seam.AttentionCall, made: _Mask | None) -> None:
-    """One call of attention over a cache's own keys and values."""
+    """Note a call of attention over a cache's own keys and values."""
     assert leaf.new is not None
     _, n_heads, n_tokens, _ = call.queries.shape
     leaf.sinks |= call.sinks is not None
@@ -168,34 +168,34 @@ def _note(leaf: WatchedCache, call: seam.AttentionCall, made: _Mask | None) -> N
 
 
 def watched_leaves(model: Module) -> list[Any]:
-    """The leaves of a new prompt cache after some tokens of `model`, each plain `KVCache` as a `WatchedCache`.
+    """The leaves of a new prompt cache after a few tokens of `model`, each plain `KVCache` as a `WatchedCache`.
 
-    Raises what the model raises when it can't run with mlx-lm's own caches either.
+    Raises the model's error if it can't run with mlx-lm's own caches either.
     """
     transparent: set[int] = set()
     while True:
         watch, native = _Watch(), make_prompt_cache(model)
-        found = [
+        watched = [
             WatchedCache(watch, i not in transparent) if type(leaf) is KVCache else leaf
             for i, leaf in enumerate(leaves(native))
         ]
         try:
             with seam.observed(watch.attention):
                 for n in PASSES:
-                    _forward(model, with_leaves(native, iter(found)), n, watch)
-        except Exception as error:  # foreign code that met a handle raises anything
+                    _forward(model, with_leaves(native, iter(watched)), n, watch)
+        except Exception as error:  # a model that meets a handle may raise anything
             opaque = [leaf for leaf in watch.updates if leaf.opaque]
             culprit = error.leaf if isinstance(error, _Misuse) else opaque[-1] if opaque else None
             if culprit is None:
                 raise
-            transparent.add(found.index(culprit))
+            transparent.add(watched.index(culprit))
         else:
-            _judge([leaf for leaf in found if isinstance(leaf, WatchedCache)])
-            return found
+            _judge([leaf for leaf in watched if isinstance(leaf, WatchedCache)])
+            return watched
 
 
-def _forward(model: Module, cache: list[Any], n_tokens: int, watch: _Watch) -> None:
-    """One pass, and what is wrong with the order in which it updated the caches."""
+def _forward(model: Module, cache: PromptCache, n_tokens: int, watch: _Watch) -> None:
+    """Run one pass and check the order in which it updates the caches."""
     watch.updates.clear()
     model(mx.array([list(range(n_tokens))]), cache=cache)
     order = {id(leaf): i for i, leaf in enumerate(leaves(cache))}
@@ -209,7 +209,7 @@ def _forward(model: Module, cache: list[Any], n_tokens: int, watch: _Watch) -> N
 
 
 def _judge(caches: Sequence[WatchedCache]) -> None:
-    """What only shows when all passes are through."""
+    """Note the reasons that are known only after all passes."""
     for cache in caches:
         if cache.new is None:
             cache.refuse("the model does not use this cache")
@@ -223,8 +223,9 @@ def _judge(caches: Sequence[WatchedCache]) -> None:
 
 
 def _refuse_sources(caches: Sequence[WatchedCache]) -> None:
-    """A mask that serves a layer with mlx-lm's own cache must be made by such a cache: rows of a batch are padded there
-    and not here. Attention of a model's own shows no mask, so any could be its.
+    """Refuse caches whose masks serve layers with mlx-lm's own cache, because batches are padded differently there.
+
+    A model's own attention hides its mask, so it may use any.
     """
     makers = [cache for cache in caches if cache.makes_masks]
     refused = [cache for cache in caches if cache.reason and cache.new is not None]

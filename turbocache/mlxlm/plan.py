@@ -1,4 +1,4 @@
-"""Which layers of a model get the compressed cache, and why the others don't."""
+"""Decides which layers of a model get the compressed cache, with reasons for the others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,34 +14,36 @@ from turbocache.mlxlm.prompt_cache import leaves
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """What an attention layer hands to its cache. `dtype` is that of its keys; `sinks` says whether its softmax has
-    attention sinks.
-    """
+    """What an attention layer gives its cache."""
 
     n_heads: int
     n_kv_heads: int
     key_dim: int
     value_dim: int
     dtype: mx.Dtype
+    """Of the keys."""
     sinks: bool = False
+    """Whether the softmax has attention sinks."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One leaf of the model's prompt cache: compressed with this geometry, or mlx-lm's own `kind` for the given reason.
-
-    `fixed_nbytes` and `token_nbytes` say what mlx-lm's own cache costs, for at most `max_tokens` tokens.
-    """
+    """The plan of one leaf of the model's prompt cache."""
 
     kind: str
+    """The class of the cache."""
     geometry: LayerGeometry | None
+    """None if the layer keeps mlx-lm's own cache."""
     reason: str
     fixed_nbytes: int = 0
+    """Bytes of mlx-lm's own cache at any length."""
     token_nbytes: int = 0
+    """Bytes of mlx-lm's own cache for each token it holds."""
     max_tokens: int | None = None
+    """Tokens that mlx-lm's own cache holds at most."""
 
     def native_nbytes(self, n_tokens: int) -> int:
-        """Bytes of a layer that keeps mlx-lm's cache, at `n_tokens`; 0 for a compressed one."""
+        """Bytes of mlx-lm's own cache after `n_tokens`. 0 for a compressed layer."""
         if self.compressed:
             return 0
         held = n_tokens if self.max_tokens is None else min(n_tokens, self.max_tokens)
@@ -53,21 +55,20 @@ class LayerPlan:
 
 
 def plan_layers(model: Module) -> list[LayerPlan]:
-    """Run a few tokens through the model and see what it does with each of its caches (turbocache/mlxlm/observe.py).
+    """Run a few tokens through the model and observe how it uses its caches (turbocache/mlxlm/observe.py).
 
-    One plan per leaf of the model's prompt cache, in order; the members of a `CacheList` are planned one by one. Plain
-    `KVCache`s behind mlx-lm's shared causal attention are compressed, others keep mlx-lm's own cache, with the reason.
-    A model that can't run at all is planned as well, with its error as the reason.
+    Returns one plan for each leaf of the model's prompt cache, in order. A plain `KVCache` under mlx-lm's shared causal
+    attention is compressed. Others keep mlx-lm's own cache. If the model can't run, its error is the reason.
     """
     try:
-        found = watched_leaves(model)
+        watched = watched_leaves(model)
     except Exception as error:  # models are foreign code
         return _unwatched(model, f"{type(error).__name__}: {error}")
-    return [_watched(leaf) if isinstance(leaf, WatchedCache) else _native(leaf, _reason(leaf)) for leaf in found]
+    return [_watched(leaf) if isinstance(leaf, WatchedCache) else _native(leaf, _reason(leaf)) for leaf in watched]
 
 
 def all_native(plans: Sequence[LayerPlan], reason: str) -> list[LayerPlan]:
-    """The same model without any compressed layer, for a reason that holds for all of them."""
+    """The same plans without a compressed layer, for one reason."""
 
     def native(plan: LayerPlan) -> LayerPlan:
         if (g := plan.geometry) is None:
@@ -86,7 +87,7 @@ def _watched(cache: WatchedCache) -> LayerPlan:
 
 
 def _unwatched(model: Module, error: str) -> list[LayerPlan]:
-    """Plans of a model that raised while it was watched."""
+    """Plans of a model that raised under observation."""
     cache = make_prompt_cache(model)
     reason = f"the model can't be watched: {error}"
     try:

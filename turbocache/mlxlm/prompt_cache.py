@@ -1,21 +1,24 @@
-"""A prompt cache's layers, with mlx-lm's `CacheList`s (several caches of one layer) taken apart."""
+"""mlx-lm's prompt caches and their leaves: a `CacheList` is one layer with several caches."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mlx_lm.models.cache import CacheList
 
+PromptCache = list[Any]
+"""A model's prompt cache: mlx-lm's cache objects, one for each layer."""
+
 
 def leaves(cache: Sequence[Any]) -> list[Any]:
-    """The caches that hold something themselves, in the order in which they stand."""
-    found = []
+    """The caches of all layers, each `CacheList` replaced by its members, in order."""
+    flat: list[Any] = []
     for layer in cache:
-        found += leaves(layer.caches) if isinstance(layer, CacheList) else [layer]
-    return found
+        flat += leaves(layer.caches) if isinstance(layer, CacheList) else [layer]
+    return flat
 
 
-def with_leaves(cache: Sequence[Any], replacements: Iterator[Any]) -> list[Any]:
-    """The same structure with its leaves taken from `replacements`, in order."""
+def with_leaves(cache: Sequence[Any], replacements: Iterator[Any]) -> PromptCache:
+    """The same structure with leaves from `replacements`, in order."""
     return [
         CacheList(*with_leaves(layer.caches, replacements)) if isinstance(layer, CacheList) else next(replacements)
         for layer in cache

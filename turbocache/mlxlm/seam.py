@@ -1,8 +1,8 @@
-"""The one place where this project enters mlx-lm's attention.
+"""Replaces mlx-lm's attention. No other module does.
 
-mlx-lm's model modules import `scaled_dot_product_attention` from `mlx_lm.models.base` by name and call it with
-whatever the layer's cache returned. `install` puts a function in its place that answers `PendingAttention` itself and
-passes everything else on unchanged.
+mlx-lm's model modules import `scaled_dot_product_attention` from `mlx_lm.models.base` by name and call it with the keys
+and values that the layer's cache returned. `install` replaces it with `attention`, which computes `PendingAttention`
+itself and passes all other calls to the original.
 """
 
 import sys
@@ -23,7 +23,7 @@ _native_calls = 0
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """The arguments of one call of attention, as a model made it."""
+    """The arguments of a model's call of attention."""
 
     queries: mx.array
     keys: Any
@@ -47,10 +47,10 @@ def attention(
     sinks: mx.array | None = None,
     **options: Any,
 ) -> mx.array:
-    """mlx-lm's `scaled_dot_product_attention`, with compressed caches answered by their own attention.
+    """mlx-lm's `scaled_dot_product_attention`, which leaves compressed caches to their own attention.
 
-    The mask is ignored for these: a paged cache is causal by itself and knows each row's tokens. Raises TypeError for
-    options that only other caches understand.
+    A compressed cache ignores the mask: it is always causal and knows each row's tokens. It raises TypeError for
+    options.
     """
     if _observer is not None:
         keys, values = _observer(AttentionCall(queries, keys, values, cache, mask, sinks, options))
@@ -64,14 +64,14 @@ def attention(
 
 
 def native_calls() -> int:
-    """How often a layer with mlx-lm's own cache has attended since the start."""
+    """Calls of attention over mlx-lm's own caches since the start."""
     return _native_calls
 
 
 def install() -> None:
     """Route mlx-lm's attention through `attention`, in `base` and in every model module already imported.
 
-    Idempotent. Modules imported later take the name from `base` and so get it too.
+    Idempotent. Modules imported later get it from `base`.
     """
     # A copy: an import by another thread or by the garbage collector may change `sys.modules` in between.
     for name, module in sys.modules.copy().items():
@@ -81,9 +81,7 @@ def install() -> None:
 
 @contextmanager
 def observed(note: Callable[[AttentionCall], tuple[Any, Any]]) -> Iterator[None]:
-    """While the block runs, ask `note` about every attention that passes through the seam. It returns the keys and
-    values with which the call goes on.
-    """
+    """Within the block, call `note` for every attention. It returns the keys and values for the rest of the call."""
     global _observer
     install()
     _observer = note

@@ -1,4 +1,4 @@
-"""Tensor parallelism by mlx-lm: each rank of a group keeps its own heads and its part of every large matrix."""
+"""Tensor parallelism by mlx-lm: each rank keeps its own heads and its part of every large matrix."""
 
 import gc
 from typing import cast
@@ -12,12 +12,13 @@ from turbocache.mlxlm.plan import LayerPlan, plan_layers
 
 
 class Unshardable(ValueError):
-    """The model can't be served by this group; the message says why."""
+    """This group can't serve the model. The message says why."""
 
 
 def shard(model: Module, group: Group) -> None:
-    """Leave of a model, whose weights are best not loaded yet, what this rank computes with. Each of its attention
-    layers then has an equal share of the KV heads, and so of the cache. Raises Unshardable.
+    """Reduce a model to this rank's share of its weights, KV heads and cache. Raises Unshardable.
+
+    Weights that are loaded lazily save memory: only the share is read.
     """
     kind, n = getattr(model, "model_type", type(model).__module__), group.size
     if not hasattr(model, "shard"):
@@ -32,14 +33,14 @@ def shard(model: Module, group: Group) -> None:
         model.shard(group.ranks)
     except (ValueError, RuntimeError) as error:
         raise Unshardable(f"mlx-lm can't divide this model's weights by {n}: {error}") from error
-    gc.collect()  # the whole layers, of which each hangs in a circle
+    gc.collect()  # the whole layers are in reference cycles
     for _, share in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())):
-        mx.eval(share)  # one after the other, so that no more than one whole weight is in memory
+        mx.eval(share)  # one by one, so that at most one whole weight is in memory
     _check_shares(before, plan_layers(model), n)
 
 
 def _check_shares(before: list[LayerPlan], after: list[LayerPlan], n: int) -> None:
-    """A rank that kept all KV heads of a layer would keep all of its cache, and nothing would be saved."""
+    """Raise Unshardable if a rank keeps all KV heads of a layer: it would keep all of that layer's cache."""
     for i, (whole, share) in enumerate(zip(before, after, strict=True)):
         if whole.geometry is None or share.geometry is None:
             continue
