@@ -1,5 +1,5 @@
-"""Memory and speed of caches on this device: this project's presets next to mlx-lm's own caches.
+"""`turbocache bench`: memory and speed of this project's presets and mlx-lm's own caches on this device.
 
-Everything runs through mlx-lm's own generation loop. Each measurement has a process of its own, because peak memory is
-a process's.
+Everything runs through mlx-lm's own generation loop. Each measurement has its own process, because peak memory is a
+figure of a process.
 """

@@ -1,4 +1,4 @@
-"""`turbocache bench`: the options, and the way from them to files."""
+"""`turbocache bench`: its options and the files that it writes."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from turbocache.backends import one_of
+from turbocache.evaluation.command import integers_of, names_of
 
 
 def add_to(commands: Any) -> None:
@@ -17,56 +18,56 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--model", help="a local directory or a Hugging Face id (default: the bundled model)")
     parser.add_argument(
-        "--shape", help="random weights of a real model's geometry instead: 1b, 3b, 8b or 70b (Llama 3.1 and 3.2)"
+        "--shape", help="random weights in a real model's geometry instead: 1b, 3b, 8b or 70b (Llama 3.1 and 3.2)"
     )
     parser.add_argument("--weight-bits", type=int, choices=(4, 8), help="quantise a shape's weights (default: not)")
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
-        help="what a shape computes in (default bfloat16, on a CPU float32)",
+        help="dtype of a shape (default bfloat16, on a CPU float32)",
     )
-    parser.add_argument("--contexts", type=_integers, help="prompts' lengths in tokens, by commas (default 512,2048)")
+    parser.add_argument("--contexts", type=integers_of, help="prompt lengths, separated by commas (default 512,2048)")
     parser.add_argument(
         "--presets",
         type=_names,
-        help="rows of this project, by commas, as `turbocache eval` names them (default k4v4,turbo2_5); PRESET:BACKEND "
-        "sets one row's backend; the first one also rotates. none for none",
+        help="rows of this project, separated by commas, as in `turbocache eval` (default k4v4,turbo2_5), or none; "
+        "PRESET:BACKEND sets one row's backend; the first row is also measured as a rotating cache",
     )
     parser.add_argument(
         "--against",
         type=_names,
-        help="mlx-lm's caches, by commas: kv, rotating, quantized, rotating-quantized (default all), or none",
+        help="mlx-lm's caches, separated by commas: kv, rotating, quantized, rotating-quantized (default all), or none",
     )
-    parser.add_argument("--batch", type=int, help="sessions that are read and decoded together (default 1)")
-    parser.add_argument("--budget", help="memory that sessions shall fit into (default 4GiB)")
-    parser.add_argument("--generate", type=int, help="tokens that are timed (default 32)")
-    parser.add_argument("--repeat", type=int, help="runs of each case, in turn (default 1)")
+    parser.add_argument("--batch", type=int, help="sessions that run together (default 1)")
+    parser.add_argument("--budget", help="memory for sessions (default 4GiB)")
+    parser.add_argument("--generate", type=int, help="tokens to time (default 32)")
+    parser.add_argument("--repeat", type=int, help="runs of each case (default 1)")
     parser.add_argument(
         "--warm-up",
         type=int,
         metavar="TOKENS",
-        help="of each prompt, read once before it is measured (default: all on a GPU, 64 on a CPU)",
+        help="tokens of each prompt that a warm-up reads (default: all on a GPU, 64 on a CPU)",
     )
-    parser.add_argument("--chunk", type=int, help="tokens a forward pass of a prompt (default 512)")
+    parser.add_argument("--chunk", type=int, help="tokens of a forward pass in prefill (default 512)")
     parser.add_argument("--keep", type=int, help="sink tokens of this project's caches (default 64)")
-    parser.add_argument("--window", type=int, help="their raw newest tokens (default 128)")
+    parser.add_argument("--window", type=int, help="raw newest tokens of this project's caches (default 128)")
     parser.add_argument(
-        "--max-size", type=int, help="tokens that every rotating cache holds (default half of the shortest context)"
+        "--max-size", type=int, help="tokens of every rotating cache (default half of the shortest context)"
     )
     parser.add_argument("--backend", help=one_of(default="auto"))
-    parser.add_argument("--timeout", type=float, help="seconds after which a run is given up (default 600)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where bench.json, bench.md and the plots go")
+    parser.add_argument("--timeout", type=float, help="seconds until a run is stopped (default 600)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for bench.json, bench.md and the plots")
     parser.add_argument(
         "--matrix",
         type=Path,
         metavar="DIR",
-        help="measure nothing: make the table in DIR/README.md and the runs' pages anew from DIR/*/bench.json",
+        help="measure nothing: rewrite the table in DIR/README.md and the runs' pages from DIR/*/bench.json",
     )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and write; returns the exit status: 1 where a cache of this project did not run."""
+    """Measure and write files. Returns the exit status: 1 if a cache of this project did not run."""
     from turbocache.benchmark.settings import BenchmarkError
     from turbocache.documents import DocumentError
 
@@ -89,42 +90,42 @@ def _matrix(folder: Path) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    # Here and not above: `--help` need not wait for what these import.
+    # Imported here, so that `--help` does not wait for MLX.
     from turbocache.benchmark import report
     from turbocache.benchmark.run import Benchmark
     from turbocache.documents import as_json, make_folder, write_text
 
     settings = _settings(options)
-    if options.out:  # a folder that is missing or read-only is told before minutes of work
+    if options.out:  # a folder that can't be written must fail before minutes of work
         make_folder(options.out / "bench.json")
     load = _load()
     benchmark = Benchmark(settings)
 
-    def told_so_far() -> dict[str, Any]:
-        return report.document(benchmark.found(), settings, command_line(options), [*load, *_load()])
+    def document() -> dict[str, Any]:
+        return report.document(benchmark.results(), settings, command_line(options), [*load, *_load()])
 
     for line in benchmark.run():
         print(line, file=sys.stderr, flush=True)
-        if options.out:  # whatever ends the benchmark, what was measured is there
-            write_text(options.out / "bench.json", as_json(told_so_far()))
-    told = told_so_far()
+        if options.out:  # kept if the benchmark is interrupted
+            write_text(options.out / "bench.json", as_json(document()))
+    results = document()
     if options.out:
-        write_text(options.out / "bench.json", as_json(told))
-        write_text(options.out / "bench.md", report.markdown(told, _plots(told, options.out)))
-    print(f"{report.machine_line(told)}\n\n{report.tables(told)}")
-    failed = [case for case in told["cases"] if case["ours"] and "unavailable" in case]
+        write_text(options.out / "bench.json", as_json(results))
+        write_text(options.out / "bench.md", report.markdown(results, _plots(results, options.out)))
+    print(f"{report.machine_line(results)}\n\n{report.tables(results)}")
+    failed = [case for case in results["cases"] if case["ours"] and "unavailable" in case]
     for case in failed:
         print(f"turbocache bench: {case['label']} did not run: {case['unavailable']}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _plots(told: dict[str, Any], folder: Path) -> list[str]:
-    """Names of the figures drawn; none, and one line that says why, without matplotlib."""
+def _plots(results: dict[str, Any], folder: Path) -> list[str]:
+    """Draw the figures. Returns their names. Without matplotlib: prints one line and returns none."""
     from turbocache.benchmark.plots import draw
     from turbocache.documents import PlotsUnavailable
 
     try:
-        return draw(told, folder)
+        return draw(results, folder)
     except PlotsUnavailable as error:
         print(f"turbocache bench: no plots: {error}", file=sys.stderr)
         return []
@@ -149,15 +150,15 @@ def _settings(options: argparse.Namespace) -> Any:
 
 
 def command_line(options: argparse.Namespace) -> str:
-    """The command that measures this, with a model's directory by its name."""
+    """The command line that repeats this run. A model's directory has no folder."""
     words = ["turbocache", "bench"]
     for name in _OPTIONS:
         value = getattr(options, name)
         if value is not None:
             if name == "model" and Path(value).exists():
                 value = Path(value).name
-            said = ",".join(str(part) for part in value) or "none" if isinstance(value, tuple) else str(value)
-            words += [f"--{name.replace('_', '-')}", said]
+            text = ",".join(str(part) for part in value) or "none" if isinstance(value, tuple) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)
 
 
@@ -166,14 +167,5 @@ def _load() -> list[float]:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise argparse.ArgumentTypeError("no names given; none stands for none")
+    names = names_of(text)
     return () if names == ("none",) else names
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from error

@@ -1,11 +1,11 @@
 """Contenders: the caches that a benchmark compares, by name.
 
     kv                    mlx-lm's KVCache: every token in the model's own precision
-    rotating              mlx-lm's RotatingKVCache: the newest `max_size` tokens, the first 4 among them
-    quantized-BITS        mlx-lm's QuantizedKVCache, groups of 64, as its `kv_bits` makes it from the first chunk on
-    rotating-quantized-4  mlx-lm's RotatingKVCache, quantised: shown with the reason why it does not run
-    PRESET...             a row name of `turbocache eval` (turbocache/evaluation/rows.py); the first preset also
-                          rotates, at the same `max_size` as mlx-lm's
+    rotating              mlx-lm's RotatingKVCache: `max_size` tokens, the first 4 and the newest
+    quantized-BITS        mlx-lm's QuantizedKVCache, groups of 64, as `kv_bits` makes it from the first chunk on
+    rotating-quantized-4  mlx-lm's RotatingKVCache, quantised: shown with the reason that it does not run
+    PRESET...             a row name of `turbocache eval` (turbocache/evaluation/rows.py). The first preset is
+                          also measured rotating, with the same `max_size` as mlx-lm's
 
 `open_contender` makes the caches in the process that measures.
 """
@@ -37,22 +37,22 @@ _LABELS = {
     "rotating-quantized-4": "mlx-lm RotatingKVCache, 4 bits",
 }
 MLX_LM_KEEP = 4
-"""Sink tokens of a RotatingKVCache where mlx-lm's `make_prompt_cache` makes it."""
+"""Sink tokens of a RotatingKVCache from mlx-lm's `make_prompt_cache`."""
 _AHEAD = 8
-"""Tokens that a generation loop may be ahead of what it has handed out, and some."""
+"""More tokens than a generation loop computes ahead of its output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A cache by its name. `max_size` is what it holds at most, None for everything; `preset`, `backend` (None for the
-    settings' own) and `ring` belong to this project's.
-    """
+    """A cache by its name. Only this project's caches have `preset`, `backend` and `ring`."""
 
     name: str
     label: str
     max_size: int | None = None
+    """Tokens that it holds at most. None: all."""
     preset: Preset | None = None
     backend: str | None = None
+    """None: the settings' backend."""
     ring: RingConfig | None = None
 
     @property
@@ -60,33 +60,35 @@ class Contender:
         return self.preset is not None
 
     def held(self, context: int) -> int:
-        """Tokens that the next query sees after a prompt of `context`."""
+        """Tokens that the next query sees after a prompt of `context` tokens."""
         return context if self.max_size is None else min(context, self.max_size)
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Empty prompt caches, one for each row. `options` go to mlx-lm's loop; `stored` counts one row's bytes."""
+    """Empty prompt caches, one for each row."""
 
     caches: list[PromptCache]
     options: dict[str, Any]
+    """Options of mlx-lm's loop."""
     stored: Callable[[PromptCache], Stored]
+    """Counts one row's bytes."""
 
 
 def contenders(settings: Settings) -> list[Contender]:
-    """All that the settings ask for, mlx-lm's first, each once. Raises BenchmarkError for an unknown preset."""
+    """The settings' contenders, mlx-lm's first, each once. Raises BenchmarkError for an unknown preset."""
     max_size = settings.rotating_ring.max_size
-    found = []
+    chosen = []
     for name in (name for word in settings.against for name in AGAINST[word]):
         rotates = name.startswith("rotating")
         size = f", {max_size} tokens" if rotates else ""
-        found.append(Contender(name, _LABELS[name] + size, max_size if rotates else None))
-    found += [_ours(name, settings) for name in settings.presets]
-    if "rotating" in settings.against and settings.presets and found[-len(settings.presets)].max_size is None:
+        chosen.append(Contender(name, _LABELS[name] + size, max_size if rotates else None))
+    chosen += [_ours(name, settings) for name in settings.presets]
+    if "rotating" in settings.against and settings.presets and chosen[-len(settings.presets)].max_size is None:
         ring, first = settings.rotating_ring, settings.presets[0]
         stem = re.sub("@.*", "", first)
-        found.append(_ours(f"{stem}@{ring.keep}/{ring.window}/{ring.max_size}", settings))
-    return list({contender.name: contender for contender in found}.values())
+        chosen.append(_ours(f"{stem}@{ring.keep}/{ring.window}/{ring.max_size}", settings))
+    return list({contender.name: contender for contender in chosen}.values())
 
 
 def _ours(name: str, settings: Settings) -> Contender:
@@ -110,7 +112,7 @@ def open_contender(
     backend: Backend | None,
     n_tokens: int,
 ) -> Opened:
-    """Empty caches of all rows for `n_tokens` each. Raises whatever mlx-lm raises for a cache that it does not have."""
+    """Empty caches of all rows for `n_tokens` each. Raises mlx-lm's error for a cache that it lacks."""
     if contender.preset is not None and contender.ring is not None:
         assert backend is not None
         pages = max(1, contender.ring.pages_needed(n_tokens + _AHEAD, settings.chunk)) * settings.batch
@@ -125,12 +127,13 @@ def open_contender(
 
 
 def _mlx_lm_cache(model: Module, max_size: int | None) -> PromptCache:
-    """The model's own prompt cache, its plain caches rotating where a `max_size` is given. By hand, because mlx-lm's
-    `max_kv_size` has no effect on models that make their caches themselves, llama among them.
+    """The model's own prompt cache. With a `max_size` its plain caches rotate.
+
+    mlx-lm's `max_kv_size` has no effect on models that make their own caches, such as llama.
     """
     layers: PromptCache = make_prompt_cache(model)
     if max_size is None:
         return layers
     if not any(type(layer) is KVCache for layer in layers):
-        raise NotImplementedError("the model has no plain KVCache in whose place one could rotate")
+        raise NotImplementedError("the model has no plain KVCache that could rotate")
     return [RotatingKVCache(max_size, MLX_LM_KEEP) if type(layer) is KVCache else layer for layer in layers]

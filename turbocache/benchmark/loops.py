@@ -1,4 +1,4 @@
-"""mlx-lm's own generation loops with a stop watch: `generate_step` for one row, BatchGenerator for several."""
+"""Times mlx-lm's own generation loops: `generate_step` for one row, BatchGenerator for several."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,20 +13,20 @@ from mlx_lm.generate import BatchGenerator, generate_step, maybe_quantize_kv_cac
 from turbocache.mlxlm.prompt_cache import PromptCache
 
 AtFirst = Callable[[PromptCache], None]
-"""Called with a row's cache when the first tokens are out; its time counts as the second token's."""
+"""Called with a row's cache after the first tokens. Its time counts as the second token's."""
 
 
 @dataclass(slots=True)
 class Times:
-    """Seconds since the prompts were handed over: when they were read but for their last token, and when each token of
-    all rows was out.
-    """
+    """Seconds since the start of the prompts."""
 
     prefilled: float = 0.0
+    """When the prompts were read, except their last token."""
     tokens: list[float] = field(default_factory=list)
+    """When each token was out for all rows."""
 
     def steps(self, skipped: int) -> list[float]:
-        """Seconds of each decode step behind the first `skipped`."""
+        """Seconds of each decode step after the first `skipped` tokens."""
         times = self.tokens[skipped:]
         return [after - before for before, after in pairwise(times)]
 
@@ -40,8 +40,9 @@ def play(
     options: dict[str, Any],
     at_first: AtFirst,
 ) -> Times:
-    """Read the prompts in chunks and draw `n_tokens` greedily for each. `options`: `kv_bits` and its like, as mlx-lm's
-    `generate_step` takes them. Raises what mlx-lm raises for caches that it can't use so.
+    """Read the prompts in chunks and generate `n_tokens` greedily for each. `options` are those of `generate_step`.
+
+    Raises mlx-lm's error for caches that it can't use in this way.
     """
     if len(prompts) == 1:
         return _one(model, caches[0], prompts[0], n_tokens, chunk, options, at_first)
@@ -60,7 +61,7 @@ def _one(
     times, start = Times(), time.perf_counter()
 
     def progress(done: int, total: int) -> None:
-        # Told once more when the first token is out, which is no news of the prompt.
+        # mlx-lm calls this again after the first token. Only calls during the prompt count.
         if done < total:
             times.prefilled = time.perf_counter() - start
 
@@ -96,13 +97,13 @@ def _batch(
     generator = BatchGenerator(
         model, completion_batch_size=rows, prefill_batch_size=rows, prefill_step_size=chunk, max_tokens=n_tokens
     )
-    BatchGenerator.close(generator)  # undoes the wired limit that it has just set, as the server does
+    BatchGenerator.close(generator)  # undoes its wired limit, as the server does
     times, start = Times(), time.perf_counter()
     uids = generator.insert([list(prompt) for prompt in prompts], caches=caches)
     running = rows
     while running:
         progress, tokens = generator.next()
-        if progress and not times.tokens and not any(told.end_of_prompt for told in progress):
+        if progress and not times.tokens and not any(response.end_of_prompt for response in progress):
             times.prefilled = time.perf_counter() - start
         if tokens:
             times.tokens.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""One row for each device that has been measured, made from the JSON files of its runs, and these runs' pages."""
+"""Makes the table of all measured devices and the runs' pages from the runs' JSON files."""
 
 import json
 import re
@@ -28,9 +28,9 @@ _HEADS = (
 
 
 def matrix(folder: Path) -> str:
-    """The table of all runs below `folder`, each in a folder of its own with a `bench.json`, by the folders' names.
+    """The table of all runs `folder`/*/bench.json, by the folders' names.
 
-    Raises BenchmarkError where there is none, or one is no result of this version.
+    Raises BenchmarkError if there are none, or for a result of another version.
     """
     files = sorted(folder.glob(f"*/{FILE}"))
     if not files:
@@ -41,42 +41,40 @@ def matrix(folder: Path) -> str:
 
 
 def page_of(path: Path) -> str:
-    """The Markdown page of a run from its JSON file, with the figures beside it. Raises BenchmarkError."""
+    """The Markdown page of a run's JSON file, with the figures in its folder. Raises BenchmarkError."""
     return markdown(_read(path), sorted(image.name for image in path.parent.glob("*.png")))
 
 
 def update(folder: Path) -> str:
-    """Make the pages of all runs below `folder` anew, and put the table into its README.md, between the marks; returns
-    the table. Raises BenchmarkError.
-    """
-    made, page = matrix(folder), folder / PAGE
+    """Rewrite the pages of all runs and the table in `folder`/README.md. Returns the table. Raises BenchmarkError."""
+    table, page = matrix(folder), folder / PAGE
     for path in folder.glob(f"*/{FILE}"):
         write_text(path.with_suffix(".md"), page_of(path))
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     between = re.compile(f"{re.escape(_BEGIN)}\n.*?{re.escape(_END)}", re.DOTALL)
     if not between.search(text):
         raise BenchmarkError(f"{str(page)!r} has no lines {_BEGIN!r} and {_END!r} for the table")
-    write_text(page, between.sub(lambda _: f"{_BEGIN}\n\n{made}\n\n{_END}", text))
-    return made
+    write_text(page, between.sub(lambda _: f"{_BEGIN}\n\n{table}\n\n{_END}", text))
+    return table
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BenchmarkError(f"can't read {str(path)!r}: {error}") from error
-    if not isinstance(told, dict) or told.get("schema") != SCHEMA:
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise BenchmarkError(f"{str(path)!r} is no result of this version of turbocache bench")
-    return told
+    return results
 
 
-def _row(told: dict[str, Any], folder: str) -> str:
-    """The longest context at which full precision and the default preset ran."""
-    machine, model = told["machine"], told["model"]
-    ran = {(case["contender"], case["context"]): case for case in told["cases"] if "unavailable" not in case}
+def _row(results: dict[str, Any], folder: str) -> str:
+    """A run's row, at the longest context at which full precision and the default preset ran."""
+    machine, model = results["machine"], results["model"]
+    ran = {(case["contender"], case["context"]): case for case in results["cases"] if "unavailable" not in case}
     both = [n for name, n in ran if name == DEFAULT_PRESET and ("kv", n) in ran]
     device = f"{machine['device']}, {machine['cores']} cores, {machine['system']}"
-    backend = told["backends"].get(DEFAULT_PRESET, {}).get("name", "none")
+    backend = results["backends"].get(DEFAULT_PRESET, {}).get("name", "none")
     cells = [device, f"{model['id']}, {model['dtype']}"]
     if not both:
         cells += [f"{DEFAULT_PRESET} or KVCache did not run", *[""] * 4]
@@ -87,13 +85,13 @@ def _row(told: dict[str, Any], folder: str) -> str:
             f"{context:,}",
             _each([case and case["bytes_per_token"] for case in cases], ",.0f"),
             f"{_each([case and case['sessions_in_budget'] for case in cases], ',.0f')} "
-            f"({size(told['settings']['budget'])})",
+            f"({size(results['settings']['budget'])})",
             *(
                 _each([case and case[name]["median"] for case in cases], form)
                 for name, form in (("prefill_tokens_per_second", ",.0f"), ("decode_tokens_per_second", ",.1f"))
             ),
         ]
-    return "| " + " | ".join([*cells, backend, f"[{told['date']}]({folder}/bench.md)"]) + " |"
+    return "| " + " | ".join([*cells, backend, f"[{results['date']}]({folder}/bench.md)"]) + " |"
 
 
 def _each(values: list[float | None], form: str) -> str:

@@ -1,4 +1,4 @@
-"""One case: a contender at a context length, measured in this process."""
+"""Measures one case, a contender at a context length, in this process."""
 
 import contextlib
 import gc
@@ -22,17 +22,14 @@ from turbocache.evaluation.storage import Stored
 from turbocache.mlxlm.prompt_cache import PromptCache
 
 SKIPPED = 4
-"""Tokens whose decode steps are not timed: the first ones of a process find everything cold."""
+"""Decode steps that are not timed, because the first ones of a process are slow."""
 _WARM_ON_CPU = 64
 
 
 def measure(
     subject: Subject, contender: Contender, context: int, settings: Settings, backend: Backend | None
 ) -> dict[str, Any]:
-    """Figures of one run, in base units. `cache_bytes` and what follows from it are one row's.
-
-    Raises whatever the contender raises.
-    """
+    """Figures of one run, in base units. `cache_bytes` is one row's. Raises the contender's errors."""
     first = _warm_up(subject, contender, context, settings, backend)
     n_tokens = 1 + SKIPPED + settings.generate
     opened = open_contender(contender, subject.model, subject.plans, settings, backend, context + n_tokens)
@@ -46,13 +43,13 @@ def measure(
     prompts = _prompts(subject, context, settings.batch)
     times = play(subject.model, opened.caches, prompts, n_tokens, settings.chunk, opened.options, at_first)
     peak = mx.get_peak_memory()
-    found = _speed(times, context, settings.batch)
+    figures = _speed(times, context, settings.batch)
     if first is not None:
-        found["first_prefill_tokens_per_second"] = settings.batch * (context - 1) / first.prefilled
+        figures["first_prefill_tokens_per_second"] = settings.batch * (context - 1) / first.prefilled
     stored, peak_of_prefill = seen[0]
-    if settings.batch == 1:  # BatchGenerator lets the caches of rows go that are through
-        found["active_bytes"] = _settled_memory() - base
-    return found | {
+    if settings.batch == 1:  # BatchGenerator drops the caches of finished rows
+        figures["active_bytes"] = _settled_memory() - base
+    return figures | {
         "cache_bytes": stored.nbytes,
         "cache_bytes_half": stored.half_nbytes,
         "prefill_peak_bytes": peak_of_prefill - base,
@@ -64,8 +61,9 @@ def measure(
 def _warm_up(
     subject: Subject, contender: Contender, context: int, settings: Settings, backend: Backend | None
 ) -> Times | None:
-    """The case once with a prompt of up to `warm_up` tokens; returns its times where that was the whole prompt and the
-    device one that compiles kernels and plans lengths, so that they tell what a first prompt costs.
+    """Run the case once with a prompt of up to `warm_up` tokens.
+
+    Returns its times for a whole prompt on a GPU: they include the compilation of kernels for a first prompt.
     """
     length = min(context, settings.warm_up or (_WARM_ON_CPU if on_cpu() else context))
     n_tokens = 1 + SKIPPED
@@ -76,7 +74,7 @@ def _warm_up(
 
 
 def _prompts(subject: Subject, context: int, rows: int) -> list[list[int]]:
-    """The same random tokens for every contender, others in each row."""
+    """Random tokens, different in each row, and the same for every contender."""
     drawn: list[list[int]] = np.random.default_rng(0).integers(0, subject.vocabulary, (rows, context)).tolist()
     return drawn
 
@@ -92,7 +90,7 @@ def _speed(times: Times, context: int, rows: int) -> dict[str, Any]:
 
 
 def _settled_memory() -> int:
-    """Bytes that MLX holds when nothing is in flight and nothing is kept for later."""
+    """Bytes that MLX holds without running work and without its buffer cache."""
     gc.collect()
     mx.synchronize()
     mx.clear_cache()
@@ -102,15 +100,15 @@ def _settled_memory() -> int:
 def _forget_peaks() -> None:
     mx.reset_peak_memory()
     if sys.platform == "linux":
-        # Where that is not allowed, the peak is that of the whole process, loading included.
+        # If that is not allowed, the peak includes the loading of the model.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def _process_peak() -> int:
-    """Most bytes that the process has had resident, Python and weights among them."""
+    """The peak of the process's resident bytes, with Python and weights."""
     status = Path("/proc/self/status")
-    # Linux begins `ru_maxrss` with that of the parent.
+    # On Linux, `ru_maxrss` starts at the parent's value.
     if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

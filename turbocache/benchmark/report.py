@@ -1,4 +1,4 @@
-"""The benchmark's results as one JSON document and as Markdown."""
+"""Writes the benchmark's results as one JSON document and as Markdown."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -9,7 +9,7 @@ from turbocache.benchmark.settings import Settings
 from turbocache.documents import inline
 
 SCHEMA = 1
-"""Raised when a field changes its meaning; the device matrix reads files of this one only."""
+"""Increases when a field changes its meaning. The device matrix reads files of this version only."""
 
 _HEADS = (
     "cache",
@@ -35,66 +35,62 @@ This model computes in float32. In square brackets: the same where a model compu
 kept as they are, or scales, take half of the bytes."""
 
 
-def document(found: dict[str, Any], settings: Settings, command: str, load: Sequence[float]) -> dict[str, Any]:
-    """All that the JSON file says. `load`: the system's load averages before and after; empty where it has none.
-    `remarks` is for people: what a reader of the page must know about this run.
+def document(results: dict[str, Any], settings: Settings, command: str, load: Sequence[float]) -> dict[str, Any]:
+    """The JSON file. `load`: the load averages before and after, empty if the system has none.
+
+    People may add `remarks` to the file, which the page shows.
     """
-    said = settings.as_json()
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": command,
-        **{name: found[name] for name in ("machine", "versions", "blas", "model", "backends")},
+        **{name: results[name] for name in ("machine", "versions", "blas", "model", "backends")},
         "load": [round(value, 2) for value in load],
-        "settings": {**said, "max_size": settings.rotating_ring.max_size},
+        "settings": {**settings.as_json(), "max_size": settings.rotating_ring.max_size},
         "remarks": [],
-        "cases": found["cases"],
+        "cases": results["cases"],
     }
 
 
-def contexts(told: dict[str, Any]) -> list[int]:
-    return sorted({case["context"] for case in told["cases"]})
-
-
-def table(told: dict[str, Any], context: int) -> str:
-    """The contenders at one context as a Markdown table; what did not run says why."""
+def table(results: dict[str, Any], context: int) -> str:
+    """The contenders at one context as a Markdown table, with reasons for those that did not run."""
     lines = ["| " + " | ".join(_HEADS) + " |", "|---|" + "---:|" * (len(_HEADS) - 1)]
-    for case in (case for case in told["cases"] if case["context"] == context):
+    for case in (case for case in results["cases"] if case["context"] == context):
         if "unavailable" in case:
             reason = inline(case["unavailable"])
-            said = reason if reason == NOT_REACHED else f"does not run: {reason}"
-            lines.append(f"| {case['label']} | {said} |" + " |" * (len(_HEADS) - 2))
+            text = reason if reason == NOT_REACHED else f"does not run: {reason}"
+            lines.append(f"| {case['label']} | {text} |" + " |" * (len(_HEADS) - 2))
         else:
-            lines.append(f"| {case['label']} | " + " | ".join(_cells(case, is_float32(told))) + " |")
+            lines.append(f"| {case['label']} | " + " | ".join(_cells(case, is_float32(results))) + " |")
     return "\n".join(lines)
 
 
-def tables(told: dict[str, Any]) -> str:
-    """All contexts, each under its heading."""
-    batch, budget = told["settings"]["batch"], size(told["settings"]["budget"])
+def tables(results: dict[str, Any]) -> str:
+    """The tables of all contexts with headings."""
+    batch, budget = results["settings"]["batch"], size(results["settings"]["budget"])
     rows = "" if batch == 1 else f", {batch} rows"
-    parts = [f"## {n:,} tokens{rows}, budget {budget}\n\n{table(told, n)}" for n in contexts(told)]
-    return "\n\n".join(parts)
+    contexts = sorted({case["context"] for case in results["cases"]})
+    return "\n\n".join(f"## {n:,} tokens{rows}, budget {budget}\n\n{table(results, n)}" for n in contexts)
 
 
-def markdown(told: dict[str, Any], images: Sequence[str] = ()) -> str:
-    """A page of results: what was measured and on what, the tables, what their columns mean, and the figures."""
-    settings, model = told["settings"], told["model"]
+def markdown(results: dict[str, Any], images: Sequence[str] = ()) -> str:
+    """A page of results: machine, model, settings, the tables and their legend, backends and figures."""
+    settings, model = results["settings"], results["model"]
     kind = f"{model['n_heads']}/{model['n_kv_heads']} heads of {model['head_dim']}" if model["n_heads"] else "no layer"
     parts = [
-        f"# {told['machine']['device']}: {model['id']}, {told['date']}",
-        f"    {told['command']}",
-        f"{machine_line(told)}.",
+        f"# {results['machine']['device']}: {model['id']}, {results['date']}",
+        f"    {results['command']}",
+        f"{machine_line(results)}.",
         f"{model['id']} ({model['weights']}), {model['dtype']}, {size(model['parameter_bytes'])} of weights, "
         f"{model['compressed_layers']} of {model['layers']} layers compressed ({kind}). "
         f"Prompts in chunks of {settings['chunk']} tokens, {settings['generate']} tokens timed, "
         f"{settings['repeat']} of each run, in turn.",
-        *(f"**{inline(remark)}**" for remark in told["remarks"]),
-        tables(told),
+        *(f"**{inline(remark)}**" for remark in results["remarks"]),
+        tables(results),
         _LEGEND,
-        *([_HALF] if is_float32(told) else []),
+        *([_HALF] if is_float32(results) else []),
     ]
-    notes = [f"- {name}: {inline(_backend(said))}" for name, said in told["backends"].items()]
+    notes = [f"- {name}: {inline(_backend(backend))}" for name, backend in results["backends"].items()]
     if notes:
         parts.append("Backends:\n\n" + "\n".join(notes))
     if model["notes"]:
@@ -103,27 +99,27 @@ def markdown(told: dict[str, Any], images: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def machine_line(told: dict[str, Any]) -> str:
+def machine_line(results: dict[str, Any]) -> str:
     """Device, cores, memory, load and versions, in one line."""
-    machine, versions = told["machine"], told["versions"]
-    said = [
+    machine, versions = results["machine"], results["versions"]
+    parts = [
         f"{machine['device']} ({machine['architecture']}, {size(machine['memory_bytes'])}), {machine['cores']} cores",
         f"{machine['system']}, Python {machine['python']}",
         f"mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']}, turbocache {versions['turbocache']}",
     ]
-    if told["blas"]:
-        said.append(f"BLAS {told['blas']}")
-    if told["load"]:
-        said.append("load " + " before and ".join(f"{value:.1f}" for value in told["load"]) + " after")
-    return "; ".join(said)
+    if results["blas"]:
+        parts.append(f"BLAS {results['blas']}")
+    if results["load"]:
+        parts.append("load " + " before and ".join(f"{value:.1f}" for value in results["load"]) + " after")
+    return "; ".join(parts)
 
 
-def is_float32(told: dict[str, Any]) -> bool:
-    return bool(told["model"]["dtype"] == "float32")
+def is_float32(results: dict[str, Any]) -> bool:
+    return bool(results["model"]["dtype"] == "float32")
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people."""
+    """A number of bytes with a unit."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if nbytes >= factor:
             return f"{nbytes / factor:.4g} {unit}"
@@ -147,10 +143,10 @@ def _cells(case: dict[str, Any], half: bool) -> list[str]:
     ]
 
 
-def _spread(found: dict[str, float], form: str) -> str:
-    median, least, most = (format(found[name], form) for name in ("median", "least", "most"))
+def _spread(figures: dict[str, float], form: str) -> str:
+    median, least, most = (format(figures[name], form) for name in ("median", "least", "most"))
     return median if least == most else f"{median} ({least}–{most})"
 
 
-def _backend(said: dict[str, Any]) -> str:
-    return said["unavailable"] if "unavailable" in said else f"{said['name']}: {said['reason']}"
+def _backend(backend: dict[str, Any]) -> str:
+    return backend["unavailable"] if "unavailable" in backend else f"{backend['name']}: {backend['reason']}"

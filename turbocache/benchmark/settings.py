@@ -1,4 +1,4 @@
-"""What is asked of a benchmark, and the one error that says why it can't be done."""
+"""The settings of a benchmark and the error for invalid ones."""
 
 import re
 from collections.abc import Mapping
@@ -14,26 +14,21 @@ AGAINST = {
     "quantized": ("quantized-8", "quantized-4"),
     "rotating-quantized": ("rotating-quantized-4",),
 }
-"""What `--against` takes, and the contenders that each word stands for (turbocache/benchmark/contenders.py)."""
+"""The words of `--against` and their contenders (turbocache/benchmark/contenders.py)."""
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 class BenchmarkError(Exception):
-    """The benchmark can't run as asked; the message is one sentence for the person who asked."""
+    """The benchmark can't run as asked. The message is one sentence for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Sizes are in tokens, `budget` in bytes, `timeout` in seconds for one process.
-
-    `model` None is the bundled one, unless `shape` names a geometry of random weights. `max_size` None is half of the
-    shortest context. `generate` tokens are timed, after a few that are not. Of each prompt up to `warm_up` tokens are
-    read once before it is measured; None is all of them on a GPU, which compiles kernels and plans lengths, and a few
-    on a CPU. Raises BenchmarkError for what can't be.
-    """
+    """Sizes are in tokens. Raises BenchmarkError for invalid values."""
 
     model: str | None = None
+    """None: the bundled model, or random weights of `shape`."""
     shape: str | None = None
     weight_bits: int | None = None
     dtype: str | None = None
@@ -42,15 +37,20 @@ class Settings:
     against: tuple[str, ...] = tuple(AGAINST)
     batch: int = 1
     budget: int = 4 << 30
+    """Bytes for all sessions."""
     generate: int = 32
+    """Tokens that are timed. A few before them are not."""
     repeat: int = 1
     warm_up: int | None = None
+    """Tokens of each prompt that a warm-up reads. None: all on a GPU, which compiles kernels, and few on a CPU."""
     chunk: int = 512
     keep: int = RingConfig().keep
     window: int = RingConfig().window
     max_size: int | None = None
+    """Tokens of every rotating cache. None: half of the shortest context."""
     backend: str = "auto"
     timeout: float = 600
+    """Seconds for one process."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "budget", "generate", "repeat", "chunk"):
@@ -84,12 +84,12 @@ class Settings:
 
     @property
     def ring(self) -> RingConfig:
-        """Sizes of this project's cache where it does not rotate."""
+        """Sizes of this project's caches that do not rotate."""
         return RingConfig(self.keep, self.window)
 
     @property
     def rotating_ring(self) -> RingConfig:
-        """Sizes of this project's cache where it rotates: `max_size` is that of mlx-lm's RotatingKVCache as well."""
+        """Sizes of this project's rotating cache. mlx-lm's RotatingKVCache has the same `max_size`."""
         least = self.ring.smallest_max_size
         return RingConfig(self.keep, self.window, self.max_size or max(least, min(self.contexts) // 2))
 
@@ -97,10 +97,9 @@ class Settings:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> "Settings":
-        """The settings that `as_json` said, tuples made lists in between."""
-        given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in said.items()}
-        return cls(**given)
+    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings from `as_json`. JSON turns tuples into lists."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def parse_bytes(text: str) -> int:

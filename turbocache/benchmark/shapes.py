@@ -1,7 +1,4 @@
-"""Named layer geometries of real models, for machines where no model is at hand.
-
-The weights are random, so speed and memory are those of a real model of the geometry and the text is noise.
-"""
+"""Geometries of real models with random weights: real speed and memory without a download, but no real text."""
 
 from dataclasses import dataclass
 
@@ -16,9 +13,10 @@ _GROUP_SIZE = 64
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A llama's sizes; `like` is the model that has them. `tied`: the head is the embedding."""
+    """A llama's sizes."""
 
     like: str
+    """The model with these sizes."""
     hidden_size: int
     n_layers: int
     n_heads: int
@@ -26,6 +24,7 @@ class Shape:
     head_dim: int
     intermediate_size: int
     tied: bool = False
+    """Whether the head is the embedding."""
     vocabulary: int = 128256
 
 
@@ -39,9 +38,9 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
 def random_model(shape: Shape, dtype: mx.Dtype, weight_bits: int | None = None) -> Module:
-    """A llama of these sizes with the same random weights each time, in groups of 64 of `weight_bits` where given.
+    """A llama with reproducible random weights, quantised in groups of 64 if `weight_bits` is given.
 
-    Weights are made layer by layer, so that no more than one layer exists in full precision.
+    Weights are made layer by layer, so that at most one layer exists in full precision.
     """
     mx.random.seed(0)
     model = llama.Model(

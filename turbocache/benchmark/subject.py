@@ -1,25 +1,23 @@
-"""The model that caches are measured with: loaded, or random weights of a named geometry."""
+"""The model of a benchmark: a real one, or random weights in a named geometry."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
 
 from kernels.attention.device import on_cpu
 from kernels.probe.verdict import dtype_name
 from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.shapes import DTYPES, MAX_POSITIONS, SHAPES, random_model
-from turbocache.mlxlm.model import load_model
+from turbocache.mlxlm.model import load_model, parameter_nbytes
 from turbocache.mlxlm.plan import LayerPlan
 from turbocache.store import checked_plans
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model ready to generate, with its layers' plans. `vocabulary`: prompts' tokens are below it."""
+    """A model that is ready to generate, with the plans of its layers."""
 
     model: Module
     plans: list[LayerPlan]
@@ -28,17 +26,17 @@ class Subject:
     dtype: str
     max_positions: int
     vocabulary: int
+    """All prompt tokens are below it."""
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        parameters = cast(list[tuple[str, mx.array]], tree_flatten(self.model.parameters()))
         geometries = [plan.geometry for plan in self.plans if plan.geometry is not None]
         first = geometries[0] if geometries else None
         return {
             "id": self.id,
             "weights": self.weights,
             "dtype": self.dtype,
-            "parameter_bytes": sum(value.nbytes for _, value in parameters),
+            "parameter_bytes": parameter_nbytes(self.model),
             "layers": len(self.plans),
             "compressed_layers": len(geometries),
             "n_heads": first and first.n_heads,
@@ -50,7 +48,7 @@ class Subject:
 
 
 def make_subject(settings: Settings, planner: Callable[[Module], list[LayerPlan]] = checked_plans) -> Subject:
-    """Load or make the model, and plan its layers. Raises ModelError."""
+    """Load or make the model and plan its layers. Raises ModelError."""
     if settings.shape is None:
         loaded = load_model(settings.model)
         model, dtype = loaded.model, dtype_name(loaded.dtype)

@@ -1,9 +1,9 @@
-"""A process of its own for each measurement: one request on standard input, one JSON line of answer on standard output.
+"""The process of one measurement: one request on standard input, one JSON line on standard output.
 
-    {"settings": ..., "task": "survey"}                                        what computes, and the presets' backends
+    {"settings": ..., "task": "survey"}                                        the machine, model and backends
     {"settings": ..., "task": "case", "contender": ..., "context": ..., "backend": ...}  one run's figures
 
-The answer is `{"found": ...}`, or `{"failed": REASON}` for what was raised.
+The answer is `{"found": ...}`, or `{"failed": REASON}` after an exception.
 """
 
 import json
@@ -30,23 +30,23 @@ _BACKEND = ("name", "requested", "reason", "profile", "device")
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Do what a request asks for. Raises whatever goes wrong."""
+    """Run a request. Raises any error of the model and its caches."""
     settings = Settings.from_json(request["settings"])
-    keep_freed_memory()  # as the server does; it serves all contenders alike
+    keep_freed_memory()  # as in the server, for all contenders
     chosen = contenders(settings)
     if request["task"] == "survey":
         return survey(make_subject(settings), chosen, settings)
     contender = next(c for c in chosen if c.name == request["contender"])
     if contender.preset is None:
         return measure(make_subject(settings, lambda _: []), contender, request["context"], settings, None)
-    # The survey's proof of the plans holds here too, where they have passed it.
+    # Plans that passed the survey's check are not checked again.
     subject = make_subject(settings, plan_layers if request["backend"]["layer_kinds"] else checked_plans)
     backend = backend_from(request["backend"], subject.plans, contender.preset)
     return measure(subject, contender, request["context"], settings, backend)
 
 
 def survey(subject: Subject, chosen: Sequence[Contender], settings: Settings) -> dict[str, Any]:
-    """What computes, and the probe's answer for each contender of this project: probed here, once, for all cases."""
+    """The machine, the model, and one probe for each contender of this project, used by all its cases."""
     return {
         "machine": {**machine(), "memory_bytes": device_memory()},
         "versions": versions(),
@@ -62,32 +62,32 @@ def _probe(contender: Contender, plans: Sequence[LayerPlan], settings: Settings)
         chosen = choose_backend(contender.backend or settings.backend, plans, contender.preset)
     except (ValueError, BackendUnavailable) as error:
         return {"unavailable": str(error)}
-    said = chosen.as_json()
-    return {name: said[name] for name in (*_BACKEND, "layer_kinds")}
+    backend = chosen.as_json()
+    return {name: backend[name] for name in (*_BACKEND, "layer_kinds")}
 
 
-def backend_from(said: dict[str, Any], plans: Sequence[LayerPlan], preset: Preset) -> Backend:
-    """The survey's answer for a preset as what lanes are made from."""
-    kinds = {kind["layers"]: kind for kind in said["layer_kinds"]}
+def backend_from(survey: dict[str, Any], plans: Sequence[LayerPlan], preset: Preset) -> Backend:
+    """The backend that the survey chose for a preset."""
+    kinds = {kind["layers"]: kind for kind in survey["layer_kinds"]}
     uses = dict.fromkeys(layer_uses(plans, preset)) if kinds else ()
     layers = [
         LayerVerdict(use, kinds[str(use)]["lanes"], tuple(kinds[str(use)]["expanded"]), kinds[str(use)]["reason"])
         for use in uses
     ]
-    plain: dict[str, Any] = {name: said[name] for name in _BACKEND}
+    plain: dict[str, Any] = {name: survey[name] for name in _BACKEND}
     return Backend(**plain, layers=tuple(layers))
 
 
 def main() -> int:
     request = json.load(sys.stdin)
-    # Whatever libraries print goes to standard error, so that the answer stands alone.
+    # Output of libraries goes to standard error. Standard output has only the answer.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        said: dict[str, Any] = {"found": answer(request)}
-    except Exception as error:  # mlx-lm and models are foreign code: what they raise is the row's reason
-        said = {"failed": f"{type(error).__name__}: {error}"}
-    print(json.dumps(said), file=out, flush=True)
+        result: dict[str, Any] = {"found": answer(request)}
+    except Exception as error:  # mlx-lm and models may raise anything: it is the row's reason
+        result = {"failed": f"{type(error).__name__}: {error}"}
+    print(json.dumps(result), file=out, flush=True)
     return 0
 
 

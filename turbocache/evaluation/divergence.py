@@ -1,26 +1,27 @@
-"""How far one model's next-token distributions are from another's, exactly, over the full vocabulary."""
+"""Exact divergence between two models' next-token distributions, over the whole vocabulary."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 _BLOCK = 128
-"""Positions judged at once: float64 of a vocabulary of 150,000 takes 150 MB for each array of that many."""
+"""Positions scored at once. Each float64 array takes 150 MB for a vocabulary of 150,000."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """One entry a scored position: KL divergence from the reference and negative log-likelihood of the token that
-    follows, both in nats and float64, and whether the most likely token is the reference's.
-    """
+    """One entry for each scored position. `kld` and `nll` are float64, in nats."""
 
     kld: np.ndarray
+    """KL divergence from the reference."""
     nll: np.ndarray
+    """Negative log-likelihood of the token that follows."""
     agree: np.ndarray
+    """Whether the most likely token is the reference's."""
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """`[..., vocabulary]` logits to log-probabilities in float64, whatever the input's dtype."""
+    """Log-probabilities in float64 of logits `[..., vocabulary]` of any dtype."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -28,19 +29,19 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(reference || other) in nats, of log-probabilities `[..., vocabulary]`; `[...]`, never below 0.
+    """KL(reference || other) in nats, `[...]`, never below 0. Inputs are log-probabilities `[..., vocabulary]`.
 
-    A token that the reference rules out (-inf) adds nothing.
+    A token with the reference at -inf adds nothing.
     """
     with np.errstate(invalid="ignore"):
         terms = np.where(np.isneginf(reference), 0.0, np.exp(reference) * (reference - other))
-    # Rounding takes equal distributions to -1e-17.
+    # Rounding turns 0 into -1e-17.
     result: np.ndarray = np.maximum(terms.sum(axis=-1), 0.0)
     return result
 
 
 def score(reference: np.ndarray, other: np.ndarray, targets: np.ndarray) -> TokenScores:
-    """Logits `[n, vocabulary]` of both against each other, and of `other` against the tokens that follow, int `[n]`.
+    """Scores of `other` against `reference`, logits `[n, vocabulary]`, and against the next tokens, int `[n]`.
 
     Raises ValueError for shapes that do not fit.
     """
@@ -57,7 +58,7 @@ def score(reference: np.ndarray, other: np.ndarray, targets: np.ndarray) -> Toke
 
 
 def summary(scores: list[TokenScores]) -> dict[str, float]:
-    """Over all positions of all windows: perplexity, mean and 99th-percentile KL divergence, share of equal top-1."""
+    """Perplexity, mean and 99th-percentile KL divergence, and share of equal top-1, over all positions."""
     kld, nll, agree = (np.concatenate([getattr(s, part) for s in scores]) for part in ("kld", "nll", "agree"))
     return {
         "perplexity": float(np.exp(nll.mean())),

@@ -1,4 +1,4 @@
-"""Results as they come, one line each, so that a run that was killed goes on where it was."""
+"""A file of results, one line each, so that a killed run can continue."""
 
 import json
 import os
@@ -9,27 +9,26 @@ from turbocache.evaluation.settings import EvaluationError
 
 
 class Journal:
-    """A file of JSON lines: what the results depend on first, then a line for each result.
+    """A file of JSON lines: first the circumstances that all results depend on, then one line for each result.
 
-    A line is on the disk before `record` returns. The rest of a line whose writing was interrupted is dropped at the
-    next start.
+    A line is on the disk before `record` returns. The next start drops an incomplete last line.
     """
 
     def __init__(self, path: Path, circumstances: dict[str, Any], *, restart: bool = False) -> None:
-        """Open or begin the journal at `path`. Raises EvaluationError if it belongs to other circumstances."""
+        """Open or create the journal. Raises EvaluationError if it has other circumstances."""
         self._path = path
         self.results: dict[str, Any] = {}
-        said = json.loads(json.dumps(circumstances))
+        header = json.loads(json.dumps(circumstances))
         try:
             whole = self._whole_lines() if path.exists() and not restart else []
             if whole:
-                self._check(whole[0], said)
+                self._check(whole[0], header)
                 self.results = {line["key"]: line["result"] for line in whole[1:]}
             self._file = open(path, "ab" if whole else "wb")  # noqa: SIM115  (held until close)
         except OSError as error:
             raise EvaluationError(f"can't write {str(path)!r}: {error.strerror}") from error
         if not whole:
-            self._append(said)
+            self._append(header)
 
     def __enter__(self) -> "Journal":
         return self
@@ -38,7 +37,7 @@ class Journal:
         self._file.close()
 
     def record(self, key: str, result: Any) -> None:
-        """Keep a result. Floats come back exactly."""
+        """Write a result. Floats are read back exactly."""
         self._append({"key": key, "result": result})
         self.results[key] = result
 
@@ -62,10 +61,10 @@ class Journal:
             os.truncate(self._path, end)
         return lines
 
-    def _check(self, begun: dict[str, Any], said: dict[str, Any]) -> None:
-        names = [name for name in {**begun, **said} if begun.get(name) != said.get(name)]
+    def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         if names:
-            differs = "; ".join(f"{name} {begun.get(name)!r} then, {said.get(name)!r} now" for name in names)
+            differs = "; ".join(f"{name} {old.get(name)!r} then, {new.get(name)!r} now" for name in names)
             raise EvaluationError(
                 f"{str(self._path)!r} holds results of other settings ({differs}): "
                 "run with --restart to start over, or with another --json"

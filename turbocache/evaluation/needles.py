@@ -1,9 +1,9 @@
-"""Needles: a number hidden in a long prompt, asked for at its end. Greedy answers that contain it count."""
+"""Needles: a number hidden in a long prompt, with a question about it at the end. The answer is greedy."""
 
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from turbocache.mlxlm.prompt_cache import PromptCache
 from turbocache.store import evaluate
 
 ANSWER_TOKENS = 48
-"""Most tokens that an answer is given."""
+"""Maximum tokens of an answer."""
 
 OTHER = "other"
-"""The context of prompts that are not of a grid."""
+"""The context of prompts outside a grid of lengths and depths."""
 
 _FIRST = ("amber", "brave", "calm", "dusty", "early", "fancy", "gentle", "hollow", "ivory", "jolly", "lively", "mellow")
 _SECOND = ("anchor", "bridge", "candle", "desert", "engine", "forest", "garden", "harbor", "island", "jacket", "mirror")
@@ -28,31 +28,34 @@ _SECOND = ("anchor", "bridge", "candle", "desert", "engine", "forest", "garden",
 
 @dataclass(frozen=True, slots=True)
 class Needle:
-    """A prompt as token ids and the text that its answer must contain. `context` is a length in tokens or `OTHER`."""
+    """A prompt with a hidden number."""
 
     id: str
     context: str
+    """A length in tokens, or `OTHER`."""
     depth: float | None
+    """The number's position as a share of the context."""
     ids: tuple[int, ...]
+    """Tokens of the prompt."""
     answer: str
+    """The text that a correct answer contains."""
 
     @property
     def key(self) -> str:
-        """A name that changes with the prompt."""
+        """The id with a digest of the prompt and its answer."""
         digest = hashlib.sha256(json.dumps([self.ids, self.answer]).encode()).hexdigest()[:12]
         return f"{self.id}-{digest}"
 
 
 def load_needles(path: Path, tokenizer: TokenizerWrapper) -> list[Needle]:
-    """Prompts of a JSON-lines file: `messages` and `answer`, and `context` and `depth` for those of a grid.
-
-    Raises EvaluationError for a file that is not of this form.
+    """Prompts of a JSON-lines file with `messages`, `answer` and, in a grid, `context` and `depth`. Raises
+    EvaluationError for another form.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"can't read the needles {str(path)!r}: {getattr(error, 'strerror', error)}") from error
-    found = []
+    needles = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -68,19 +71,18 @@ def load_needles(path: Path, tokenizer: TokenizerWrapper) -> list[Needle]:
                 "each line is a JSON object with messages and answer, and context and depth if it is of a grid"
             ) from error
         name = str(item.get("id", f"{path.stem}-{number}"))
-        found.append(Needle(name, OTHER if context is None else str(context), depth, tuple(ids), answer))
-    if not found:
+        needles.append(Needle(name, OTHER if context is None else str(context), depth, tuple(ids), answer))
+    if not needles:
         raise EvaluationError(f"there are no needles in {str(path)!r}")
-    return found
+    return needles
 
 
 def make_needles(
     tokenizer: TokenizerWrapper, text: str, trials: dict[int, int], depths: Sequence[float], seed: int
 ) -> list[Needle]:
-    """Needles hidden in pieces of `text`, `trials[length]` for each depth; a length is the most tokens that the whole
-    prompt has.
+    """Needles in pieces of `text`: `trials[length]` for each depth, in prompts of at most `length` tokens.
 
-    The same seed gives the same needles. Raises EvaluationError when the text is too short.
+    The same seed gives the same needles. Raises EvaluationError if the text is too short.
     """
     hay = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     made = []
@@ -119,12 +121,12 @@ def _hidden(
         ids = prompt(n_hay)
         if len(ids) <= length:
             return Needle(name, str(length), depth, tuple(ids), number)
-        n_hay -= max(1, len(ids) - length)  # cut text does not always become the same tokens again
+        n_hay -= max(1, len(ids) - length)  # the text of cut tokens may have other tokens
     raise EvaluationError(f"a prompt of {length} tokens has no room for a needle")
 
 
 def _prompt(tokenizer: TokenizerWrapper, messages: list[dict[str, str]], begun: str = "") -> list[int]:
-    """Token ids of a chat with the model's turn next; for a model without a template the contents and `begun`."""
+    """Tokens of a chat, with the model's turn next. Without a chat template: the contents and `begun`."""
     if tokenizer.has_chat_template:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(tokenizer.encode(text, add_special_tokens=False))
@@ -132,36 +134,28 @@ def _prompt(tokenizer: TokenizerWrapper, messages: list[dict[str, str]], begun: 
 
 
 def ask(model: Module, tokenizer: TokenizerWrapper, cache: PromptCache, needle: Needle, chunk: int) -> bool:
-    """Whether the greedy answer, read and written through `cache`, contains the needle's."""
+    """Whether the greedy answer over `cache` contains the needle's answer."""
     prompt = list(needle.ids)
     for start in range(0, len(prompt) - 1, chunk):
         model(mx.array([prompt[start : min(start + chunk, len(prompt) - 1)]]), cache=cache)
         evaluate(cache)
-    written: list[int] = []
-    for token in _greedy(model, cache, prompt[-1]):
+    token = prompt[-1]
+    answer: list[int] = []
+    while len(answer) < ANSWER_TOKENS:
+        token = int(mx.argmax(model(mx.array([[token]]), cache=cache)[0, -1]))
         if token in tokenizer.eos_token_ids:
             return False
-        written.append(token)
-        if needle.answer in tokenizer.decode(written):
+        answer.append(token)
+        if needle.answer in tokenizer.decode(answer):
             return True
-        if len(written) == ANSWER_TOKENS:
-            return False
     return False
 
 
-def _greedy(model: Module, cache: PromptCache, token: int) -> Iterator[int]:
-    """The most likely tokens after `token`, without end."""
-    while True:
-        logits = model(mx.array([[token]]), cache=cache)
-        token = int(mx.argmax(logits[0, -1]))
-        yield token
-
-
 def recall(outcomes: dict[tuple[str, float | None], list[bool]]) -> tuple[dict[str, float], dict[str, Any]]:
-    """From outcomes by context and depth: recall by context, and `[found, asked]` by context and depth."""
+    """Recall by context, and `[correct, asked]` by context and depth, from outcomes by context and depth."""
     by_context: dict[str, list[bool]] = {}
     cells: dict[str, dict[str, list[int]]] = {}
-    for (context, depth), found in outcomes.items():
-        by_context.setdefault(context, []).extend(found)
-        cells.setdefault(context, {})["-" if depth is None else f"{depth:g}"] = [sum(found), len(found)]
-    return {context: sum(found) / len(found) for context, found in by_context.items()}, cells
+    for (context, depth), correct in outcomes.items():
+        by_context.setdefault(context, []).extend(correct)
+        cells.setdefault(context, {})["-" if depth is None else f"{depth:g}"] = [sum(correct), len(correct)]
+    return {context: sum(correct) / len(correct) for context, correct in by_context.items()}, cells

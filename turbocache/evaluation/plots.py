@@ -9,19 +9,16 @@ from turbocache.documents import figure_class, save_figures
 _FAMILIES = (("mlx-lm", "s", "tab:red"), ("mlx-vlm", "^", "tab:green"), ("", "o", "tab:blue"))
 
 
-def draw(told: dict[str, Any], folder: Path) -> list[str]:
-    """Draw what the document has numbers for into `folder`; returns the names of the PNG files.
-
-    Raises PlotsUnavailable without matplotlib, DocumentError where the files can't be written.
-    """
+def draw(results: dict[str, Any], folder: Path) -> list[str]:
+    """Draw the figures of a document. Returns the PNG files' names. Raises PlotsUnavailable and DocumentError."""
     figure = figure_class("eval")
-    return save_figures({"kld": _divergence(figure, told), "needles": _needles(figure, told)}, folder)
+    return save_figures({"kld": _divergence(figure, results), "needles": _needles(figure, results)}, folder)
 
 
-def _divergence(new_figure: Any, told: dict[str, Any]) -> Any:
+def _divergence(new_figure: Any, results: dict[str, Any]) -> Any:
     """Mean KL divergence against stored bits, both on logarithmic axes."""
     rows = [
-        row for row in told["rows"] if row.get("kld_mean") and row["kld_mean"] > 1e-9 and row.get("stored_bits_half")
+        row for row in results["rows"] if row.get("kld_mean") and row["kld_mean"] > 1e-9 and row.get("stored_bits_half")
     ]
     if not rows:
         return None
@@ -37,7 +34,9 @@ def _divergence(new_figure: Any, told: dict[str, Any]) -> Any:
                     row["preset"], (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=colour
                 )
     axes.set(xscale="log", yscale="log", xlabel="bits a value, everything counted (half precision)")
-    axes.set(ylabel="mean KL divergence (nats)", title=f"{told['model']}, context {told['context']}, {told['text']}")
+    axes.set(
+        ylabel="mean KL divergence (nats)", title=f"{results['model']}, context {results['context']}, {results['text']}"
+    )
     ticks = [2, 3, 4, 5, 6, 8, 10, 12, 16]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
@@ -46,9 +45,9 @@ def _divergence(new_figure: Any, told: dict[str, Any]) -> Any:
     return figure
 
 
-def _needles(new_figure: Any, told: dict[str, Any]) -> Any:
-    """A heat map of recall for each row, context across and depth down."""
-    rows = [row for row in told["rows"] if any(context.isdigit() for context in row.get("needle_cells", ()))]
+def _needles(new_figure: Any, results: dict[str, Any]) -> Any:
+    """A heat map of recall for each row. Contexts are columns, depths are rows."""
+    rows = [row for row in results["rows"] if any(context.isdigit() for context in row.get("needle_cells", ()))]
     if not rows:
         return None
     across = min(3, len(rows))
@@ -61,14 +60,14 @@ def _needles(new_figure: Any, told: dict[str, Any]) -> Any:
     for panel in panels[len(rows) :]:
         panel.set_axis_off()
     figure.colorbar(image, ax=panels.tolist(), label="recall")
-    figure.suptitle(f"Needle recall, {told['model']}: context (tokens) across, depth down")
+    figure.suptitle(f"Needle recall, {results['model']}: context (tokens) across, depth down")
     return figure
 
 
 def _heat_map(panel: Any, row: dict[str, Any]) -> Any:
-    cells = {context: found for context, found in row["needle_cells"].items() if context.isdigit()}
+    cells = {context: counts for context, counts in row["needle_cells"].items() if context.isdigit()}
     contexts = sorted(cells, key=int)
-    depths = sorted({depth for found in cells.values() for depth in found})
+    depths = sorted({depth for counts in cells.values() for depth in counts})
     shares = [[_share(cells[context].get(depth)) for context in contexts] for depth in depths]
     image = panel.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     panel.set_xticks(range(len(contexts)), contexts, fontsize=8)
@@ -78,13 +77,13 @@ def _heat_map(panel: Any, row: dict[str, Any]) -> Any:
         for j, context in enumerate(contexts):
             if depth in cells[context]:
                 colour = "black" if 0.2 < shares[i][j] < 0.8 else "white"
-                said = "{}/{}".format(*cells[context][depth])
-                panel.text(j, i, said, ha="center", va="center", fontsize=7, color=colour)
+                label = "{}/{}".format(*cells[context][depth])
+                panel.text(j, i, label, ha="center", va="center", fontsize=7, color=colour)
     return image
 
 
-def _share(found: Sequence[int] | None) -> float:
-    return found[0] / found[1] if found else float("nan")
+def _share(counts: Sequence[int] | None) -> float:
+    return counts[0] / counts[1] if counts else float("nan")
 
 
 def _family(name: str) -> str:

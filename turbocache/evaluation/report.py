@@ -1,9 +1,10 @@
-"""The evaluation's results as one JSON document and as Markdown."""
+"""Writes the evaluation's results as one JSON document and as Markdown."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from kernels.probe.verdict import dtype_name
 from turbocache.documents import inline, machine, versions
 from turbocache.evaluation.rows import FULL, is_foreign
 from turbocache.evaluation.run import Work
@@ -18,7 +19,7 @@ _COLUMNS = (
 )
 
 _STANDARD = "mlx-lm-4"
-"""The row whose divergence the others' is given as a share of."""
+"""The row whose divergence is the unit of a column."""
 
 _LEGEND = """\
 *bits*: bytes of one session's cache at the end of a window, all counted (pages, scales, raw sink and window, unused
@@ -29,7 +30,7 @@ token is the same."""
 
 
 def document(work: Work, rows: Sequence[dict[str, Any]], command: str) -> dict[str, Any]:
-    """All that the JSON file says."""
+    """The JSON file."""
     settings = work.settings
     return {
         "rows": list(rows),
@@ -37,7 +38,7 @@ def document(work: Work, rows: Sequence[dict[str, Any]], command: str) -> dict[s
         "command": command,
         "model": work.loaded.id,
         "model_notes": list(work.loaded.notes),
-        "dtype": str(work.loaded.dtype).removeprefix("mlx.core."),
+        "dtype": dtype_name(work.loaded.dtype),
         "text": settings.text.name,
         "text_sha256": work.circumstances()["text_sha256"],
         "context": settings.context,
@@ -56,7 +57,7 @@ def document(work: Work, rows: Sequence[dict[str, Any]], command: str) -> dict[s
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table; a column for each needle length, and only columns that have something."""
+    """The rows as a Markdown table. Columns without figures are left out."""
     columns = [column for column in _COLUMNS if any(column[0] in row for row in rows)]
     lengths = sorted({length for row in rows for length in row.get("needle", ())}, key=_length)
     standard = next((row.get("kld_mean") for row in rows if row["preset"] == _STANDARD), None)
@@ -80,25 +81,25 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def markdown(told: dict[str, Any], images: Sequence[str] = ()) -> str:
-    """A page of results: what was measured, the table, and what its columns mean."""
-    versions_said = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
-    machine_said = told["machine"]
-    parts = [f"# {told['model']}, {told['date']}", f"    {told['command']}"]
-    if told["windows"]:
+def markdown(results: dict[str, Any], images: Sequence[str] = ()) -> str:
+    """A page of results: the settings, the table and its legend, comparisons and figures."""
+    packages = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    host = results["machine"]
+    parts = [f"# {results['model']}, {results['date']}", f"    {results['command']}"]
+    if results["windows"]:
         parts.append(
-            f"{told['windows']} windows of {told['context']} tokens of {told['text']}, scored from "
-            f"{told['score_from']} ({told['scored_tokens']} tokens), in {told['dtype']}."
+            f"{results['windows']} windows of {results['context']} tokens of {results['text']}, scored from "
+            f"{results['score_from']} ({results['scored_tokens']} tokens), in {results['dtype']}."
         )
     parts.append(
-        f"{versions_said}. {machine_said['device']} ({machine_said['architecture']}), {machine_said['cores']} cores, "
-        f"{machine_said['system']}, Python {machine_said['python']}. Seed {told['seed']}."
+        f"{packages}. {host['device']} ({host['architecture']}), {host['cores']} cores, {host['system']}, "
+        f"Python {host['python']}. Seed {results['seed']}."
     )
-    parts += [table(told["rows"]), _LEGEND]
-    compared = comparisons(told["rows"])
+    parts += [table(results["rows"]), _LEGEND]
+    compared = comparisons(results["rows"])
     if compared:
         parts.append("At no more bits (half):\n\n" + "\n".join(f"- {line}" for line in compared))
-    notes = [f"- {row['preset']}: {inline(row['note'])}" for row in told["rows"] if row["note"]]
+    notes = [f"- {row['preset']}: {inline(row['note'])}" for row in results["rows"] if row["note"]]
     if notes:
         parts.append("How the rows were stored:\n\n" + "\n".join(notes))
     parts += [f"![{name}]({name})" for name in images]
@@ -106,7 +107,7 @@ def markdown(told: dict[str, Any], images: Sequence[str] = ()) -> str:
 
 
 def comparisons(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each cache of another project: the least divergence that this one's presets have in no more bits."""
+    """For each cache of another project: the least divergence of a preset with at most the same bits."""
     measured = [row for row in rows if row.get("kld_mean") is not None and row["preset"] != FULL]
     lines = []
     for row in measured:
@@ -114,11 +115,11 @@ def comparisons(rows: Sequence[dict[str, Any]]) -> list[str]:
             bits, kld = row["stored_bits_half"], row["kld_mean"]
             within = [r for r in measured if not is_foreign(r["preset"]) and r["stored_bits_half"] <= bits]
             best = min(within, key=lambda r: r["kld_mean"], default=None)
-            found = "no preset is as small"
+            comparison = "no preset is as small"
             if best is not None:
                 share = f", {best['kld_mean'] / kld:.2g} of it" if kld else ""
-                found = f"{best['preset']} ({best['stored_bits_half']:.2f} bits) has {best['kld_mean']:.3g}{share}"
-            lines.append(f"{row['preset']} ({bits:.2f} bits) has {kld:.3g}; {found}")
+                comparison = f"{best['preset']} ({best['stored_bits_half']:.2f} bits) has {best['kld_mean']:.3g}{share}"
+            lines.append(f"{row['preset']} ({bits:.2f} bits) has {kld:.3g}; {comparison}")
     return lines
 
 
@@ -130,7 +131,7 @@ def _needle_cell(row: dict[str, Any], length: str) -> str:
     if length not in row.get("needle", {}):
         return "-"
     cells = row["needle_cells"][length].values()
-    return f"{row['needle'][length]:.1%} ({sum(found for found, _ in cells)}/{sum(asked for _, asked in cells)})"
+    return f"{row['needle'][length]:.1%} ({sum(correct for correct, _ in cells)}/{sum(asked for _, asked in cells)})"
 
 
 def _length(context: str) -> tuple[int, str]:

@@ -1,16 +1,16 @@
 """The rows of an evaluation: named ways to make a cache.
 
-    full                       mlx-lm's own cache in full precision: what all others are compared with
+    full                       mlx-lm's own cache in full precision: the reference for all others
     PRESET                     a preset of this project, with the backend, sink and window of the settings
     PRESET:BACKEND             with a backend of its own
-    PRESET@KEEP/WINDOW         with a sink and window of its own; sweeps make these
-    PRESET@KEEP/WINDOW/SIZE    which also rotates: no query sees more than SIZE tokens
-    PRESET+FIELD=VALUE         with another value of one of the preset's fields; on and off are truths
+    PRESET@KEEP/WINDOW         with a sink and window of its own, as sweeps make them
+    PRESET@KEEP/WINDOW/SIZE    the same, rotating: a query sees at most SIZE tokens
+    PRESET+FIELD=VALUE         with another value of a preset's field; on and off for truth values
     mlx-lm-BITS                mlx-lm's QuantizedKVCache, groups of 64, from the first token
     mlx-vlm-BITS               mlx-vlm's TurboQuant cache as its generation uses it: the last layer stays raw
     mlx-vlm-BITS-all           the same with the last layer compressed as well
 
-A row that can't run on this machine or with this model stays in the table and says why.
+A row that can't run on this machine or with this model stays in the table with the reason.
 """
 
 import re
@@ -44,38 +44,38 @@ GROUPS = {
     "mlx-lm": tuple(f"mlx-lm-{bits}" for bits in MLX_LM_BITS),
     "mlx-vlm": tuple(f"mlx-vlm-{bits:g}{which}" for bits in MLX_VLM_BITS for which in ("", "-all")),
 }
-"""Names that stand for several rows; `all` stands for all of these."""
+"""Names for several rows. `all` is all of these groups."""
 
 
 class RowUnavailable(Exception):
-    """This row can't run here; the message is the reason that its line of the table gives."""
+    """This row can't run here. The message is the reason in the table."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenCache:
-    """An empty session's prompt cache, and how its bytes are counted."""
+    """The prompt cache of an empty session."""
 
     layers: PromptCache
     stored: Callable[[], Stored]
+    """Counts its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A named way to make caches. `open(n_tokens)` makes an empty one for that many tokens, or raises RowUnavailable.
-
-    `key` says all that its results depend on, the backend and the sizes that the settings gave it among it. `foreign`
-    says that its code is not this project's.
-    """
+    """A named way to make caches."""
 
     name: str
     key: str
+    """Names everything that its results depend on, with backend and sizes."""
     open: Callable[[int], OpenCache]
+    """Makes an empty cache for a number of tokens. Raises RowUnavailable."""
     foreign: bool = False
+    """Whether the cache is another project's."""
     note: str = ""
 
 
 def expand_names(settings: Settings) -> list[str]:
-    """The settings' row names with groups and sweeps written out, each once. Raises EvaluationError for unknown."""
+    """The settings' rows, with groups and sweeps expanded, each once. Raises EvaluationError for unknown names."""
     names: list[str] = []
     for typed in settings.rows:
         names += (
@@ -95,19 +95,19 @@ def expand_names(settings: Settings) -> list[str]:
 
 
 def full_precision(model: Module) -> Row:
-    """The row that all others are compared with."""
+    """The row that is the reference for all others."""
     return Row(FULL, FULL, lambda _: _foreign(make_prompt_cache(model)))
 
 
 class RowMaker:
-    """Makes rows for one loaded model whose layers have been planned. Probes each backend and preset once."""
+    """Makes rows for one model and its layer plans. Probes each backend and preset once."""
 
     def __init__(self, model: Module, plans: Sequence[LayerPlan], settings: Settings) -> None:
         self._model, self._plans, self._settings = model, plans, settings
         self._backend = cache(self._choose)
 
     def row(self, name: str) -> Row:
-        """The row of that name. Raises EvaluationError for a backend that does not work here."""
+        """The row of that name. Raises EvaluationError if its backend does not work here."""
         if name == FULL:
             return full_precision(self._model)
         parsed = parse_preset(name)
@@ -165,7 +165,7 @@ def _foreign(layers: PromptCache) -> OpenCache:
 
 
 def parse_preset(name: str) -> tuple[Preset, str | None, RingConfig | None] | None:
-    """A preset's row name in its parts, or None for another name. Raises EvaluationError for values that can't be."""
+    """The parts of a preset's row name, None for another name. Raises EvaluationError for invalid values."""
     match = re.fullmatch(r"([^:@+]+)((?:\+\w+=[\w.]+)*)(?::([a-z]+))?(?:@(\d+)/(\d+)(?:/(\d+))?)?", name)
     if match is None or match[1] not in PRESETS:
         return None
@@ -187,12 +187,12 @@ def _is_off(name: str) -> bool:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a row is another project's cache."""
+    """Whether a row's cache is another project's."""
     return _foreign_bits(name) is not None
 
 
 def _foreign_bits(name: str) -> tuple[str, float, bool] | None:
-    """Whose cache a row compares with, its bits, and whether all layers are compressed; None for another name."""
+    """The project, the bits and whether all layers are compressed. None for other names."""
     match = re.fullmatch(r"(mlx-lm|mlx-vlm)-(\d(?:\.5)?)(-all)?", name)
     if match is None:
         return None

@@ -1,15 +1,15 @@
-"""The evaluation itself: every row over every window and needle, each result kept as soon as it is there."""
+"""Runs every row over every window and needle, and records each result at once."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
+from kernels.probe.verdict import dtype_name
 from turbocache.documents import versions
 from turbocache.evaluation.divergence import TokenScores, summary
 from turbocache.evaluation.journal import Journal
@@ -18,7 +18,7 @@ from turbocache.evaluation.rows import FULL, OpenCache, Row, RowMaker, RowUnavai
 from turbocache.evaluation.settings import EvaluationError, Settings
 from turbocache.evaluation.storage import n_values
 from turbocache.evaluation.text import Reading, ReferenceLogits, cut_windows, read_text
-from turbocache.mlxlm.model import LoadedModel
+from turbocache.mlxlm.model import LoadedModel, parameter_nbytes
 from turbocache.store import checked_plans
 
 DEFAULT_LENGTHS = (512, 1024, 2048, 4096)
@@ -26,7 +26,7 @@ DEFAULT_TRIALS = 5
 
 
 class Progress(Protocol):
-    """What a progress bar is told: what happens now, and tokens as they are done."""
+    """A progress bar: a description of the current part, and the number of new tokens."""
 
     def set_description(self, desc: str, refresh: bool) -> object: ...
 
@@ -35,7 +35,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """All that an evaluation of one model has to do."""
+    """The work of an evaluation of one model."""
 
     loaded: LoadedModel
     settings: Settings
@@ -49,19 +49,18 @@ class Work:
         return Reading(self.settings.chunk, self.settings.score_from)
 
     def circumstances(self) -> dict[str, Any]:
-        """What a result depends on beside its key, for the journal."""
-        parameters = cast(list[tuple[str, mx.array]], tree_flatten(self.loaded.model.parameters()))
+        """The values that all results depend on, for the journal."""
         return {
             "model": self.loaded.id,
-            "parameter_bytes": sum(value.nbytes for _, value in parameters),
-            "dtype": str(self.loaded.dtype).removeprefix("mlx.core."),
+            "parameter_bytes": parameter_nbytes(self.loaded.model),
+            "dtype": dtype_name(self.loaded.dtype),
             "text_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
             **self.settings.fingerprint(),
             **versions(),
         }
 
     def todo(self, done: Iterable[str]) -> int:
-        """Tokens to go through for what is not done yet."""
+        """Tokens to read for the results that are missing."""
         have = set(done)
         tokens = 0
         for i, window in enumerate(self.windows):
@@ -73,7 +72,7 @@ class Work:
 
 
 def prepare(loaded: LoadedModel, settings: Settings) -> Work:
-    """Check everything that can be wrong before anything takes long. Raises EvaluationError."""
+    """Check all inputs before the long work. Raises EvaluationError."""
     names = expand_names(settings)
     text = read_text(settings.text)
     if settings.context > loaded.max_positions:
@@ -98,18 +97,18 @@ def _needles(loaded: LoadedModel, settings: Settings, text: str) -> list[Needle]
         lengths = settings.lengths or [n for n in DEFAULT_LENGTHS if n <= loaded.max_positions]
         trials = {length: settings.trials_of(str(length)) or DEFAULT_TRIALS for length in lengths}
         return make_needles(loaded.tokenizer, text, trials, settings.depths, settings.seed)
-    found = [needle for path in settings.needles for needle in load_needles(path, loaded.tokenizer)]
+    needles = [needle for path in settings.needles for needle in load_needles(path, loaded.tokenizer)]
     if settings.lengths is not None:
-        found = [needle for needle in found if needle.context in {str(length) for length in settings.lengths}]
-        if not found:
+        needles = [needle for needle in needles if needle.context in {str(length) for length in settings.lengths}]
+        if not needles:
             raise EvaluationError("none of the needles in the files has one of the --lengths")
-    longest = max(len(needle.ids) for needle in found)
+    longest = max(len(needle.ids) for needle in needles)
     if longest > loaded.max_positions:
         raise EvaluationError(
             f"a needle's prompt has {longest} tokens, more than the {loaded.max_positions} positions of {loaded.id}: "
             "choose --lengths"
         )
-    return _first_of_each_cell(found, settings)
+    return _first_of_each_cell(needles, settings)
 
 
 def _first_of_each_cell(needles: Sequence[Needle], settings: Settings) -> list[Needle]:
@@ -125,7 +124,7 @@ def _first_of_each_cell(needles: Sequence[Needle], settings: Settings) -> list[N
 
 
 def run(work: Work, journal: Journal, progress: Progress) -> list[dict[str, Any]]:
-    """Do what the journal does not have yet; returns the table's rows, `FULL` first."""
+    """Measure what the journal lacks. Returns the table's rows, `FULL` first."""
     mx.random.seed(work.settings.seed)
     for i in range(len(work.windows)):
         _read_window(work, i, journal, progress)
@@ -139,7 +138,7 @@ def run(work: Work, journal: Journal, progress: Progress) -> list[dict[str, Any]
 
 
 def _read_window(work: Work, i: int, journal: Journal, progress: Progress) -> None:
-    """One window: full precision first, then every row against it, so that only one window's logits are kept."""
+    """Read one window in full precision, then with every row, so that one window's logits are kept at a time."""
     rows = [row for row in work.rows if row.name != FULL and _text_key(i, row.key) not in journal.results]
     if not rows and _text_key(i, FULL) in journal.results:
         return
@@ -158,17 +157,25 @@ def _read_window(work: Work, i: int, journal: Journal, progress: Progress) -> No
             progress.update(len(window))
 
 
-def _text_of(work: Work, row: Row, window: list[int], reference: ReferenceLogits, values: int) -> dict[str, Any]:
-    try:
+def _text_of(work: Work, row: Row, window: list[int], reference: ReferenceLogits, values: int) -> Any:
+    def measure() -> dict[str, Any]:
         opened = row.open(len(window))
         scores = reference.judge_cache(work.loaded.model, opened.layers, window, work.reading)
+        return _text_result(scores, opened, values)
+
+    return _result_or_reason(row, measure)
+
+
+def _result_or_reason(row: Row, measure: Callable[[], Any]) -> Any:
+    """The result, or a row's reason for having none. Errors of this project's own caches are raised."""
+    try:
+        return measure()
     except RowUnavailable as reason:
         return {"unavailable": str(reason)}
     except Exception as error:
         if not row.foreign:
             raise
         return {"unavailable": f"{type(error).__name__}: {error}"}
-    return _text_result(scores, opened, values)
 
 
 def _text_result(scores: TokenScores, opened: OpenCache, values: int) -> dict[str, Any]:
@@ -188,28 +195,24 @@ def _ask(work: Work, needle: Needle, row: Row, journal: Journal, progress: Progr
     if key in journal.results:
         return
     progress.set_description(f"{needle.id} {row.name}", refresh=False)
-    try:
+
+    def measure() -> bool:
         opened = row.open(len(needle.ids) + ANSWER_TOKENS)
-        result: Any = ask(work.loaded.model, work.loaded.tokenizer, opened.layers, needle, work.settings.chunk)
-    except RowUnavailable as reason:
-        result = {"unavailable": str(reason)}
-    except Exception as error:
-        if not row.foreign:
-            raise
-        result = {"unavailable": f"{type(error).__name__}: {error}"}
-    journal.record(key, result)
+        return ask(work.loaded.model, work.loaded.tokenizer, opened.layers, needle, work.settings.chunk)
+
+    journal.record(key, _result_or_reason(row, measure))
     progress.update(len(needle.ids))
 
 
 def table_row(work: Work, row: Row, results: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table, from the journal's results. What was not measured, or is no number, is None."""
+    """One line of the table from the journal's results. Figures that are not finite are None."""
     windows = [results[_text_key(i, row.key)] for i in range(len(work.windows)) if _text_key(i, row.key) in results]
     asked = [
         (needle, results[_needle_key(needle, row)]) for needle in work.needles if _needle_key(needle, row) in results
     ]
     reasons = [
         r["unavailable"]
-        for r in [*windows, *(found for _, found in asked)]
+        for r in [*windows, *(result for _, result in asked)]
         if isinstance(r, dict) and "unavailable" in r
     ]
     line: dict[str, Any] = {"preset": row.name, "note": row.note}
@@ -221,8 +224,8 @@ def table_row(work: Work, row: Row, results: dict[str, Any]) -> dict[str, Any]:
         line["stored_bits_half"] = 8 * last["half_nbytes"] / last["values"]
         line |= summary([_scores(result) for result in windows])
     outcomes: dict[tuple[str, float | None], list[bool]] = {}
-    for needle, found in asked:
-        outcomes.setdefault((needle.context, needle.depth), []).append(bool(found))
+    for needle, correct in asked:
+        outcomes.setdefault((needle.context, needle.depth), []).append(bool(correct))
     if outcomes:
         line["needle"], line["needle_cells"] = recall(outcomes)
     return {
@@ -243,5 +246,5 @@ def _needle_key(needle: Needle, row: Row) -> str:
 
 
 def journal_path(json_path: Path) -> Path:
-    """Where results are kept while a run is on its way to `json_path`."""
+    """The journal of the run that writes `json_path`."""
     return json_path.with_name(json_path.name + ".journal")

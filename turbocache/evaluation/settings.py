@@ -1,4 +1,4 @@
-"""What is asked of an evaluation, and the one error that says why it can't be done."""
+"""The settings of an evaluation and the error for invalid ones."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,20 +8,16 @@ from turbocache.cache.ring import RingConfig
 
 
 class EvaluationError(Exception):
-    """The evaluation can't run as asked; the message is one sentence for the person who asked."""
+    """The evaluation can't run as asked. The message is one sentence for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Sizes are in tokens. `rows` are row names as typed (`rows.py: expand_names` knows the groups among them).
-
-    `keep` and `window` with several values are a sweep: each preset gets a row for every pair. `needles` is None for no
-    needles, and empty for those that are made from the text; `lengths` None takes all that there are. `trials` is how
-    many are asked of each length and depth: one number, or one for each of `lengths`.
-    """
+    """Sizes are in tokens. Raises EvaluationError for invalid values."""
 
     text: Path
     rows: tuple[str, ...]
+    """Row names and groups as typed (`rows.py: expand_names`)."""
     context: int = 2048
     windows: int = 3
     score_from: int = 0
@@ -29,14 +25,17 @@ class Settings:
     seed: int = 0
     backend: str = "reference"
     keep: tuple[int, ...] = (RingConfig().keep,)
+    """Several values of `keep` or `window` are a sweep: each preset gets a row for each pair."""
     window: tuple[int, ...] = (RingConfig().window,)
     needles: tuple[Path, ...] | None = None
+    """Files. Empty: made from the text. None: no needles."""
     lengths: tuple[int, ...] | None = None
+    """None: all lengths."""
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     trials: tuple[int, ...] | None = None
+    """Needles for each length and depth: one number, or one for each of `lengths`."""
 
     def __post_init__(self) -> None:
-        """Raises EvaluationError for sizes that mean nothing."""
         for name, least in (("context", 2), ("windows", 0), ("chunk", 1), ("score_from", 0)):
             if (value := getattr(self, name)) < least:
                 raise EvaluationError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
@@ -58,13 +57,11 @@ class Settings:
                     raise EvaluationError(f"--keep and --window: {error}") from error
 
     def fingerprint(self) -> dict[str, Any]:
-        """What results depend on, beside a row's key, a window's index and a needle's prompt: runs that agree here can
-        go on from each other's results.
-        """
+        """The settings that all results depend on. Runs that agree in them can share a journal."""
         return {name: getattr(self, name) for name in ("context", "score_from", "chunk", "seed")}
 
     def trials_of(self, context: str) -> int | None:
-        """Needles of each depth at this length; None for all that there are."""
+        """Needles of each depth at this length. None: all."""
         if self.trials is None or len(self.trials) == 1:
             return self.trials[0] if self.trials else None
         return dict(zip(map(str, self.lengths or ()), self.trials, strict=True))[context]

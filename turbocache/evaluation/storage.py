@@ -1,4 +1,4 @@
-"""Bytes that a session's cache holds, counted from its arrays."""
+"""Counts the bytes of a session's cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,30 +14,27 @@ _HALF = 2
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Bytes of one session, allocated but unused slots counted. `half_nbytes` is the same where the model computes in
-    half precision: a model in float32 keeps raw tokens, or scales, in twice the bytes.
-    """
+    """Bytes of one session, with unused slots that are allocated."""
 
     nbytes: int
     half_nbytes: int
+    """The same for half precision. A float32 model stores raw tokens and scales in twice the bytes."""
 
 
 def paged_bytes(store: CacheStore, cache: PromptCache) -> Stored:
-    """A session of this project: its pages, its sink and window with all their slots, what belongs to it beside them,
-    and the layers that keep mlx-lm's caches.
-    """
+    """Bytes of a session of this project: pages, sink, window, and the layers with mlx-lm's caches."""
     total, native = store.held_nbytes(cache), native_nbytes(cache)
     ring = ring_of(cache)
     pages = 0 if ring is None else len(ring.pages) * store.spec.pool.page_nbytes
     raw = total - native - pages
-    # Codes and scales are the same in every model; `off` keeps raw tokens in its pages.
-    as_the_model_has_them = raw if store.preset.compressed else raw + pages
-    saved = _share_saved(store) * as_the_model_has_them + native - _halved(_arrays(cache))
+    # Codes and scales do not depend on the model's dtype. Pages of `off` hold raw tokens.
+    in_model_dtype = raw if store.preset.compressed else raw + pages
+    saved = _share_saved(store) * in_model_dtype + native - _halved(_arrays(cache))
     return Stored(total, total - round(saved))
 
 
 def _share_saved(store: CacheStore) -> float:
-    """Of a raw token's bytes, how much half precision would save."""
+    """The share of a raw token's bytes that half precision saves."""
     shapes = [(layer.lanes.shape, layer.dtype.size) for layer in store.spec.layers]
     values = [(shape.n_kv_heads * (shape.key_dim + shape.value_dim), size) for shape, size in shapes]
     nbytes = sum(count * size for count, size in values)
@@ -45,13 +42,13 @@ def _share_saved(store: CacheStore) -> float:
 
 
 def foreign_bytes(cache: PromptCache) -> Stored:
-    """A session of mlx-lm's or mlx-vlm's caches: every array that they hold."""
+    """Bytes of a session in mlx-lm's or mlx-vlm's caches: all their arrays."""
     arrays = _arrays(cache)
     return Stored(sum(array.nbytes for array in arrays), _halved(arrays))
 
 
 def n_values(cache: PromptCache) -> int:
-    """Numbers that a full-precision cache of mlx-lm's holds, unused slots not counted."""
+    """Numbers in a full-precision cache of mlx-lm, without unused slots."""
     total = 0
     for layer in cache:
         held = getattr(layer, "offset", None)
@@ -62,14 +59,14 @@ def n_values(cache: PromptCache) -> int:
 
 
 def _arrays(cache: PromptCache) -> list[mx.array]:
-    """Arrays of caches that are not paged ones."""
-    found: list[mx.array] = []
+    """Arrays of all caches that are not paged."""
+    arrays: list[mx.array] = []
     for leaf in (leaf for layer in cache for leaf in getattr(layer, "caches", (layer,))):
         if hasattr(leaf, "batch"):
             continue
         state = [leaf.keys, leaf.values] if hasattr(leaf, "keys") else leaf.state
-        tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, mx.array) else None, state)
-    return found
+        tree_map(lambda leaf: arrays.append(leaf) if isinstance(leaf, mx.array) else None, state)
+    return arrays
 
 
 def _halved(arrays: Sequence[mx.array]) -> int:

@@ -1,4 +1,4 @@
-"""Text read through a cache in chunks, window by window; logits only where they are scored."""
+"""Reads windows of text through a cache in chunks. Computes logits only where they are scored."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from turbocache.store import evaluate
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises EvaluationError where there is none."""
+    """The text of a file. Raises EvaluationError if it can't be read or is empty."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -29,10 +29,9 @@ def read_text(path: Path) -> str:
 
 
 def cut_windows(tokenizer: TokenizerWrapper, text: str, context: int, n_windows: int) -> list[list[int]]:
-    """The text's first `n_windows` windows of `context` tokens and the one that follows, without overlap; each begins
-    with what the tokenizer puts before any text.
+    """The first `n_windows` windows of `context` tokens without overlap, each with the token that follows it.
 
-    Raises EvaluationError when the text is too short.
+    Each begins with the tokenizer's own prefix. Raises EvaluationError if the text is too short.
     """
     prefix = list(tokenizer.encode(""))
     ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
@@ -47,13 +46,15 @@ def cut_windows(tokenizer: TokenizerWrapper, text: str, context: int, n_windows:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How a window is read: tokens a chunk, and the first position whose prediction is scored."""
+    """How a window is read."""
 
     chunk: int
+    """Tokens of a forward pass."""
     score_from: int
+    """The first position with a scored prediction."""
 
     def chunks(self, n_tokens: int) -> Iterator[tuple[int, int]]:
-        """Start and end of each chunk; one starts exactly at `score_from`."""
+        """Start and end of each chunk. One starts exactly at `score_from`."""
         for first, last in ((0, self.score_from), (self.score_from, n_tokens)):
             for start in range(first, last, self.chunk):
                 yield start, min(start + self.chunk, last)
@@ -62,10 +63,10 @@ class Reading:
 def read_logits(
     model: Module, cache: PromptCache, window: Sequence[int], reading: Reading
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Read a window, all tokens but its last, through `cache`; yields index and logits `[n, vocabulary]` (float32) of
-    scored positions, index 0 for position `score_from`.
+    """Read a window without its last token through `cache`, which then holds it.
 
-    The cache holds the window afterwards. Where nothing is scored the head is not computed.
+    Yields float32 logits `[n, vocabulary]` of scored positions, each with the index of the first (0 is `score_from`).
+    The head is not computed for other positions.
     """
     n_tokens = len(window) - 1
     for start, end in reading.chunks(n_tokens):
@@ -82,9 +83,7 @@ def targets_of(window: Sequence[int], reading: Reading) -> np.ndarray:
 
 
 class ReferenceLogits:
-    """One window's full-precision logits, float32 `[n, vocabulary]`, in a file without a name: memory stays flat
-    whatever the vocabulary. Closing it frees the space.
-    """
+    """One window's full-precision logits, float32 `[n, vocabulary]`, in a temporary file to save memory."""
 
     def __init__(self, model: Module, cache: PromptCache, window: Sequence[int], reading: Reading) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (held until this object is left)
@@ -103,12 +102,12 @@ class ReferenceLogits:
         self._file.close()
 
     def judge(self, index: int, logits: np.ndarray) -> TokenScores:
-        """Scores of `logits` `[n, vocabulary]` at the positions from `index` on."""
+        """Scores of `logits` `[n, vocabulary]`, which begin at position `index`."""
         here = slice(index, index + len(logits))
         return score(self._logits[here], logits, self._targets[here])
 
     def judge_itself(self) -> TokenScores:
-        """The full-precision row: its own perplexity, no divergence."""
+        """Scores of the full-precision row: its own perplexity, no divergence."""
         return self.judge(0, np.asarray(self._logits))
 
     def judge_cache(self, model: Module, cache: PromptCache, window: Sequence[int], reading: Reading) -> TokenScores:

@@ -1,8 +1,8 @@
-"""mlx-vlm's TurboQuant cache under a model of mlx-lm: the comparison that is not in mlx-lm itself.
+"""Runs mlx-vlm's TurboQuant cache under a model of mlx-lm.
 
-mlx-vlm answers its caches in an attention function of its own, which mlx-lm's models do not call. Here such a cache
-hands the model a handle that this project's seam asks for the attention's output, and the handle calls mlx-vlm's
-function. Without Metal that takes mlx-vlm's path of plain MLX operations, with the same numbers to within float32.
+mlx-vlm has its own attention function for its caches, which mlx-lm's models do not call. Here the cache returns a
+handle. This project's seam asks the handle for the attention's output, and the handle calls mlx-vlm's function. Without
+Metal, mlx-vlm computes with plain MLX operations, with the same results to within float32.
 """
 
 import warnings
@@ -15,11 +15,11 @@ from turbocache.cache.view import PendingAttention
 
 
 class NotInstalled(Exception):
-    """mlx-vlm can't be imported; the message says why."""
+    """mlx-vlm can't be imported. The message says why."""
 
 
 class _Pending(PendingAttention):
-    """Keys and values in mlx-vlm's form, with the attention that belongs to them."""
+    """The handle: keys and values in mlx-vlm's form, with their attention."""
 
     __slots__ = ("_answer",)
 
@@ -31,7 +31,7 @@ class _Pending(PendingAttention):
 
 
 class TurboQuantLayer:
-    """One layer's TurboQuant cache of mlx-vlm as mlx-lm's models use a cache, for one row."""
+    """mlx-vlm's TurboQuant cache of one layer and one row, with the interface of mlx-lm's caches."""
 
     def __init__(self, native: Any, attention: Callable[..., mx.array]) -> None:
         self._native, self._attention = native, attention
@@ -45,7 +45,7 @@ class TurboQuantLayer:
         return self._native.state
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PendingAttention, PendingAttention]:
-        """Store `[1, n_kv_heads, L, dim]` and return the handle for their attention, twice."""
+        """Store keys and values `[1, n_kv_heads, L, dim]`. Returns the handle in the place of both."""
         states = self._native.update_and_fetch(keys, values)
 
         def answer(queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
@@ -56,7 +56,7 @@ class TurboQuantLayer:
         return pending, pending
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
-        """mlx-vlm's cache is causal by itself. Raises ValueError for masks that this comparison does not serve."""
+        """A causal mask. Raises ValueError for other masks."""
         if window_size is not None or return_array:
             raise ValueError("the comparison with mlx-vlm serves plain causal attention only")
         return "causal" if N > 1 else None
@@ -66,12 +66,12 @@ class TurboQuantLayer:
 
 
 def layer_maker(bits: float) -> Callable[[], TurboQuantLayer]:
-    """What makes a layer's cache of `bits` a value. Raises NotInstalled where mlx-vlm can't be imported."""
+    """Returns a function that makes a layer's cache of `bits` per value. Raises NotInstalled without mlx-vlm."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own dependencies
+            warnings.simplefilter("ignore")  # warnings of its dependencies
             from mlx_vlm.models.base import scaled_dot_product_attention
             from mlx_vlm.turboquant import TurboQuantKVCache
-    except Exception as error:  # foreign imports fail in their own ways
+    except Exception as error:  # an import of another project may raise anything
         raise NotInstalled(f"mlx-vlm can't be imported ({type(error).__name__}: {error})") from error
     return lambda: TurboQuantLayer(TurboQuantKVCache(bits), scaled_dot_product_attention)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from turbocache.benchmark import subject, worker
-from turbocache.benchmark.processes import NoAnswer
+from turbocache.benchmark.run import NoAnswer
 from turbocache.mlxlm.model import LoadedModel
 
 Ask = Callable[[dict[str, Any], float], dict[str, Any]]

@@ -11,7 +11,7 @@ import pytest
 
 from server import cli
 from tests.turbocache.benchmark.conftest import Ask
-from turbocache.benchmark import processes
+from turbocache.benchmark import run
 from turbocache.benchmark.matrix import FILE, matrix, page_of, update
 from turbocache.benchmark.settings import BenchmarkError
 
@@ -22,7 +22,7 @@ SMALL = ["--contexts", "300", "--generate", "2", "--max-size", "256", "--presets
 @pytest.fixture
 def in_process(here: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases are measured in this process, which saves some seconds each."""
-    monkeypatch.setattr(processes, "ask", here)
+    monkeypatch.setattr(run, "ask", here)
 
 
 def fields(heading: str) -> set[str]:
@@ -84,14 +84,14 @@ def test_of_mlx_lms_a_failure_is_a_row_and_of_ours_the_exit_status(
 def test_what_was_measured_is_kept_when_it_is_interrupted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = processes.ask
+    real = run.ask
 
     def ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:
         if request.get("contender") == "k4v4":
             raise KeyboardInterrupt
         return real(request, timeout)
 
-    monkeypatch.setattr(processes, "ask", ask)
+    monkeypatch.setattr(run, "ask", ask)
     assert cli.main(["bench", *SMALL, "--against", "kv", "--out", str(tmp_path)]) == 130
     assert "interrupted; what was measured is in" in capsys.readouterr().err
     kv, ours = json.loads((tmp_path / "bench.json").read_text())["cases"]

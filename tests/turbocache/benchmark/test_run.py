@@ -1,12 +1,13 @@
-"""The order of cases, what becomes of those that fail, and the arithmetic of a row."""
+"""The order of cases, failed cases, the arithmetic of a row, and a case in its own process."""
 
+import sys
 from typing import Any
 
 import pytest
 
 from tests.turbocache.benchmark.conftest import Ask
-from turbocache.benchmark.processes import NoAnswer
-from turbocache.benchmark.run import NOT_REACHED, Benchmark
+from turbocache.benchmark import run
+from turbocache.benchmark.run import NOT_REACHED, Benchmark, NoAnswer
 from turbocache.benchmark.settings import BenchmarkError, Settings
 
 SMALL = Settings(contexts=(300,), presets=("k4v4",), against=("kv",), max_size=256, generate=2)
@@ -31,7 +32,7 @@ def test_contenders_are_measured_in_turn_and_told_as_medians() -> None:
     lines = list(benchmark.run())
     assert asked == [("kv", 100), ("k4v4", 100), ("kv", 200), ("k4v4", 200)] * 3
     assert lines[-1] == "12/12  k4v4, prompt of 200: prefill 10, decode 12.0 tokens/s"
-    cases = benchmark.found()["cases"]
+    cases = benchmark.results()["cases"]
     assert [(case["contender"], case["context"]) for case in cases] == asked[:4]
     assert cases[0]["decode_tokens_per_second"] == {"median": 5.0, "least": 1.0, "most": 9.0}
     assert (cases[0]["sessions_in_budget"], cases[0]["sessions_in_budget_half"]) == (3, 6)
@@ -55,7 +56,7 @@ def test_what_fails_once_has_no_figures_and_is_not_tried_again() -> None:
     settings = Settings(contexts=(100, 200), presets=("k4v4",), against=against, max_size=256, repeat=3, generate=2)
     benchmark = Benchmark(settings, ask)
     list(benchmark.run())
-    cases = {(case["contender"], case["context"]): case for case in benchmark.found()["cases"]}
+    cases = {(case["contender"], case["context"]): case for case in benchmark.results()["cases"]}
     assert asked.count(("rotating-quantized-4", 100)) == 1
     assert ("rotating-quantized-4", 200) not in asked
     assert cases["rotating-quantized-4", 200]["unavailable"] == "NotImplementedError: NYI"
@@ -69,7 +70,7 @@ def test_what_fails_once_has_no_figures_and_is_not_tried_again() -> None:
 def test_what_was_not_reached_says_so(here: Ask) -> None:
     benchmark = Benchmark(SMALL, here)
     assert next(benchmark.run()).startswith("1/2  mlx-lm KVCache, prompt of 300: prefill ")
-    kv, ours = benchmark.found()["cases"]
+    kv, ours = benchmark.results()["cases"]
     assert kv["decode_tokens_per_second"]["median"] > 0
     assert ours["unavailable"] == NOT_REACHED
 
@@ -78,7 +79,7 @@ def test_a_backend_that_is_not_there_is_a_row_with_its_reason(here: Ask) -> None
     settings = Settings(contexts=(100,), presets=("k4v4:cuda",), against=(), max_size=256, generate=2)
     benchmark = Benchmark(settings, here)
     assert list(benchmark.run()) == []
-    (case,) = benchmark.found()["cases"]
+    (case,) = benchmark.results()["cases"]
     assert "no CUDA device" in case["unavailable"]
     assert case["ours"] is True
 
@@ -89,7 +90,7 @@ def test_figures_of_the_bundled_model(here: Ask) -> None:
     settings = Settings(contexts=(300,), presets=("k4v4",), max_size=256, generate=2, budget=1 << 30)
     benchmark = Benchmark(settings, here)
     list(benchmark.run())
-    cases = {case["contender"]: case for case in benchmark.found()["cases"]}
+    cases = {case["contender"]: case for case in benchmark.results()["cases"]}
     assert "NYI" in cases.pop("rotating-quantized-4")["unavailable"]
     assert list(cases) == ["kv", "rotating", "quantized-8", "quantized-4", "k4v4", "k4v4@64/128/256"]
     for case in cases.values():
@@ -109,3 +110,44 @@ def test_figures_of_the_bundled_model(here: Ask) -> None:
 def test_contexts_beyond_the_models_positions_are_refused(here: Ask) -> None:
     with pytest.raises(BenchmarkError, match="--contexts 8193 is longer than the 8192 positions of tiny-recall-4bit"):
         Benchmark(Settings(contexts=(100, 8193)), here)
+
+
+def program(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(run, "WORKER", (sys.executable, "-S", "-c", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL, as for want of memory"),
+        ("import os; os.kill(os.getpid(), 11)", "ended by SIGSEGV$"),
+        ("raise SystemExit('no such device')", "ended with status 1: no such device"),
+        ("pass", "ended with status 0: without a word"),
+        ("import time; time.sleep(60)", r"ended after 0.5 seconds \(--timeout\)"),
+        ("print('noise'); print('{\"failed\": \"ValueError: no\"}')", "^ValueError: no$"),
+    ],
+)
+def test_a_process_without_an_answer_gives_the_reason(monkeypatch: pytest.MonkeyPatch, text: str, reason: str) -> None:
+    program(monkeypatch, text)
+    with pytest.raises(NoAnswer, match=reason):
+        run.ask({}, timeout=0.5 if "sleep" in text else 30)
+
+
+def test_an_answer_is_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    program(monkeypatch, "import sys; print('noise'); print('{\"found\": ' + sys.stdin.read() + '}')")
+    assert run.ask({"a": 1}, timeout=30) == {"a": 1}
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_measures_what_this_one_does(here: Ask) -> None:
+    """The probe's answer goes to it as JSON, and bytes are the same wherever they are counted."""
+    settings = Settings(contexts=(300,), presets=("k4v4",), against=(), max_size=256, generate=2).as_json()
+    survey = here({"settings": settings, "task": "survey"}, 60)
+    request = {"settings": settings, "task": "case", "contender": "k4v4", "context": 300}
+    request["backend"] = survey["backends"]["k4v4"]
+    apart, found = run.ask(request, timeout=120), here(request, 60)
+    assert apart.keys() == found.keys()
+    assert apart["cache_bytes"] == found["cache_bytes"]
+    assert apart["decode_tokens_per_second"] > 0
+    # Nothing but the weights of 138 MiB, Python and this case.
+    assert 138 << 20 < apart["process_peak_bytes"] < 1 << 30
