@@ -97,9 +97,7 @@ class Generator:
         return None if guide is None else guide.error
 
     def first_tokens(self, uids: Iterable[int]) -> dict[int, int | None]:
-        """First tokens of rows whose prompt has just ended, one decode step before `next` returns them. None if the
-        logits are not finite.
-        """
+        """First tokens after a prompt, one decode step before `next` returns them. None: logits are not finite."""
         tokens = self._batch.next_tokens(uids)
         return {uid: token if self.is_finite(token) else None for uid, token in tokens.items()}
 

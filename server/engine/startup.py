@@ -149,10 +149,9 @@ def _working_backend(
 
 
 def warm_up(model: LoadedModel, store: CacheStore, chunk: int, lengths: Iterable[int]) -> float:
-    """Answer a prompt of each length as requests are answered. Returns the seconds.
+    """Answer a prompt of each length, to check the backend and compile its kernels. Returns the seconds.
 
-    Checks the backend end to end and compiles its kernels before the first request. Raises FloatingPointError for
-    logits that are not finite, and what the model or its cache raises.
+    Raises FloatingPointError for logits that are not finite, and errors of the model or its cache.
     """
     start = time.perf_counter()
     generator = Generator(model, max_batch=1, prefill_chunk=chunk)

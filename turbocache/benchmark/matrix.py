@@ -28,10 +28,7 @@ _HEADS = (
 
 
 def matrix(folder: Path) -> str:
-    """The table of all runs `folder`/*/bench.json, by the folders' names.
-
-    Raises BenchmarkError if there are none, or for a result of another version.
-    """
+    """The table of all runs `folder`/*/bench.json. Raises BenchmarkError without runs or for another version's."""
     files = sorted(folder.glob(f"*/{FILE}"))
     if not files:
         raise BenchmarkError(f"no */{FILE} in {str(folder)!r}")

@@ -15,7 +15,7 @@ import numpy as np
 from kernels.attention.device import on_cpu
 from turbocache.backend import Backend
 from turbocache.benchmark.contenders import Contender, open_contender
-from turbocache.benchmark.loops import Times, play
+from turbocache.benchmark.loops import Loop, Times
 from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.subject import Subject
 from turbocache.evaluation.storage import Stored
@@ -41,7 +41,7 @@ def measure(
         seen.append((opened.stored(cache), mx.get_peak_memory()))
 
     prompts = _prompts(subject, context, settings.batch)
-    times = play(subject.model, opened.caches, prompts, n_tokens, settings.chunk, opened.options, at_first)
+    times = Loop(subject.model, opened.caches, prompts, n_tokens, settings.chunk, opened.options).run(at_first)
     peak = mx.get_peak_memory()
     figures = _speed(times, context, settings.batch)
     if first is not None:
@@ -61,15 +61,12 @@ def measure(
 def _warm_up(
     subject: Subject, contender: Contender, context: int, settings: Settings, backend: Backend | None
 ) -> Times | None:
-    """Run the case once with a prompt of up to `warm_up` tokens.
-
-    Returns its times for a whole prompt on a GPU: they include the compilation of kernels for a first prompt.
-    """
+    """Run the case once. Returns the times of a whole prompt on a GPU, which include the compilation of kernels."""
     length = min(context, settings.warm_up or (_WARM_ON_CPU if on_cpu() else context))
     n_tokens = 1 + SKIPPED
     opened = open_contender(contender, subject.model, subject.plans, settings, backend, length + n_tokens)
     prompts = _prompts(subject, length, settings.batch)
-    times = play(subject.model, opened.caches, prompts, n_tokens, settings.chunk, opened.options, lambda _: None)
+    times = Loop(subject.model, opened.caches, prompts, n_tokens, settings.chunk, opened.options).run(lambda _: None)
     return times if length == context and not on_cpu() else None
 
 

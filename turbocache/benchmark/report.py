@@ -36,10 +36,7 @@ kept as they are, or scales, take half of the bytes."""
 
 
 def document(results: dict[str, Any], settings: Settings, command: str, load: Sequence[float]) -> dict[str, Any]:
-    """The JSON file. `load`: the load averages before and after, empty if the system has none.
-
-    People may add `remarks` to the file, which the page shows.
-    """
+    """The JSON file. `load`: load averages before and after. `remarks` are for people to add. The page shows them."""
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -44,10 +44,11 @@ def ask(request: dict[str, Any], timeout: float) -> dict[str, Any]:
     lines = ended.stdout.splitlines()
     if ended.returncode or not lines:
         raise NoAnswer(_exit_reason(ended))
-    answer: dict[str, dict[str, Any]] = json.loads(lines[-1])
+    answer: dict[str, Any] = json.loads(lines[-1])
     if "failed" in answer:
         raise NoAnswer(" ".join(answer["failed"].split()))
-    return answer["found"]
+    found: dict[str, Any] = answer["found"]
+    return found
 
 
 def _exit_reason(ended: subprocess.CompletedProcess[str]) -> str:

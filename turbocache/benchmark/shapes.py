@@ -38,10 +38,7 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
 def random_model(shape: Shape, dtype: mx.Dtype, weight_bits: int | None = None) -> Module:
-    """A llama with reproducible random weights, quantised in groups of 64 if `weight_bits` is given.
-
-    Weights are made layer by layer, so that at most one layer exists in full precision.
-    """
+    """A llama with reproducible random weights. Made layer by layer: at most one is in full precision."""
     mx.random.seed(0)
     model = llama.Model(
         llama.ModelArgs(

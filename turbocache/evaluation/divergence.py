@@ -41,10 +41,7 @@ def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def score(reference: np.ndarray, other: np.ndarray, targets: np.ndarray) -> TokenScores:
-    """Scores of `other` against `reference`, logits `[n, vocabulary]`, and against the next tokens, int `[n]`.
-
-    Raises ValueError for shapes that do not fit.
-    """
+    """Scores of logits `[n, vocabulary]` against the reference's and the next tokens, int `[n]`. Raises ValueError."""
     if reference.shape != other.shape or targets.shape != other.shape[:1]:
         raise ValueError(f"logits {reference.shape} and {other.shape} do not fit each other and {len(targets)} targets")
     kld, nll, agree = [np.zeros(0)], [np.zeros(0)], [np.zeros(0, dtype=bool)]

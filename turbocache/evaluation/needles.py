@@ -48,9 +48,7 @@ class Needle:
 
 
 def load_needles(path: Path, tokenizer: TokenizerWrapper) -> list[Needle]:
-    """Prompts of a JSON-lines file with `messages`, `answer` and, in a grid, `context` and `depth`. Raises
-    EvaluationError for another form.
-    """
+    """Prompts of a JSON-lines file. Raises EvaluationError for a file of another form."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -76,21 +76,19 @@ class Row:
 
 def expand_names(settings: Settings) -> list[str]:
     """The settings' rows, with groups and sweeps expanded, each once. Raises EvaluationError for unknown names."""
-    names: list[str] = []
-    for typed in settings.rows:
-        names += (
-            [name for group in GROUPS.values() for name in group] if typed == "all" else GROUPS.get(typed, (typed,))
-        )
+    every = tuple(name for group in GROUPS.values() for name in group)
+    names = [name for typed in settings.rows for name in (every if typed == "all" else GROUPS.get(typed, (typed,)))]
+    is_sweep = len(settings.keep) * len(settings.window) > 1
     swept = []
     for name in names:
-        if settings.is_sweep and parse_preset(name) is not None and "@" not in name and not _is_off(name):
+        if is_sweep and parse_preset(name) is not None and "@" not in name and not _is_off(name):
             swept += [f"{name}@{keep}/{window}" for keep in settings.keep for window in settings.window]
         else:
             swept.append(name)
     for name in swept:
         if parse_preset(name) is None and not _foreign_bits(name) and name != FULL:
-            known = ", ".join([FULL, *(name for group in GROUPS.values() for name in group)])
-            raise EvaluationError(f"unknown preset {name!r}; there are all, {', '.join(GROUPS)}, {known}")
+            known = ", ".join(["all", *GROUPS, FULL, *every])
+            raise EvaluationError(f"unknown preset {name!r}; there are {known}")
     return list(dict.fromkeys(swept))
 
 

@@ -49,13 +49,13 @@ class Work:
         return Reading(self.settings.chunk, self.settings.score_from)
 
     def circumstances(self) -> dict[str, Any]:
-        """The values that all results depend on, for the journal."""
+        """The values that all results depend on. Runs with the same values can share a journal."""
         return {
             "model": self.loaded.id,
             "parameter_bytes": parameter_nbytes(self.loaded.model),
             "dtype": dtype_name(self.loaded.dtype),
             "text_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
-            **self.settings.fingerprint(),
+            **{name: getattr(self.settings, name) for name in ("context", "score_from", "chunk", "seed")},
             **versions(),
         }
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from turbocache.cache.ring import RingConfig
 
@@ -56,16 +55,8 @@ class Settings:
                 except ValueError as error:
                     raise EvaluationError(f"--keep and --window: {error}") from error
 
-    def fingerprint(self) -> dict[str, Any]:
-        """The settings that all results depend on. Runs that agree in them can share a journal."""
-        return {name: getattr(self, name) for name in ("context", "score_from", "chunk", "seed")}
-
     def trials_of(self, context: str) -> int | None:
         """Needles of each depth at this length. None: all."""
         if self.trials is None or len(self.trials) == 1:
             return self.trials[0] if self.trials else None
         return dict(zip(map(str, self.lengths or ()), self.trials, strict=True))[context]
-
-    @property
-    def is_sweep(self) -> bool:
-        return len(self.keep) * len(self.window) > 1

@@ -49,8 +49,7 @@ def attention(
 ) -> mx.array:
     """mlx-lm's `scaled_dot_product_attention`, which leaves compressed caches to their own attention.
 
-    A compressed cache ignores the mask: it is always causal and knows each row's tokens. It raises TypeError for
-    options.
+    A compressed cache is always causal and ignores the mask. Raises TypeError for options that it does not have.
     """
     if _observer is not None:
         keys, values = _observer(AttentionCall(queries, keys, values, cache, mask, sinks, options))

@@ -16,10 +16,7 @@ class Unshardable(ValueError):
 
 
 def shard(model: Module, group: Group) -> None:
-    """Reduce a model to this rank's share of its weights, KV heads and cache. Raises Unshardable.
-
-    Weights that are loaded lazily save memory: only the share is read.
-    """
+    """Reduce a model, best loaded lazily, to this rank's share of weights and KV heads. Raises Unshardable."""
     kind, n = getattr(model, "model_type", type(model).__module__), group.size
     if not hasattr(model, "shard"):
         raise Unshardable(f"mlx-lm can't shard models of the type {kind!r}: serve it with one process")

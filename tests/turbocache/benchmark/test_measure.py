@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from turbocache.backend import choose_backend
 from turbocache.benchmark import shapes
 from turbocache.benchmark.contenders import Contender, contenders, open_contender
-from turbocache.benchmark.loops import play
+from turbocache.benchmark.loops import Loop
 from turbocache.benchmark.measure import SKIPPED, measure
 from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.shapes import Shape, random_model
@@ -108,7 +108,7 @@ def test_the_stop_watch_skips_the_first_steps(subject: Subject) -> None:
     opened = open_contender(contender("kv"), subject.model, subject.plans, SETTINGS, None, CONTEXT)
     seen: list[int] = []
     prompts = [[5] * 100]
-    times = play(subject.model, opened.caches, prompts, 9, 64, {}, lambda cache: seen.append(cache[0].offset))
+    times = Loop(subject.model, opened.caches, prompts, 9, 64, {}).run(lambda cache: seen.append(cache[0].offset))
     assert len(times.tokens) == 9
     assert len(times.steps(SKIPPED)) == 9 - SKIPPED - 1
     assert 0 < times.prefilled < times.tokens[0]
