@@ -14,8 +14,7 @@ from starlette.types import Receive, Scope, Send
 from server.errors import NotFound, ServerError
 from server.http.generation import Generation, until_disconnect
 from server.http.middleware import AppContext, app_context, request_context
-from server.http.request_context import RequestContext, session_hash
-from server.http.session_name import session_key
+from server.http.request_context import RequestContext
 from server.http.sse import AllFinished, Renderer, write_events
 from server.protocol import (
     AnswerRules,
@@ -81,17 +80,6 @@ def check_model(name: str, model: ModelInfo) -> None:
             param="model",
             code="model_not_found",
         )
-
-
-def name_session(
-    request: Request, key: str | None, stream: bool, *, user_id: str | None = None, default: str | None = None
-) -> str | None:
-    """Finds the session's name in the body's key, a header or a user id, else takes `default`. Notes the name for the
-    response's header and the log.
-    """
-    session, context = session_key(key, request.headers, user_id) or default, request_context(request)
-    context.session, context.session_name, context.stream = session_hash(session), session, stream
-    return session
 
 
 async def prepare_prompt(

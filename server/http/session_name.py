@@ -4,7 +4,11 @@ import json
 import re
 from collections.abc import Mapping
 
+from starlette.requests import Request
+
 from server.errors import InvalidRequest
+from server.http.middleware import request_context
+from server.http.request_context import session_hash
 
 MAX_LENGTH = 256
 SESSION_HEADERS = ("X-Session-ID", "Session-Id", "X-Session-Affinity", "X-Claude-Code-Session-Id")
@@ -28,6 +32,17 @@ NAME_PATTERN = f"^ *{_pattern(_NEVER)}$"
 KEY_PATTERN = f"^ *(?:{_pattern(_NEVER)})?$"
 # No client sends a header with leading spaces.
 HEADER_PATTERN = rf"^(?:{_pattern(_BEYOND_ASCII)})?$"
+
+
+def name_session(
+    request: Request, key: str | None, stream: bool, *, user_id: str | None = None, default: str | None = None
+) -> str | None:
+    """Finds the session's name in the body's key, a header or a user id, else takes `default`. Notes the name for the
+    response's header and the log.
+    """
+    session, context = session_key(key, request.headers, user_id) or default, request_context(request)
+    context.session, context.session_name, context.stream = session_hash(session), session, stream
+    return session
 
 
 def session_key(prompt_cache_key: str | None, headers: Mapping[str, str], user_id: str | None = None) -> str | None:

@@ -28,8 +28,9 @@ from server.api.anthropic.request import CountTokensRequest, MessagesRequest
 from server.errors import NotFound, ServerError
 from server.http.envelopes import MESSAGES_PATH, AnthropicErrorEnvelope, anthropic_envelope
 from server.http.middleware import app_context, request_context
-from server.http.respond import Answer, check_model, json_response, name_session, prepare_prompt, respond, to_json
+from server.http.respond import Answer, check_model, json_response, prepare_prompt, respond, to_json
 from server.http.routing import api_router, generates, raises
+from server.http.session_name import name_session
 from server.http.sse import data
 from server.protocol import Event, Finished, GenerationRequest, PrefillProgress, TextDelta, ToolCall, Usage
 

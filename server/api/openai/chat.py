@@ -28,8 +28,9 @@ from server.api.openai.chat_answer import (
 from server.api.openai.chat_request import ChatCompletionRequest
 from server.errors import ServerError
 from server.http.middleware import CHAT_PATH, app_context, request_context
-from server.http.respond import Answer, check_model, expand_n, name_session, prepare_prompt, respond, to_json
+from server.http.respond import Answer, check_model, expand_n, prepare_prompt, respond, to_json
 from server.http.routing import api_router, generates
+from server.http.session_name import name_session
 from server.http.sse import DONE, data
 from server.protocol import (
     DrawnToken,

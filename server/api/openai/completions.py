@@ -17,8 +17,9 @@ from server.api.openai.completions_request import DEFAULT_TOKENS, CompletionRequ
 from server.errors import InvalidRequest, ServerError
 from server.http.generation import until_disconnect
 from server.http.middleware import COMPLETIONS_PATH, app_context, request_context
-from server.http.respond import Answer, check_model, expand_n, name_session, respond, to_json
+from server.http.respond import Answer, check_model, expand_n, respond, to_json
 from server.http.routing import api_router, generates
+from server.http.session_name import name_session
 from server.http.sse import DONE, data
 from server.protocol import (
     AnswerRules,

@@ -24,8 +24,9 @@ from server.api.responses.store import ResponseStore, StoredResponse, store_of
 from server.errors import ContextLengthExceeded, InvalidRequest, NotFound
 from server.http.middleware import RESPONSES_PATH, app_context, request_context
 from server.http.request_context import RequestContext
-from server.http.respond import check_model, json_response, name_session, prepare_prompt, respond
+from server.http.respond import check_model, json_response, prepare_prompt, respond
 from server.http.routing import api_router, generates, raises
+from server.http.session_name import name_session
 from server.http.wire import only
 from server.protocol import AnswerRules, Conversation, GenerationRequest, Grammar, Prompt
 
