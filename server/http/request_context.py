@@ -1,6 +1,5 @@
 """What the server knows about one HTTP request, and its line in the log."""
 
-import hashlib
 import time
 from dataclasses import dataclass, field
 
@@ -83,8 +82,3 @@ def _to_text(value: str | int | float | bool | None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def session_hash(name: str | None) -> str | None:
-    """Eight hex digits. They tell sessions apart in a log that must not hold their names."""
-    return None if name is None else hashlib.blake2s(name.encode(), digest_size=4).hexdigest()

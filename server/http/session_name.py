@@ -1,5 +1,6 @@
 """Finds the session of a request in what clients already send."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -8,7 +9,6 @@ from starlette.requests import Request
 
 from server.errors import InvalidRequest
 from server.http.middleware import request_context
-from server.http.request_context import session_hash
 
 MAX_LENGTH = 256
 SESSION_HEADERS = ("X-Session-ID", "Session-Id", "X-Session-Affinity", "X-Claude-Code-Session-Id")
@@ -41,7 +41,9 @@ def name_session(
     response's header and the log.
     """
     session, context = session_key(key, request.headers, user_id) or default, request_context(request)
-    context.session, context.session_name, context.stream = session_hash(session), session, stream
+    context.session_name, context.stream = session, stream
+    if session is not None:  # eight hex digits tell sessions apart in the log, which must not hold their names
+        context.session = hashlib.blake2s(session.encode(), digest_size=4).hexdigest()
     return session
 
 
