@@ -258,14 +258,13 @@ class ModelInfo:
     rotates_at: int | None = None
     """A longer conversation loses its oldest tokens. None: sessions never rotate."""
 
-    def answer_limit(self, request: GenerationRequest) -> int:
+    def answer_limit(self, n_prompt: int, max_tokens: int | None, param: str) -> int:
         """Most tokens that the answer may have. Raises ContextLengthExceeded, also when not one new token fits."""
-        n_prompt, wanted = len(request.prompt.tokens), request.max_tokens
-        if n_prompt + (wanted or 1) > self.max_tokens:
+        if n_prompt + (max_tokens or 1) > self.max_tokens:
             raise ContextLengthExceeded(
-                limit=self.max_tokens, prompt_tokens=n_prompt, max_tokens=wanted, param=request.prompt.param
+                limit=self.max_tokens, prompt_tokens=n_prompt, max_tokens=max_tokens, param=param
             )
-        return wanted or self.max_tokens - n_prompt
+        return max_tokens or self.max_tokens - n_prompt
 
 
 class Engine(Protocol):

@@ -41,7 +41,7 @@ def _checked(request: GenerationRequest, deliver: Deliver, model: ModelInfo) -> 
     check_tokens(request.prompt.tokens, model.n_tokens, request.prompt.param)
     check_tokens([token for token, _ in request.sampling.logit_bias], model.n_tokens, "logit_bias")
     request = replace(request, sampling=clamp_sampling(request.sampling, model.n_tokens))
-    limit = model.answer_limit(request)
+    limit = model.answer_limit(len(request.prompt.tokens), request.max_tokens, request.prompt.param)
     # Without max_tokens the promise starts small and grows with the answer.
     promised = limit if request.max_tokens is not None else min(limit, ANSWER_STEP)
     return QueuedRequest(request, _with_choice(request.choice, deliver), limit, promised)

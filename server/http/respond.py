@@ -120,8 +120,9 @@ def submit(app: AppContext, requests: Sequence[GenerationRequest], context: Requ
     generation, model = Generation(app.engine, app.metrics, requests, context), app.engine.model
     try:
         for wanted in requests:
-            context.rotated |= model.rotates_at is not None and len(wanted.prompt.tokens) > model.rotates_at
-            model.answer_limit(wanted)
+            n_prompt = len(wanted.prompt.tokens)
+            context.rotated |= model.rotates_at is not None and n_prompt > model.rotates_at
+            model.answer_limit(n_prompt, wanted.max_tokens, wanted.prompt.param)
         generation.submit()
     except ServerError as error:
         app.metrics.admission_refusals.labels(reason=error.code or error.type).inc()
