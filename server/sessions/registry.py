@@ -289,7 +289,8 @@ class SessionRegistry:
             self.checkpoint(session, "answer", session.tokens, session.cache)
         elif not session.turns:
             self._checkpoints.inherit(session, tokens[: start.cached])
-        session.begin(tokens, prompt.messages_end or len(tokens), now)
+        session.cache, session.tokens, session.asked = None, tokens, prompt.messages_end or len(tokens)
+        session.turns, session.last_used = session.turns + 1, now
         self._sessions.put(session)
         self._losses.forget(session.key)
         return Claim(session, cache, start.cached, start.kind, prefill)

@@ -59,12 +59,6 @@ class Session:
         last = [] if self.cache is None else [State("session", self.tokens, self.cache, own)]
         return last + [State(c.kind, c.tokens, c.cache, own) for c in self.checkpoints]
 
-    def begin(self, prompt: np.ndarray, asked: int, now: float) -> None:
-        """A turn begins, and the generator has the cache."""
-        self.cache, self.tokens, self.asked = None, prompt, asked
-        self.turns += 1
-        self.last_used = now
-
     @property
     def rotated(self) -> bool:
         """Whether tokens have rotated out of its caches in memory."""
