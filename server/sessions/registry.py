@@ -288,7 +288,7 @@ class SessionRegistry:
         if session.cache is not None and self._store.can_checkpoint:
             self.checkpoint(session, "answer", session.tokens, session.cache)
         elif not session.turns:
-            self._checkpoints.inherit(session, tokens[: start.cached])
+            self._checkpoints.inherit(session, start)
         session.cache, session.tokens, session.asked = None, tokens, prompt.messages_end or len(tokens)
         session.turns, session.last_used = session.turns + 1, now
         self._sessions.put(session)

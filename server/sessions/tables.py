@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from server.sessions.checkpoints import MOST, Checkpoint, added
-from server.sessions.session import Session
-from server.sessions.starts import State, common_prefix
+from server.sessions.session import NOTHING, Session
+from server.sessions.starts import Start, State, common_prefix
 
 
 class SessionTable:
@@ -71,8 +71,9 @@ class Checkpoints:
             shared.append(new)
         return earlier or new
 
-    def inherit(self, session: Session, prefix: np.ndarray) -> None:
+    def inherit(self, session: Session, start: Start) -> None:
         """Give a new session the checkpoints of its owner that lie on its cached prefix."""
+        prefix = NOTHING if start.state is None else start.state.tokens[: start.cached]
         others = (other for other in self._sessions.of(session.owner) if other is not session)
         owned = {checkpoint for other in others for checkpoint in other.checkpoints} | {*self.shared(session.owner)}
         passed = [c for c in self if c in owned and common_prefix(c.tokens, prefix) == len(c.tokens)]
