@@ -123,6 +123,8 @@ class Prompt:
     """The last message is a tool's result, so the user's turn continues."""
     continued: bool = False
     """The answer continues the text at the prompt's end, so its leading space belongs to it."""
+    opening: str = "normal"
+    """State of the text in which the answer begins: `reasoning` inside a thought."""
     param: str = "messages"
     """Where in the request the prompt stands."""
 

@@ -32,7 +32,6 @@ from server.protocol import (
     SessionChange,
 )
 from server.settings import Settings
-from server.text.assembler import opening_state
 from turbocache.machine.launched import is_launched
 from turbocache.machine.memory import keep_freed_memory
 
@@ -127,8 +126,7 @@ class MlxEngine:
         services = self.services
         if rules.raw or prompt.continued:
             services.vocabulary.ll_tokenizer  # noqa: B018  (slow at first use: not on the engine's thread)
-        reasoning = opening_state(services.runtime.model.tokenizer, prompt.tokens) == "reasoning"
-        return services.grammars.compile(rules, reasoning)
+        return services.grammars.compile(rules, prompt.opening == "reasoning")
 
     def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         """Accept all requests, or raise and accept none; see `server.protocol.Engine`."""

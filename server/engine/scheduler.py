@@ -115,7 +115,7 @@ class Scheduler:
         uid = self.generator.insert(tokens, claim.cached, claim.cache, queued.limit, request.sampling, stops, grammar)
         text = TextAssembler(
             services.runtime.model.tokenizer,
-            tokens,
+            request.prompt.opening,
             request.stop,
             request.rules,
             services.tool_format,

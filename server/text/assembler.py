@@ -22,9 +22,6 @@ _CALL, _STOP = "tool", "stop "
 
 _NO_RULES = AnswerRules()
 
-_TEMPLATE_TAIL = 8
-"""A thought that the template opens for this answer is among the prompt's last 8 tokens. Earlier ones are history."""
-
 
 class Vocabulary:
     """The bytes of each token. llguidance knows them for every kind of tokenizer."""
@@ -70,7 +67,7 @@ class TextAssembler:
     def __init__(
         self,
         tokenizer: TokenizerWrapper,
-        prompt: Sequence[int],
+        opening: str,
         stop: Sequence[str],
         rules: AnswerRules = _NO_RULES,
         format: ToolFormat | None = None,
@@ -91,7 +88,7 @@ class TextAssembler:
         else:
             self._detokenizer = tokenizer.detokenizer
         self._machine = TextStateMachine(self._edges(tokenizer))
-        self._state = self._machine.make_state("normal" if rules.raw else opening_state(tokenizer, prompt))
+        self._state = self._machine.make_state(opening)
 
     def add(self, token: int) -> list[TextDelta | ToolCall]:
         """The text that can be sent after one more token."""
@@ -182,15 +179,3 @@ def _ends_inside_string(text: str) -> bool:
     except json.JSONDecodeError as error:
         return error.msg.startswith("Unterminated string")
     return False
-
-
-def opening_state(tokenizer: TokenizerWrapper, prompt: Sequence[int]) -> str:
-    """The state in which an answer begins: `reasoning` if the template leaves a thought open, else `normal`. For models
-    with an answer format of their own, mlx-lm gives the state.
-    """
-    if tokenizer.response_initial_state is not None:
-        return str(tokenizer.response_initial_state)
-    if not tokenizer.has_thinking:
-        return "normal"
-    opened, closed = tokenizer.rfind_think_start(prompt), tokenizer.rfind_think_end(prompt)
-    return "reasoning" if opened > closed and opened >= len(prompt) - _TEMPLATE_TAIL else "normal"

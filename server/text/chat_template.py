@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from server.errors import InvalidRequest, UnsupportedField
 from server.protocol import Conversation, Prompt
@@ -18,6 +19,8 @@ _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_f
 _THINKING = ("enable_thinking", "thinking")
 """Template options that turn reasoning on or off. Templates use one or the other name."""
 _NO_EFFORT = ("none", "minimal")
+_TEMPLATE_TAIL = 8
+"""A thought that the template opens for this answer is among the prompt's last 8 tokens. Earlier ones are history."""
 
 
 def check_tokens(tokens: Iterable[int], n_tokens: int, param: str) -> None:
@@ -29,6 +32,18 @@ def check_tokens(tokens: Iterable[int], n_tokens: int, param: str) -> None:
                 param=param,
                 code="invalid_value",
             )
+
+
+def opening_state(tokenizer: TokenizerWrapper, prompt: Sequence[int]) -> str:
+    """The state in which an answer begins: `reasoning` if the template leaves a thought open, else `normal`. For models
+    with an answer format of their own, mlx-lm gives the state.
+    """
+    if tokenizer.response_initial_state is not None:
+        return str(tokenizer.response_initial_state)
+    if not tokenizer.has_thinking:
+        return "normal"
+    opened, closed = tokenizer.rfind_think_start(prompt), tokenizer.rfind_think_end(prompt)
+    return "reasoning" if opened > closed and opened >= len(prompt) - _TEMPLATE_TAIL else "normal"
 
 
 class PromptBuilder:
@@ -70,9 +85,8 @@ class PromptBuilder:
             raise InvalidRequest("The model's chat template makes no prompt of these messages.", param="messages")
         tool = conversation.messages[-1].get("role") == "tool"
         messages_end = self._encoder.messages_end(tokens)
-        return Prompt(
-            tokens, system_end, messages_end, after_tool_result=tool, continued=conversation.continue_final_message
-        )
+        opening = opening_state(self._model.tokenizer, tokens)
+        return Prompt(tokens, system_end, messages_end, tool, conversation.continue_final_message, opening)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """See `server.protocol.Engine`."""

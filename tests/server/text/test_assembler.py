@@ -6,6 +6,7 @@ from mlx_lm.utils import load_tokenizer
 
 from server.protocol import AnswerRules, TextDelta, Tool, ToolCall
 from server.text.assembler import TextAssembler, Vocabulary
+from server.text.chat_template import opening_state
 from server.text.tool_formats import tool_format
 from turbocache.mlxlm.model import BUNDLED
 
@@ -16,7 +17,7 @@ def tokenizer() -> TokenizerWrapper:
 
 
 def assemble(tokenizer: TokenizerWrapper, text: str, stop: tuple[str, ...] = (), prompt: str = "") -> list[TextDelta]:
-    assembler = TextAssembler(tokenizer, tokenizer.encode(prompt), stop)
+    assembler = TextAssembler(tokenizer, opening_state(tokenizer, tokenizer.encode(prompt)), stop)
     deltas = [delta for token in tokenizer.encode(text) for delta in assembler.add(token)]
     return deltas + assembler.finish()
 
@@ -51,7 +52,7 @@ def test_reasoning_has_a_channel_of_its_own(tokenizer: TokenizerWrapper) -> None
 
 
 def test_tokens_of_a_thought_are_counted(tokenizer: TokenizerWrapper) -> None:
-    assembler = TextAssembler(tokenizer, [], ())
+    assembler = TextAssembler(tokenizer, "normal", ())
     thought = tokenizer.encode("the river is near the mill")
     for token in [*tokenizer.encode("<think>"), *thought, *tokenizer.encode("</think>so it is")]:
         assembler.add(token)
@@ -63,8 +64,7 @@ def test_tokens_of_a_thought_are_counted(tokenizer: TokenizerWrapper) -> None:
 def test_an_answer_that_goes_on_keeps_the_space_that_it_begins_with(
     tokenizer: TokenizerWrapper, begun: bool, text: str
 ) -> None:
-    prompt = tokenizer.encode("There are")
-    assembler = TextAssembler(tokenizer, prompt, (), begun=begun, vocabulary=Vocabulary(tokenizer))
+    assembler = TextAssembler(tokenizer, "normal", (), begun=begun, vocabulary=Vocabulary(tokenizer))
     parts = [part for token in tokenizer.encode(" more words") for part in assembler.add(token)] + assembler.finish()
     assert "".join(part.text for part in parts if isinstance(part, TextDelta)) == text
 
@@ -77,7 +77,7 @@ def with_calls(
     tokenizer: TokenizerWrapper, text: str, rules: AnswerRules = RULES, stop: tuple[str, ...] = ()
 ) -> tuple[list[str], TextAssembler]:
     """What becomes of a text: its parts in their order, those in a row together, and calls as NAME(ARGUMENTS)."""
-    assembler = TextAssembler(tokenizer, [], stop, rules, tool_format(tokenizer))
+    assembler = TextAssembler(tokenizer, "normal", stop, rules, tool_format(tokenizer))
     events = [event for token in tokenizer.encode(text) for event in assembler.add(token)] + assembler.finish()
     parts: list[str] = []
     called = True
@@ -100,7 +100,7 @@ def test_text_around_calls_is_kept(tokenizer: TokenizerWrapper) -> None:
 
 
 def test_every_call_has_an_id_of_its_own(tokenizer: TokenizerWrapper) -> None:
-    assembler = TextAssembler(tokenizer, [], (), RULES, tool_format(tokenizer))
+    assembler = TextAssembler(tokenizer, "normal", (), RULES, tool_format(tokenizer))
     events = [event for token in tokenizer.encode(CALL + CALL) for event in assembler.add(token)]
     ids = [event.id for event in events if isinstance(event, ToolCall)]
     assert len(set(ids)) == len(ids) == 2
