@@ -164,14 +164,14 @@ $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json $(CLIENTS)
 	PATH="$(abspath $(CLIENTS_BIN)):$$PATH" npm ci --prefix $(NODE) --no-audit --no-fund --loglevel=error
 	@touch $@
 
-IS_FAST := TURBOCACHE_BLAS=auto $(BIN)/python -c 'import sys; from turbocache.machine import blas; sys.exit(not blas.report().fast)'
+IS_FAST := TURBOCACHE_BLAS=auto $(BIN)/python -c 'import sys; from turbocache.machine import blas; sys.exit(not blas.prefer_fast().fast)'
 
 # PyPI's MKL takes 1 GB, so it is only the answer where the system has no BLAS of its own.
 .PHONY: blas
 blas:
 	@$(IS_FAST) || { test "$(OS)-$(MACHINE)" = Linux-x86_64 && { echo "No system OpenBLAS: installing MKL into $(VENV)"; \
 	  $(INSTALL) --require-hashes -r requirements/blas-linux-x86_64.txt; }; } || true
-	@TURBOCACHE_BLAS=auto $(BIN)/python -c 'from turbocache.machine import blas; r = blas.report(); print("BLAS:", r.name, "-", r.advice)'
+	@TURBOCACHE_BLAS=auto $(BIN)/python -c 'from turbocache.machine import blas; r = blas.prefer_fast(); print("BLAS:", r.name, "-", r.advice)'
 
 # --- locks ---
 

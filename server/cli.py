@@ -82,7 +82,6 @@ def _probe(options: argparse.Namespace) -> int:
     from turbocache.backend import BackendUnavailable, choose_backend
     from turbocache.mlxlm.model import ModelError, load_model
     from turbocache.presets import preset
-    from turbocache.probe_report import probe_report
     from turbocache.store import checked_plans
 
     try:
@@ -94,7 +93,7 @@ def _probe(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(backend.summary(), indent=2))
     else:
-        print(probe_report(backend))
+        print(backend.as_text())
     return 0
 
 

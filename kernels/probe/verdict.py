@@ -54,6 +54,13 @@ class Check:
             "reason": self.reason,
         }
 
+    def as_line(self, width: int) -> str:
+        """The check for a terminal, its name padded to `width`."""
+        error = "" if self.max_error is None else f"error {self.max_error:.1e}"
+        time = "" if self.microseconds is None else f"{self.microseconds:,.0f} us"
+        passed = "ok" if self.passed else "no"
+        return f"{passed}  {self.name:{width}}  {error:13}  {time:>12}  {self.reason or ''}".rstrip()
+
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
@@ -134,6 +141,19 @@ class Backend:
             "device": self.device,
             "checks": [check.as_json() for check in self.checks],
         }
+
+    def as_text(self) -> str:
+        """What `turbocache probe` prints: device, profile, every check, every kind of layer, and the backend."""
+        width = max((len(check.name) for check in self.checks), default=0)
+        lines = [f"device   {self.device}", f"profile  {self.profile} ({self.profile_reason})", ""]
+        lines += [check.as_line(width) for check in self.checks]
+        lines += [""] * bool(self.checks)
+        for verdict in self.layers:
+            parts = f", {' and '.join(verdict.expanded)} over expanded pages" if verdict.expanded else ""
+            why = f": {verdict.reason}" if verdict.reason else ""
+            lines.append(f"layers   {verdict.use}: {verdict.lanes}{parts}{why}")
+        lines += [f"backend  {self.name} (asked for: {self.requested})", f"reason   {self.reason}"]
+        return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `/v1/backend`."""

@@ -53,7 +53,7 @@ class Runtime:
 
     def report(self) -> dict[str, Any]:
         """The JSON of GET /v1/backend."""
-        ring, library = self.store.spec.ring, blas.report()
+        ring, library = self.store.spec.ring, blas.prefer_fast()
         layers = [
             {"index": i, "cache": plan.kind, "compressed": plan.compressed, "reason": self.store.reason(i)}
             for i, plan in enumerate(self.store.plans)

@@ -8,6 +8,7 @@ from typing import Any
 from server.engine.running import RunningRequest
 from server.engine.services import Services
 from server.sessions.session import Session
+from turbocache.cache import PAGE
 from turbocache.cache.ring import PageRing
 from turbocache.machine.memory import device_memory, memory_in_use
 from turbocache.mlxlm.seam import native_calls
@@ -39,7 +40,6 @@ class Stats:
         self._registry = services.registry
         self._rotated_pages = 0
         self._device_memory = device_memory()
-        self._page = runtime.store.spec.rotations.tokens_per_page
         self._paths = self._attention_paths()
         self._refreshed = 0.0
         backend, spec = runtime.backend, runtime.store.spec
@@ -85,10 +85,10 @@ class Stats:
         m.sessions.labels(state="resident").set(len(sessions) - len(running) - spilled)
         m.sessions.labels(state="spilled").set(spilled)
         m.sessions.labels(state="running").set(len(running))
-        rotated = spec.rotations.pages - self._rotated_pages
-        self._rotated_pages = spec.rotations.pages
+        rotated = spec.rotated_pages - self._rotated_pages
+        self._rotated_pages = spec.rotated_pages
         m.rotations.inc(rotated)
-        m.rotated_tokens.inc(rotated * spec.rotations.tokens_per_page)
+        m.rotated_tokens.inc(rotated * PAGE)
         paths = self._attention_paths()
         for path, count in paths.items():
             m.attention_path.labels(path=path).inc(count - self._paths.get(path, 0))
@@ -150,7 +150,7 @@ class Stats:
                 "resting_bytes": resting,
                 "pressure_ratio": round((started + resting) / budget.total, 6),
             },
-            "pages": {"used": pool.n_used, "capacity": pool.capacity, "tokens": self._page, "nbytes": pool.page_nbytes},
+            "pages": {"used": pool.n_used, "capacity": pool.capacity, "tokens": PAGE, "nbytes": pool.page_nbytes},
         }
 
     def row(
@@ -175,7 +175,7 @@ class Stats:
             "bytes": None if session.cache is None else self._nbytes(session),
             "saved": session.stored,
             "rotations": 0 if ring is None else ring.first,
-            "ring": None if ring is None else _shape(ring, self._page),
+            "ring": None if ring is None else _shape(ring, PAGE),
             "centred_heads": None if ring is None else 0 if ring.centre is None else ring.centre.n_heads,
             "checkpoints": len(session.checkpoints),
             "turns": session.turns,

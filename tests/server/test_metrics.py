@@ -13,7 +13,7 @@ from server.metrics.__main__ import page
 from server.protocol import FinishReason
 from server.sessions.checkpoints import Kind
 from server.sessions.prefill_reasons import Loss, Reason
-from turbocache.cache.paths import PATHS
+from turbocache.cache.spec import PATHS
 from turbocache.storage.session_file import Refusal
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"

@@ -50,7 +50,7 @@ def survey(subject: Subject, chosen: Sequence[Contender], settings: Settings) ->
     return {
         "machine": {**machine(), "memory_bytes": device_memory()},
         "versions": versions(),
-        "blas": blas.report().name if on_cpu() else None,
+        "blas": blas.prefer_fast().name if on_cpu() else None,
         "model": subject.as_json(),
         "backends": {c.name: _probe(c, subject.plans, settings) for c in chosen if c.ours},
     }

@@ -206,7 +206,7 @@ class CacheBatch:
             writes = any(chunk.new_pages for chunk in step.chunks)
             for chunk in step.chunks:
                 self.spec.paths.add(chunk.n)
-        self.spec.rotations.pages += rotated
+        self.spec.rotated_pages += rotated
         if writes:
             mx.synchronize()
         return step

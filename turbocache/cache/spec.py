@@ -1,17 +1,35 @@
-"""What all sessions of a process share: sizes, the page pool, and how each layer is stored."""
+"""What all sessions of a process share: sizes, the page pool, how each layer is stored, and what is counted."""
 
 import weakref
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import mlx.core as mx
 
 from kernels.codec.layout import PAGE
-from kernels.lanes.base import Lanes
-from turbocache.cache.paths import PathCounts
+from kernels.lanes.base import AttentionPath, Lanes
 from turbocache.cache.pool import PagePool
 from turbocache.cache.ring import PageRing, RingConfig
+
+PATHS: tuple[str, ...] = ("fused", "packed", "expanded", "native")
+"""All paths that attention takes. `PathCounts` counts all but the last: `mlxlm.seam` counts mlx-lm's own attention."""
+
+
+class PathCounts:
+    """How many layers have attended so far, by path. A layer's path depends only on its lanes and the step's tokens."""
+
+    def __init__(self, layers: Sequence[Lanes]) -> None:
+        self.totals: Counter[AttentionPath] = Counter()
+        self._layers = tuple(layers)
+        self._of_step: dict[int | None, Counter[AttentionPath]] = {}
+
+    def add(self, n_tokens: int | None) -> None:
+        """Count all layers for one row's chunk of `n_tokens`, or for the whole batch's decode step (None)."""
+        if n_tokens not in self._of_step:
+            self._of_step[n_tokens] = Counter(lanes.path(n_tokens) for lanes in self._layers)
+        self.totals.update(self._of_step[n_tokens])
 
 
 class LiveBatch(Protocol):
@@ -26,40 +44,31 @@ class LiveBatch(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CompressedLayer:
-    """How one attention layer is stored. `dtype` is that of the raw tokens: the model's own cache dtype. Keys are
-    centred in heads whose mean dominates by `centre_above` (turbocache/cache/conditioning.py); None never does.
-    """
+    """How one attention layer is stored."""
 
     lanes: Lanes
     dtype: mx.Dtype
+    """Dtype of the raw tokens: the model's own cache dtype."""
     centre_above: float | None = None
+    """Threshold for centring a head's keys (turbocache/cache/conditioning.py). None disables centring."""
 
 
-@dataclass(slots=True)
-class RotationCount:
-    """Pages that rotated out of rings since the start."""
-
-    pages: int = 0
-    tokens_per_page: int = PAGE
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class CacheSpec:
-    """What all sessions of a process share: ring sizes, the pool and the layers' storage.
-
-    `live` knows every batch that exists, at rest or running, so that bytes and page owners can be counted; `paths`
-    counts which way attention went.
-    """
+    """What all sessions of a process share. Only the counts change after it is made."""
 
     ring: RingConfig
+    """Sizes of each session's ring."""
     pool: PagePool
     layers: tuple[CompressedLayer, ...]
-    rotations: RotationCount = field(default_factory=RotationCount)
+    rotated_pages: int = 0
+    """Pages that rotated out of all rings since the start."""
     live: "weakref.WeakSet[LiveBatch]" = field(default_factory=weakref.WeakSet)
+    """Every batch that exists, at rest or running: the source for counting bytes and page owners."""
     paths: PathCounts = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "paths", PathCounts([layer.lanes for layer in self.layers]))
+        self.paths = PathCounts([layer.lanes for layer in self.layers])
 
     @property
     def raw_token_nbytes(self) -> int:
@@ -72,7 +81,7 @@ class CacheSpec:
         return PAGE * sum(_token_values(layer) * mx.float16.size for layer in self.layers)
 
     def fp16_nbytes(self, rings: Iterable[PageRing]) -> int:
-        """Bytes in a float16 cache of all tokens in pages, shared ones once, and of the raw ones of `rings`."""
+        """Bytes in a float16 cache of all tokens in pages (shared pages once) and of the raw tokens of `rings`."""
         n_raw = sum(ring.n_raw for ring in rings)
         return (self.pool.n_used * PAGE + n_raw) * self.fp16_page_nbytes // PAGE
 
@@ -83,12 +92,12 @@ class CacheSpec:
 
     @property
     def centre_nbytes(self) -> int:
-        """Most bytes of what is taken off one session's keys."""
+        """Upper bound of the bytes of one session's key centres."""
         centred = [layer for layer in self.layers if layer.centre_above is not None]
         return sum(layer.lanes.shape.n_kv_heads * layer.lanes.shape.key_dim * layer.dtype.size for layer in centred)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless every page's count is exactly its number of owners among the live batches."""
+        """Raise AssertionError unless every page's count equals its number of owners among the live batches."""
         self.pool.check_integrity(ring.pages for batch in self.live for ring in batch.rings)
 
 

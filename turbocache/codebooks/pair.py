@@ -1,17 +1,17 @@
 """Codebooks for pairs of coordinates, and how they were computed.
 
-After the rotation coordinates are independent N(0, 1) but for their row's scale, so what scalar levels lose is the
-shape of their cells: squares that reach into corners where nothing lies. A table of 2**(2 * bits) points in the plane
-has cells near to hexagons and spends no point on corners, and its rate may be a half: 32 points are 2.5 bits a
-coordinate, 128 are 3.5. Distortion at high rates, in units of 4**-bits: 2.72 for scalar levels (Panter and Dite 1951),
-2.02 for points in the plane (Zador 1982 with the hexagon's moment).
+After the rotation, coordinates are independent N(0, 1) up to their row's scale. Scalar levels lose by the shape of
+their cells: squares whose corners are nearly empty. A table of 2**(2 * bits) points in the plane has cells close to
+hexagons and spends no point on corners. Its rate may be a half: 32 points are 2.5 bits a coordinate, 128 are 3.5.
+Distortion at high rates, in units of 4**-bits: 2.72 for scalar levels (Panter and Dite 1951), 2.02 for points in the
+plane (Zador 1982 with the hexagon's moment).
 
-Every table is its own mirror image about the origin, so its mean is exactly 0, and is sorted by x, then by y: entries i
-and n - 1 - i are opposite. A table may be turned by any angle; it is turned so that its error is smallest along (1, 1):
-the values of neighbouring tokens are alike (their correlation is 0.2 in tiny-recall), and attention adds their
-errors up. Values are float16's, so that every backend reads the same numbers.
+Every table is its own mirror image about the origin, so its mean is exactly 0. It is sorted by x, then by y: entries i
+and n - 1 - i are opposite. Any rotation of a table serves as well, so each is turned until its error is smallest along
+(1, 1): values of neighbouring tokens are correlated (0.2 in tiny-recall), and attention adds up their errors. Values
+are float16-exact, so that every backend reads the same numbers.
 
-`python -m turbocache.codebooks.pair` prints `pair_tables.py` anew (in some ten minutes).
+`python -m turbocache.codebooks.pair` prints `pair_tables.py` (in about ten minutes).
 """
 
 import math
@@ -25,7 +25,7 @@ PAIR_BITS = tuple(sorted(PAIR_HALVES))
 """Bits a coordinate for which there is a table."""
 
 _FAR = 12.0
-"""Beyond this N(0, 1) is taken to be zero."""
+"""The density of N(0, 1) counts as zero beyond this."""
 
 
 @cache
@@ -63,7 +63,7 @@ def cell_moments(levels: np.ndarray, n_cells: int | None = None) -> tuple[np.nda
 
         mass = sum of u * integral of F(x) f(y),    first = - sum of (u, v) * integral of f(x) f(y)
 
-    The second is in closed form; the first is done by Gauss-Legendre quadrature (absolute error below 1e-10).
+    The second has a closed form. The first uses Gauss-Legendre quadrature (absolute error below 1e-10).
     """
     levels = np.asarray(levels, dtype=np.float64)
     nodes, weights = np.polynomial.legendre.leggauss(64)
@@ -71,12 +71,12 @@ def cell_moments(levels: np.ndarray, n_cells: int | None = None) -> tuple[np.nda
     mass, first = np.zeros(len(cells)), np.zeros((len(cells), 2))
     for cell in cells:
         normals, distances, low, high = _edges(levels, cell)
-        across = _density(distances) * (_below(high) - _below(low))
+        across = normal_density(distances) * (_below(high) - _below(low))
         first[cell] = -(normals * across[:, None]).sum(axis=0)
         along = (low + high)[:, None] / 2 + (high - low)[:, None] / 2 * nodes
         x = distances[:, None] * normals[:, :1] - along * normals[:, 1:]
         y = distances[:, None] * normals[:, 1:] + along * normals[:, :1]
-        integrals = (_below(x) * _density(y)) @ weights * (high - low) / 2
+        integrals = (_below(x) * normal_density(y)) @ weights * (high - low) / 2
         mass[cell] = (normals[:, 0] * integrals).sum()
     return mass, first
 
@@ -84,7 +84,7 @@ def cell_moments(levels: np.ndarray, n_cells: int | None = None) -> tuple[np.nda
 def _edges(levels: np.ndarray, cell: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """A cell's edges: outward normals `[m, 2]`, distances from the origin, and where they begin and end on their lines.
 
-    The half plane's border at x = _FAR closes the cells that are open to the right; F(x) f(y) vanishes elsewhere.
+    The border of the half plane at x = _FAR closes cells that are open to the right. F(x) f(y) vanishes elsewhere.
     """
     away = np.delete(levels, cell, axis=0) - levels[cell]
     lengths = np.linalg.norm(away, axis=1)
@@ -99,12 +99,12 @@ def _edges(levels: np.ndarray, cell: int) -> tuple[np.ndarray, np.ndarray, np.nd
     reach = math.sqrt(2) * _FAR
     high = np.where(slopes > 1e-14, at, reach).min(axis=1).clip(-reach, reach)
     low = np.where(slopes < -1e-14, at, -reach).max(axis=1).clip(-reach, reach)
-    outside = ((np.abs(slopes) <= 1e-14) & (room < -1e-12)).any(axis=1)  # parallel to a line that cuts it off
+    outside = ((np.abs(slopes) <= 1e-14) & (room < -1e-12)).any(axis=1)  # beyond a parallel line
     real = (high > low) & ~outside
     return normals[real], distances[real], low[real], high[real]
 
 
-def _density(x: np.ndarray) -> np.ndarray:
+def normal_density(x: np.ndarray) -> np.ndarray:
     return np.asarray(np.exp(-x * x / 2) / math.sqrt(2 * math.pi))
 
 
@@ -122,13 +122,13 @@ def search_pairs(bits: float, n_starts: int | None = None, seed: int = 0) -> np.
     """The best table found for `bits`, float32 `[2**(2 * bits), 2]`, float16-exact, symmetric and sorted.
 
     Lloyd's iteration (Linde, Buzo and Gray 1980) of half a table and its mirror image over a grid in the half plane,
-    with noise that cools down, from random starts; the best two are then polished with exact cell moments.
+    with decreasing noise, from random starts. Exact cell moments then polish the best two.
     """
     n = round(2 ** (2 * bits))
     n_starts = n_starts or min(100, 6400 // n)
     rng = np.random.Generator(np.random.PCG64([seed, n]))
     points, weights = _grid(step=min(0.08, 0.68 / math.sqrt(n)))
-    found = []
+    candidates = []
     for start in range(n_starts):
         half = rng.normal(size=(n // 2, 2)) * math.sqrt(2)  # the best density of points is f^(1/2), that is N(0, 2)
         noise = 0.4 / math.sqrt(n) * (1 + start % 3)
@@ -136,8 +136,8 @@ def search_pairs(bits: float, n_starts: int | None = None, seed: int = 0) -> np.
             half = _lloyd_step(half, points, weights)
             if step < 300:
                 half = half + rng.normal(size=half.shape) * noise * (1 - step / 300) ** 2
-        found.append((_grid_distortion(half, points, weights), start, half))
-    polished = [_polish(half) for _, _, half in sorted(found, key=lambda entry: entry[:2])[:2]]
+        candidates.append((_grid_distortion(half, points, weights), start, half))
+    polished = [_polish(half) for _, _, half in sorted(candidates, key=lambda entry: entry[:2])[:2]]
     return min(polished, key=pair_distortion)
 
 
@@ -156,7 +156,7 @@ def _nearest(half: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _lloyd_step(half: np.ndarray, points: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Every entry to the mean of its cell; an entry without one goes half-way to the origin."""
+    """Move every entry to the mean of its cell. An entry whose cell is empty moves half-way to the origin."""
     n = len(half)
     _, codes = _nearest(half, points)
     signs = np.where(codes < n, 1.0, -1.0)
@@ -172,7 +172,7 @@ def _grid_distortion(half: np.ndarray, points: np.ndarray, weights: np.ndarray) 
 
 
 def _polish(half: np.ndarray, n_steps: int = 100) -> np.ndarray:
-    """Over-relaxed Lloyd steps with exact cells, then the best turn, then float16."""
+    """Over-relaxed Lloyd steps with exact cells, then the rotation, then rounding to float16."""
     for _ in range(n_steps):
         mass, first = cell_moments(np.concatenate([half, -half]), len(half))
         half = half + 1.7 * (first / mass[:, None] - half)
@@ -183,7 +183,7 @@ def _polish(half: np.ndarray, n_steps: int = 100) -> np.ndarray:
 
 
 def _turn(table: np.ndarray) -> np.ndarray:
-    """The rotation `[2, 2]` that lays the axis of the smallest error along (1, 1)."""
+    """The rotation `[2, 2]` that turns the axis of the smallest error to (1, 1)."""
     _, axes = np.linalg.eigh(error_covariance(table))
     angle = math.pi / 4 - math.atan2(axes[1, 0], axes[0, 0])
     return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])

@@ -2,10 +2,10 @@
 
 After the rotation a coordinate of a unit vector in `dim` dimensions follows f(t) ~ (1 - t^2)^((dim - 3) / 2), which is
 N(0, 1/dim) for the head dims in use (TurboQuant, arXiv 2504.19874, section 3.1). So one codebook for N(0, 1) per bit
-width serves every head dim; each row's scale takes the 1/sqrt(dim). Levels are rounded to float16, so that every
+width serves every head dim, and each row's scale includes the 1/sqrt(dim). Levels are rounded to float16, so that every
 backend reads the same numbers.
 
-`python -m turbocache.codebooks.scalar` prints `codebook_tables.py` anew; a test computes the tables again.
+`python -m turbocache.codebooks.scalar` prints `scalar_tables.py`. A test computes the tables again.
 """
 
 import math
@@ -14,15 +14,10 @@ from functools import cache
 import numpy as np
 
 from kernels.lanes.base import CodebookKind
-from turbocache.codebooks.pair import PAIR_BITS, pair_levels
+from turbocache.codebooks.pair import PAIR_BITS, normal_density, pair_levels
 from turbocache.codebooks.scalar_tables import LLOYD_MAX, UNIFORM_STEP
 
 MAX_BITS = 8
-_SQRT_2PI = math.sqrt(2 * math.pi)
-
-
-def _density(x: np.ndarray) -> np.ndarray:
-    return np.asarray(np.exp(-x * x / 2) / _SQRT_2PI)
 
 
 def _upper(x: np.ndarray) -> np.ndarray:
@@ -33,13 +28,15 @@ def _upper(x: np.ndarray) -> np.ndarray:
 def _half_cells(boundaries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probability, first and second moment of each cell between boundaries 0 = b_0 < b_1 < ... < infinity."""
     upper = np.append(_upper(boundaries), 0.0)
-    density = np.append(_density(boundaries), 0.0)
+    density = np.append(normal_density(boundaries), 0.0)
     edge = np.append(boundaries * density[:-1], 0.0)
     mass = upper[:-1] - upper[1:]
     return mass, density[:-1] - density[1:], mass + edge[:-1] - edge[1:]
 
 
-def _distortion(half: np.ndarray) -> float:
+def gaussian_distortion(levels: np.ndarray) -> float:
+    """Mean squared error of nearest-level coding of N(0, 1) by a symmetric codebook of unit scale."""
+    half = np.asarray(levels, dtype=np.float64)[levels.size // 2 :]
     boundaries = np.concatenate([[0.0], (half[1:] + half[:-1]) / 2])
     mass, first, second = _half_cells(boundaries)
     return float(2 * (second - 2 * half * first + half * half * mass).sum())
@@ -74,7 +71,7 @@ def _residual(half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     boundaries = np.concatenate([[0.0], (half[1:] + half[:-1]) / 2])
     mass, first, _ = _half_cells(boundaries)
     mean = first / mass
-    density = np.append(_density(boundaries), 0.0)
+    density = np.append(normal_density(boundaries), 0.0)
     lower = np.append(boundaries, 0.0)
     # d mean / d(lower boundary) and d mean / d(upper boundary) of each cell.
     by_lower = density[:-1] * (mean - lower[:-1]) / mass
@@ -103,29 +100,24 @@ def _normal_quantile(p: float) -> float:
 
 
 def uniform_step(bits: int) -> float:
-    """The spacing of `2**bits` equally spaced levels around 0 that minimises the mean squared error for N(0, 1)."""
-    n = 1 << (bits - 1)
-    grid = np.arange(n) + 0.5
+    """The spacing of `2**bits` equally spaced levels around 0 with the smallest mean squared error for N(0, 1)."""
+    grid = np.arange(1 << bits) - ((1 << bits) - 1) / 2
     low, high = 1e-3, 4.0
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(200):  # golden section: the error has one minimum in the spacing
         a, b = high - ratio * (high - low), low + ratio * (high - low)
-        if _distortion(grid * a) < _distortion(grid * b):
+        if gaussian_distortion(grid * a) < gaussian_distortion(grid * b):
             high = b
         else:
             low = a
     return (low + high) / 2
 
 
-def gaussian_distortion(levels: np.ndarray) -> float:
-    """Mean squared error of nearest-level coding of N(0, 1) by a symmetric codebook of unit scale."""
-    return _distortion(np.asarray(levels, dtype=np.float64)[levels.size // 2 :])
-
-
 def grid_step(bits: int) -> float:
-    """`UNIFORM_STEP` rounded so that every level (c - (2**bits - 1) / 2) * step is a float16: a level's count of half
-    steps has `bits` binary digits, which leaves the step 11 - `bits`. Raises the distortion by 0.01 % up to 5 bits and
-    by 1.2 % at most.
+    """`UNIFORM_STEP` rounded so that every level (c - (2**bits - 1) / 2) * step is a float16.
+
+    A level's count of half steps has `bits` binary digits, which leaves 11 - `bits` for the step. The rounding raises
+    the distortion by 0.01 % up to 5 bits and by at most 1.2 %.
     """
     mantissa, exponent = math.frexp(UNIFORM_STEP[bits])
     digits = 1 << (11 - bits)
@@ -133,20 +125,20 @@ def grid_step(bits: int) -> float:
 
 
 def zooms_for(kind: CodebookKind, bits: float) -> tuple[float, ...]:
-    """Factors beside 1 that encoding tries on a row of equally spaced levels (kernels/lanes/reference.py). They serve a
-    row best if their ends are where its own coordinates end. At 4 bits the mean squared error of Gaussian rows of 128
-    is 9 % smaller for it, of 64 15 %. At 8 bits there is nothing to gain that float32 can tell.
+    """Factors other than 1 that encoding tries on a row for equally spaced levels (kernels/lanes/reference.py).
+
+    Such levels fit a row best if they end where its coordinates end. At 4 bits this lowers the mean squared error of
+    Gaussian rows by 9 % (128 coordinates) or 15 % (64). At 8 bits the gain is below float32's precision.
     """
     return (0.8, 0.9, 1.1, 1.2) if kind == "uniform" and bits < MAX_BITS else ()
 
 
 @cache
 def levels_for(kind: CodebookKind, bits: float) -> np.ndarray:
-    """Sorted levels of N(0, 1), float32 `[2**bits]` with float16's values, not writeable; `pair_levels` where `kind`
-    (see `CodebookKind`) calls for pairs.
+    """Sorted levels of N(0, 1), float32 `[2**bits]`, float16-exact, read-only, or `pair_levels` for kinds with pairs.
 
-    At 8 bits all kinds are the grid, which is read without a table. Raises ValueError for bits without a codebook and
-    for the kind `none`.
+    At 8 bits all kinds are the grid, which needs no table. Raises ValueError for bits without a codebook and for the
+    kind `none` (see `CodebookKind`).
     """
     if bits in PAIR_BITS and (kind == "pair" or (kind == "lloyd_max" and bits % 1)):
         return pair_levels(bits)

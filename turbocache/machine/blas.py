@@ -1,4 +1,4 @@
-"""Puts a fast BLAS in front of MLX's CPU backend.
+"""Give MLX's CPU backend a fast BLAS.
 
 The mlx-cpu wheel is linked against the reference BLAS, which reaches 2 to 6 GFLOP/s where OpenBLAS reaches 100 to 200.
 libmlx.so leaves `cblas_sgemm` undefined, and the loader looks in the process's global scope before it looks in the
@@ -28,18 +28,16 @@ _FAST_NAMES = {"openblas": "OpenBLAS", "mkl": "MKL", "blis": "BLIS", "nvpl": "NV
 
 @dataclass(frozen=True)
 class BlasReport:
-    """What MLX's CPU backend multiplies matrices with.
-
-    name: "OpenBLAS", "MKL", "BLIS", "Accelerate", ..., "reference", or the file name of an unknown library.
-    path: the library's file, symbolic links resolved; None where there is none to name.
-    fast: whether it is known to be an optimised library.
-    advice: one sentence: what to do for a fast BLAS, or why there is nothing to do.
-    """
+    """What MLX's CPU backend multiplies matrices with."""
 
     name: str
+    """"OpenBLAS", "MKL", "BLIS", "Accelerate", ..., "reference", or the file name of an unknown library."""
     path: str | None
+    """The library's file with symbolic links resolved, if it is known."""
     fast: bool
+    """Whether the library is known to be optimised."""
     advice: str
+    """One sentence: how to get a fast BLAS, or why nothing needs doing."""
 
 
 class _SymbolInfo(ctypes.Structure):
@@ -63,32 +61,26 @@ _report: BlasReport | None = None
 
 
 def prefer_fast() -> BlasReport:
-    """Open the best BLAS of this machine ahead of mlx, once per process, and say which one MLX will use.
+    """Open the machine's best BLAS before mlx, once per process. Returns which one MLX uses.
 
-    Order: one that is global already (LD_PRELOAD), the system's OpenBLAS or BLIS, OpenBLAS or MKL in the Python
-    environment, the system's MKL, and at last the reference BLAS that comes with MLX. The environment variable
-    TURBOCACHE_BLAS may be `auto` (that order), `none` (open nothing), or the path of a library with the standard
-    symbol names and 32-bit integers.
+    Order: a library that is already global (LD_PRELOAD), the system's OpenBLAS or BLIS, OpenBLAS or MKL in the Python
+    environment, the system's MKL, and last the reference BLAS that comes with MLX. The environment variable
+    TURBOCACHE_BLAS is `auto` (this order), `none` (open nothing), or the path of a library with the standard symbol
+    names and 32-bit integers.
 
     Mutates the process: the chosen library's symbols become global.
-    Raises ValueError when TURBOCACHE_BLAS is none of these.
+    Raises ValueError when TURBOCACHE_BLAS has another value.
     """
     global _report
     if _report is None:
         choice = os.environ.get(ENV, "auto")
         if choice not in ("auto", "none"):
             _check_library(choice)
-        _report = _prefer_on_macos() if sys.platform == "darwin" else _prefer_on_linux(choice)
+        if sys.platform == "darwin":
+            _report = BlasReport("Accelerate", None, True, "Nothing to do: MLX uses Accelerate on macOS.")
+        else:
+            _report = _prefer_on_linux(choice)
     return _report
-
-
-def report() -> BlasReport:
-    """The report of `prefer_fast`; calls it when nobody has done so yet."""
-    return prefer_fast()
-
-
-def _prefer_on_macos() -> BlasReport:
-    return BlasReport("Accelerate", None, True, "Nothing to do: MLX uses Accelerate on macOS.")
 
 
 def _prefer_on_linux(choice: str) -> BlasReport:
@@ -105,16 +97,16 @@ def _prefer_on_linux(choice: str) -> BlasReport:
 
 
 def _candidates() -> list[str]:
-    """Names for the loader's own search and files of the Python environment, best first."""
+    """Names that the loader searches for, and files of the Python environment, best first."""
     lib = Path(sys.prefix) / "lib"
     local = [path for pattern in _PREFIX_LIBRARIES for path in sorted(glob.glob(str(lib / pattern)), reverse=True)]
     return [*_SYSTEM_LIBRARIES, *local, "libmkl_rt.so"]
 
 
 def _open_globally(library: str) -> str | None:
-    """Open `library` for the whole process; the file that now answers for `cblas_sgemm`, or None if it cannot be."""
+    """Open `library` for the whole process. Returns the file that now provides `cblas_sgemm`, or None if that fails."""
     try:
-        # Opened privately first: a library without the symbol must not be left in the global scope.
+        # Open it privately first: a library without the symbol must not stay in the global scope.
         if not hasattr(ctypes.CDLL(library), _SYMBOL):
             return None
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
@@ -136,7 +128,7 @@ def _check_library(path: str) -> None:
 
 
 def _global_blas() -> str | None:
-    """The file that an undefined `cblas_sgemm` binds to through the global scope; None when there is none."""
+    """The file that an undefined `cblas_sgemm` binds to through the global scope, if any."""
     process = ctypes.CDLL(None)
     try:
         function = process[_SYMBOL]
@@ -161,7 +153,7 @@ def _loaded_libraries() -> list[str]:
 
 
 def _too_late() -> BlasReport:
-    """mlx is imported: what was global at that moment is what it has bound."""
+    """mlx is imported already: it has bound what was global at that moment."""
     libraries = _loaded_libraries()
     mlx = next((i for i, path in enumerate(libraries) if Path(path).name == "libmlx.so"), len(libraries))
     if (path := _global_blas()) is not None and path in libraries[:mlx]:
@@ -176,7 +168,7 @@ def _preloaded(path: str, choice: str) -> BlasReport:
 
 
 def _in_use(path: str, advice: str) -> BlasReport:
-    # Debian tells its libraries apart by the folder: openblas-pthread/libblas.so.3, blas/libblas.so.3.
+    # Debian's libraries differ by folder: openblas-pthread/libblas.so.3, blas/libblas.so.3.
     file = Path(path)
     hint = f"{file.parent.name}/{file.name}".lower()
     if (name := next((name for key, name in _FAST_NAMES.items() if key in hint), None)) is not None:
@@ -188,8 +180,8 @@ def _in_use(path: str, advice: str) -> BlasReport:
 
 def _reference(advice: str) -> BlasReport:
     for entry in sys.path:
-        if found := sorted(glob.glob(str(Path(entry) / "mlx_cpu.libs" / "libblas*.so*"))):
-            return BlasReport("reference", os.path.realpath(found[0]), False, advice)
+        if libraries := sorted(glob.glob(str(Path(entry) / "mlx_cpu.libs" / "libblas*.so*"))):
+            return BlasReport("reference", os.path.realpath(libraries[0]), False, advice)
     return BlasReport("reference", None, False, advice)
 
 

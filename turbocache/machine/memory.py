@@ -1,4 +1,4 @@
-"""How much memory the device has, as far as caches are concerned."""
+"""The memory that caches may use."""
 
 import ctypes
 import os
@@ -16,8 +16,8 @@ _KEPT = 1 << 28
 
 
 def device_memory() -> int:
-    """Bytes that the default device can give to this process: Metal's recommended working set, the GPU's memory, or
-    physical memory (at most the container's limit) on a CPU.
+    """Bytes of the default device: Metal's recommended working set, the GPU's memory, or physical memory (at most the
+    container's limit) on a CPU.
     """
     info = mx.device_info()
     for key in ("max_recommended_working_set_size", "total_memory"):
@@ -32,7 +32,7 @@ def device_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes of `device_memory` that nobody uses now, as far as the system tells."""
+    """Bytes of `device_memory` that are free now, as the system reports it."""
     if on_cpu() and _MEMINFO.exists():
         fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
         return min(device_memory(), int(fields["MemAvailable"].split()[0]) * 1024)
@@ -43,16 +43,16 @@ def available_memory() -> int:
 
 
 def memory_in_use() -> dict[str, int]:
-    """Bytes that MLX has taken: `active` for arrays, `cached` for the next ones, `peak` the most active at once."""
+    """Bytes that MLX holds: `active` in arrays, `cached` for later arrays, and the `peak` of the active ones."""
     return {"active": mx.get_active_memory(), "cached": mx.get_cache_memory(), "peak": mx.get_peak_memory()}
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library to keep freed memory for the next step instead of giving it back; whether it listened.
+    """Make the C library keep up to `_KEPT` freed bytes for the next step. Returns whether it does.
 
-    On the CPU every step allocates and frees the same few megabytes, and glibc returns them to the system each time:
-    the page faults were a quarter of a decode step over 4,000 tokens (43 ms with, 33 without). Call it before the
-    thread that computes starts; at most `_KEPT` bytes are kept. Does nothing but on Linux's CPU backend.
+    On the CPU every step allocates and frees the same few megabytes, and glibc returns them to the system each time.
+    The page faults took a quarter of a decode step over 4,000 tokens (43 ms with them, 33 ms without). Call it before
+    the computing thread starts. Does nothing except on Linux's CPU backend.
     """
     if not (on_cpu() and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")):
         return False

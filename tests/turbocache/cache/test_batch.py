@@ -417,12 +417,12 @@ def test_rotations_are_counted() -> None:
     spec = make_spec(RingConfig(0, 0, 128), LAYERS, n_pages=60)
     batch = Paged.session(LAYERS, spec, np.random.default_rng(0))
     batch.append(128)
-    assert spec.rotations.pages == 0
+    assert spec.rotated_pages == 0
     for _ in range(70):
         batch.append(1)
-    assert spec.rotations.pages == 1
+    assert spec.rotated_pages == 1
     batch.append(300)
-    assert spec.rotations.pages == batch.views[0].batch.rings[0].first == (498 + 1 - 128) // PAGE
+    assert spec.rotated_pages == batch.views[0].batch.rings[0].first == (498 + 1 - 128) // PAGE
 
 
 def test_close_gives_everything_back() -> None:

@@ -77,11 +77,11 @@ def decode_loop(spec: CacheSpec, n_steps: int, hold: Callable[[], object] | None
     previous = mx.zeros((64, 4, 1, 128))
     for _ in range(n_steps):
         start = time.perf_counter()
-        used = spec.pool.n_used + view.batch.spec.rotations.pages
+        used = spec.pool.n_used + view.batch.spec.rotated_pages
         pending = view.update_and_fetch(k + 0 * previous, v)
         out = seam.attention(q, *pending, view, scale=0.1, mask=None)
         mx.async_eval(out)
-        assert spec.pool.n_used + view.batch.spec.rotations.pages == used + 1
+        assert spec.pool.n_used + view.batch.spec.rotated_pages == used + 1
         mx.eval(previous)
         previous = out
         times.append(time.perf_counter() - start)

@@ -25,7 +25,7 @@ def gflops(n=512):
     return 2 * n**3 / min(once() for _ in range(5)) / 1e9
 
 mapped = sorted({line.split()[-1] for line in open("/proc/self/maps") if "/" in line})
-print(json.dumps({**dataclasses.asdict(blas.report()), "mapped": mapped, "gflops": gflops()}))
+print(json.dumps({**dataclasses.asdict(blas.prefer_fast()), "mapped": mapped, "gflops": gflops()}))
 """
 TURBOCACHE_FIRST = "from turbocache.machine import blas" + REPORT
 MLX_FIRST = "import mlx.core\nfrom turbocache.machine import blas" + REPORT

@@ -6,8 +6,8 @@ from mlx_lm.models.cache import KVCache
 from kernels.lanes.base import AttentionPath, LaneShape
 from tests.oracles import Heads, make_spec
 from turbocache.backend import make_lanes
-from turbocache.cache.paths import PATHS, PathCounts
 from turbocache.cache.ring import RingConfig
+from turbocache.cache.spec import PATHS, PathCounts
 from turbocache.cache.view import PagedKVCache
 from turbocache.mlxlm import seam
 
