@@ -1,4 +1,4 @@
-"""The arrays of one row's prefill chunk: what its tokens, sink, window and pages become (`ChunkStep` has the plan).
+"""The array work of one row's prefill chunk, as its `ChunkStep` plans it.
 
 A pair is keys and values of one row, `[1, n_kv_heads, n, dim]` each.
 """
@@ -16,13 +16,13 @@ from turbocache.cache.steps import ChunkStep
 def centred(
     chunk: ChunkStep, layer: int, centre: KeyCentre | None, raw: Pair, new: Pair, above: float | None
 ) -> tuple[Pair, Pair]:
-    """A row's raw buffers and its chunk, the row's centre taken off both keys; measured here if this is its chunk."""
+    """A row's raw buffers and its chunk, less the row's centre. Measures the centre if the chunk decides it."""
     if centre is None or above is None:
         return raw, new
     if not chunk.decides:
         mean = centre.means.get(layer)
         return raw, new if mean is None else (new[0] - mean, new[1])
-    n_raw = raw[0].shape[2]  # as many positions as there are slots, which they fill in order
+    n_raw = raw[0].shape[2]  # the first n_raw positions fill the slots in order
     first = mx.concatenate([raw[0][:, :, : chunk.start], new[0][:, :, : n_raw - chunk.start]], axis=2)
     mean = centre.measure(layer, first, above)
     return (raw[0] - mean, raw[1]), (new[0] - mean, new[1])
@@ -46,12 +46,12 @@ def raw_after(chunk: ChunkStep, raw: Pair, new: Pair, body: Pair) -> Pair:
 def _slots_after(chunk: ChunkStep, raw: mx.array, new: mx.array, body: mx.array) -> mx.array:
     parts = [raw[:, :, : chunk.n_sink - chunk.sink_taken], new[:, :, : chunk.sink_taken]]
     if not body.shape[2]:
-        return mx.concatenate([*parts, raw[:, :, chunk.n_sink :]], axis=2)  # all of it went to the sink
+        return mx.concatenate([*parts, raw[:, :, chunk.n_sink :]], axis=2)  # the whole chunk went to the sink
     return mx.concatenate([*parts, mx.take(body, chunk.to_slots, axis=2)], axis=2)
 
 
 def page_blocks(chunks: Sequence[ChunkStep], bodies: Sequence[Pair]) -> Pair:
-    """What becomes pages, in the order of the chunks' `new_pages`: `[N, n_kv_heads, PAGE, dim]`."""
+    """The content of the chunks' `new_pages`, in order: `[N, n_kv_heads, PAGE, dim]`."""
     blocks: tuple[list[mx.array], list[mx.array]] = [], []
     for chunk, body in zip(chunks, bodies, strict=True):
         n = len(chunk.new_pages)

@@ -1,19 +1,19 @@
-"""Conditioning of keys: a constant that dominates a head's keys is taken off them as they enter the cache.
+"""Conditioning of keys: a constant that dominates a head's keys is subtracted as they enter the cache.
 
 Key projections with large biases (Qwen2 and 2.5) give keys k = c + u with |c| far above |u|. A codec spends its bits on
-c, which says nothing, because every query meets the same <q, c> in all its scores and softmax does not see a constant.
-So a row keeps k - m instead, raw tokens and pages alike, m being the mean of the row's first keys: queries, kernels and
-outputs stay as they are, and a decode step pays one subtraction in the layers that need it.
+c, which carries no information: all scores of a query contain the same <q, c>, and softmax ignores a constant. So a row
+stores k - m, in raw tokens and pages, where m is the mean of the row's first keys. Queries, kernels and outputs do not
+change. A decode step pays one subtraction in the layers that need it.
 
     m_h = mean over the first `RingConfig.raw_slots` positions of k_h
     conditioned if |m_h|^2 > CENTRE_ABOVE * mean |k_h - m_h|^2, else m_h = 0           (by row, layer and KV head)
 
-These are the positions that a row holds raw when its first page falls due, however its tokens came, so what is taken
-off does not depend on how a prompt is cut. An extra logit (attention sinks) is not shifted with the scores: layers that
-have one are not conditioned.
+A row holds these positions raw when its first page is due, however its tokens arrived. So m does not depend on how a
+prompt is split into chunks. An extra logit (attention sinks) does not shift with the scores, so layers that have one
+are not conditioned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -21,39 +21,33 @@ import numpy as np
 CENTRE_ABOVE = 4.0
 """The squared mean, in units of the mean squared deviation, above which a head's keys are centred.
 
-Over 256 tokens ordinary heads have 0.5 to 2.5, because slow rotary pairs have not turned yet, and planted biases of
-Qwen's size 1,900 to 3,700. Centring an ordinary head costs a little (k4v4 on tiny-recall: KL divergence 0.0008 to
-0.0009); a constant that is left in costs more from a ratio of 1 on (0.0013, at 4 0.0028, at 8 0.0046).
+Over 256 tokens ordinary heads have 0.5 to 2.5, because slow rotary pairs have not turned yet. Planted biases of Qwen's
+size have 1,900 to 3,700. Centring an ordinary head costs little (k4v4 on tiny-recall: KL divergence from 0.0008 to
+0.0009). Not centring costs more from a ratio of 1 up (0.0013; at 4 0.0028, at 8 0.0046).
 """
 
 
 class KeyCentre:
-    """What is taken off the keys of one row: by layer `[1, n_kv_heads, 1, key_dim]` in the dtype of its raw keys, zero
-    for heads that are not conditioned.
+    """What is subtracted from the keys of one row.
 
-    Made when the row's first page falls due, filled layer by layer in that pass, and shared by the row's forks: it is
-    part of what their pages mean.
+    Made when the row's first page is due and filled layer by layer in that pass. Forks of the row share it, because
+    their pages depend on it.
     """
 
     __slots__ = ("_n_heads", "means")
 
-    def __init__(self) -> None:
-        self.means: dict[int, mx.array] = {}
-        self._n_heads: int | None = None
-
-    @classmethod
-    def known(cls, means: dict[int, mx.array], n_heads: int) -> "KeyCentre":
-        """One that was settled before, such as a file's."""
-        centre = cls()
-        centre.means, centre._n_heads = dict(means), n_heads
-        return centre
+    def __init__(self, means: Mapping[int, mx.array] | None = None, n_heads: int | None = None) -> None:
+        """Without arguments not settled yet. A file restores a settled one, with its number of conditioned heads."""
+        self.means = dict(means or {})
+        """By layer `[1, n_kv_heads, 1, key_dim]` in the dtype of the raw keys; 0 for heads without conditioning."""
+        self._n_heads = n_heads
 
     @property
     def nbytes(self) -> int:
         return sum(mean.nbytes for mean in self.means.values())
 
     def measure(self, layer: int, keys: mx.array, above: float) -> mx.array:
-        """Decide for one layer over the row's first keys `[1, n_kv_heads, n, key_dim]`. Returns the layer's mean."""
+        """Measure one layer's centre over the row's first keys `[1, n_kv_heads, n, key_dim]`, and return it."""
         exact = keys.astype(mx.float32)
         mean = exact.mean(axis=2, keepdims=True)
         spread = mx.square(exact - mean).sum(axis=-1, keepdims=True).mean(axis=2, keepdims=True)
@@ -62,7 +56,7 @@ class KeyCentre:
         return self.means[layer]
 
     def settle(self) -> None:
-        """Forget the layers that need nothing, so that they cost nothing. Waits for the device, once a row."""
+        """Drop the layers without conditioned heads. Waits for the device, once a row."""
         if self._n_heads is not None:
             return
         centred = [mx.any(mean != 0, axis=-1).sum() for mean in self.means.values()]
@@ -72,20 +66,20 @@ class KeyCentre:
 
     @property
     def n_heads(self) -> int:
-        """KV heads that are conditioned, over all layers; settles."""
+        """Conditioned KV heads over all layers. Settles."""
         self.settle()
         return self._n_heads or 0
 
 
 class RowCentres:
-    """The centres of a batch's rows by layer, as one array each: made again when rows change, not with every step."""
+    """The centres of a batch's rows, one array for each layer. Made again only when rows change."""
 
     def __init__(self) -> None:
         self._rows: list[KeyCentre | None] = []
         self._arrays: dict[int, mx.array] = {}
 
     def update(self, rows: Sequence[KeyCentre | None]) -> None:
-        """The batch has these rows now. Call before a step is planned, never while one is under way."""
+        """Set the batch's rows. Call before a step is planned, never during one."""
         for centre in rows:
             if centre is not None:
                 centre.settle()
@@ -98,12 +92,13 @@ class RowCentres:
             self._arrays[layer] = mx.concatenate([nothing if part is None else part for part in parts])
 
     def of(self, layer: int) -> mx.array | None:
-        """`[B, n_kv_heads, 1, key_dim]`, or None when no row has anything taken off in this layer."""
+        """`[B, n_kv_heads, 1, key_dim]`, or None when no row has a centre in this layer."""
         return self._arrays.get(layer)
 
     def decide(self, layer: int, deciding: dict[int, KeyCentre], raw_keys: mx.array, above: float) -> mx.array:
-        """Measure the centres of some rows of a decode step, whose raw buffers `[B, n_kv_heads, n, key_dim]` hold the
-        first n positions in order. Returns the buffers with these rows centred.
+        """Measure the centres of the rows `deciding` in a decode step. Returns the buffers with these rows centred.
+
+        `raw_keys` is `[B, n_kv_heads, n, key_dim]`; these rows hold their first n positions in order.
         """
         shifts = [mx.zeros_like(raw_keys[:1, :, :1])] * raw_keys.shape[0]
         for row, centre in deciding.items():

@@ -1,7 +1,7 @@
-"""The page pool: one store of fixed-size pages for every session, reference-counted, shared by all layers.
+"""The page pool: reference-counted pages of fixed size, shared by all sessions and layers.
 
-A page id names one page in every layer's arrays at once. A page is written once, read by any number of owners, and
-recycled when the last of them lets go.
+A page id names one page in the arrays of every layer. A page is written once, read by any number of owners, and free
+again when its last owner releases it.
 """
 
 from collections import Counter
@@ -20,8 +20,8 @@ class PoolExhausted(RuntimeError):
 class PagePool:
     """Pages of all compressed layers. Owned by one thread.
 
-    `capacity` bounds the pages; memory is taken in steps, doubling, as pages are first used. Growing copies one
-    layer's arrays at a time, so its peak is the pool plus one layer.
+    `capacity` bounds the pages. Memory doubles in steps as pages are first used. Growing copies one layer's arrays at a
+    time, so its peak is the pool plus one layer.
     """
 
     def __init__(self, layers: Sequence[Lanes], capacity: int, initial: int = 64) -> None:
@@ -42,7 +42,7 @@ class PagePool:
 
     @property
     def n_free(self) -> int:
-        """Pages that can still be taken, allocated or not."""
+        """Pages that can still be taken, whether allocated or not."""
         return self.capacity - self.n_used
 
     @property
@@ -56,19 +56,18 @@ class PagePool:
 
     @property
     def allocated_nbytes(self) -> int:
-        """Bytes taken from the device so far, free pages included."""
+        """Bytes allocated on the device so far, free pages included."""
         return sum(array.nbytes for arrays in self._arrays for array in arrays)
 
     def pages(self, layer: int) -> Pages:
-        """The arrays of one layer, each `[n_allocated, ...]`. Do not keep them: a reader makes the next write copy."""
+        """The arrays of one layer, each `[n_allocated, ...]`. Don't keep them: a reader makes the next write copy."""
         return tuple(self._arrays[layer])
 
     def n_owners(self, page: int) -> int:
-        """References to a page."""
         return self._counts[page]
 
     def take(self, n: int) -> list[int]:
-        """Take `n` pages with one reference each. Raises PoolExhausted, and then takes none."""
+        """Take `n` pages with one reference each. Takes none if it raises PoolExhausted."""
         if n > self.n_free:
             raise PoolExhausted(f"{n} cache pages needed, {self.n_free} of {self.capacity} free")
         while len(self._free) < n:
@@ -79,12 +78,12 @@ class PagePool:
         return taken
 
     def retain(self, pages: Iterable[int]) -> None:
-        """One more owner for each page."""
+        """Add an owner to each page."""
         for page in pages:
             self._counts[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One owner less; a page without owners is free. Raises ValueError for a page that nobody owns."""
+        """Remove an owner from each page, and free pages without owners. Raises ValueError for a page without one."""
         for page in pages:
             if self._counts[page] <= 0:
                 raise ValueError(f"page {page} released more often than taken")
@@ -93,17 +92,17 @@ class PagePool:
                 self._free.append(page)
 
     def write(self, layer: int, pages: Sequence[int], content: Pages) -> None:
-        """Store `content`, each `[len(pages), ...]`, as one layer's part of `pages`.
+        """Store `content`, each `[len(pages), ...]`, as one layer's part of `pages`. Lazy.
 
-        Lazy: the write happens when MLX evaluates. It is in place only if no evaluation that reads the layer is still
-        in flight, so callers wait for the device first (`CacheBatch` does, once a step).
+        The write is in place only if no evaluation in flight reads the layer. So callers synchronize the device first
+        (`CacheBatch` does once a step).
         """
         index = mx.array(list(pages), dtype=mx.int32)
         for array, part in zip(self._arrays[layer], content, strict=True):
             array[index] = part
 
     def check_integrity(self, owners: Iterable[Sequence[int]]) -> None:
-        """Raise AssertionError unless the counts are exactly what `owners` (one page list each) add up to.
+        """Raise AssertionError unless the counts equal the sum of `owners`, one page list each.
 
         free + owned = allocated; no page is free and owned; no count differs from its number of owners.
         """

@@ -2,13 +2,13 @@
 
 Positions of one session, oldest first (P = PAGE):
 
-    [0, keep)                        sink        raw, for ever
+    [0, keep)                        sink        raw, never rotates out
     [keep, keep + P*first)           gone        rotated out
     [keep + P*first, keep + P*flushed)  pages    compressed, `pages[i]` holds block `first + i`
     [keep + P*flushed, offset)       window      raw, at most `window + P` tokens
 
-A token's block is `(position - keep) // P`. What is compressed depends on the position alone, never on how tokens
-arrived: for a query in block b the blocks up to `b - window/P - 1` are read from pages, later ones raw.
+A token's block is `(position - keep) // P`. Only the position decides what is compressed, never how tokens arrived: a
+query in block b reads the blocks up to `b - window/P - 1` from pages and later ones raw.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,14 @@ from turbocache.cache.pool import PagePool
 
 @dataclass(frozen=True, slots=True)
 class RingConfig:
-    """Sizes in tokens. `max_size` None never rotates. Raises ValueError for sizes that can't work."""
+    """Sizes in tokens. Raises ValueError for sizes that can't work."""
 
     keep: int = 64
+    """Sink tokens."""
     window: int = 128
+    """Tokens behind the sink that stay raw at least, a multiple of PAGE."""
     max_size: int | None = None
+    """Tokens that a query sees. None disables rotation."""
 
     def __post_init__(self) -> None:
         if self.keep < 0:
@@ -43,7 +46,7 @@ class RingConfig:
 
     @property
     def window_slots(self) -> int:
-        """Raw slots behind the sink; a token at position p lies in slot `(p - keep) % window_slots`."""
+        """Raw slots behind the sink. The token at position p is in slot `(p - keep) % window_slots`."""
         return self.window + PAGE
 
     @property
@@ -66,11 +69,9 @@ class RingConfig:
 
 
 class PageRing:
-    """One row's token counts and page list. Owns a reference to each of its pages and gives it back when it goes.
+    """One row's token counts and page list. Owns a reference to each of its pages.
 
-    mlx-lm drops batches without telling their caches, so the references follow the object's life (`__del__`);
-    `close` ends it early. `pages` is another tuple whenever it changes, so that a step sees at once where it has not.
-    `centre` is what is taken off the row's keys, known from its first page on.
+    mlx-lm drops batches without telling their caches, so `__del__` releases the references. `close` releases them early.
     """
 
     __slots__ = ("centre", "config", "first", "flushed", "offset", "pages", "pool")
@@ -82,20 +83,22 @@ class PageRing:
         self.first = 0
         self.flushed = 0
         self.pages: tuple[int, ...] = ()
+        """A new tuple after each change, so that a step compares identities."""
         self.centre: KeyCentre | None = None
+        """What is subtracted from the row's keys. Set with the row's first page."""
 
     def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
-        """Give every page back. The ring is empty afterwards."""
+        """Release every page. The ring is empty afterwards."""
         pages, self.pages = self.pages, ()
         self.pool.release(pages)
         self.offset = self.first = self.flushed = 0
         self.centre = None
 
     def fork(self) -> "PageRing":
-        """An independent ring on the same pages: one more reference each, no copy."""
+        """An independent ring on the same pages, with one more reference to each."""
         other = PageRing(self.config, self.pool)
         other.offset, other.first, other.flushed = self.offset, self.first, self.flushed
         self.pool.retain(self.pages)
@@ -119,11 +122,11 @@ class PageRing:
 
     @property
     def evicted(self) -> int:
-        """Tokens that have rotated out so far, whole pages only."""
+        """Tokens that have rotated out so far, in whole pages."""
         return PAGE * self.first
 
     def size(self) -> int:
-        """Tokens that the next query sees, itself not counted: as mlx-lm's RotatingKVCache counts them."""
+        """Tokens that the next query sees without itself, as mlx-lm's RotatingKVCache counts them."""
         limit = self.config.max_size
         return self.offset if limit is None else min(self.offset, limit)
 
@@ -132,12 +135,12 @@ class PageRing:
         return max(self.flushed, self.block(position) - self.config.window // PAGE)
 
     def append_pages(self, pages: list[int]) -> None:
-        """Take over `pages`, already referenced, as the next blocks."""
+        """Take over `pages` and their references as the next blocks."""
         self.pages += tuple(pages)
         self.flushed += len(pages)
 
     def rotate(self) -> int:
-        """Let go of pages that no later query can see. Returns how many."""
+        """Release pages that no later query can see. Returns their number."""
         last_hidden = self.block(self.config.first_visible(self.offset))
         gone = min(max(0, last_hidden - self.first), len(self.pages))
         if gone:
@@ -147,13 +150,11 @@ class PageRing:
         return gone
 
     def is_same_after(self, offset: int) -> bool:
-        """Whether going back to `offset` gives what a session of just these tokens holds: no page reaches into what
-        that would have raw.
-        """
+        """Whether going back to `offset` gives the state of a session of just these tokens, with no page in its window."""
         return self.flushed <= max(0, self.block(offset - 1) - self.config.window // PAGE)
 
     def can_trim_to(self, offset: int) -> bool:
-        """Whether the state after `offset` tokens can be had: nothing that it could see has rotated out."""
+        """Whether the ring can go back to `offset` tokens: nothing that these could see has rotated out."""
         if not 0 <= offset <= self.offset:
             return False
         return self.first == 0 or self.config.keep + self.evicted <= self.config.first_visible(offset)

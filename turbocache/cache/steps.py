@@ -1,6 +1,6 @@
-"""What one forward pass does to the rings of a batch, worked out once and used by every layer.
+"""The plan of one forward pass over the rings of a batch, made once for all layers.
 
-`plan_decode` and `plan_prefill` are pure integer work on `PageRing`s: they take pages, advance offsets and say which
+`plan_decode` and `plan_prefill` are pure integer work on `PageRing`s. They take pages, advance offsets and decide which
 slots to write, which blocks to compress and which keys each query sees. `CacheBatch` does the array work.
 """
 
@@ -29,36 +29,44 @@ class Flush:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """One token per row; `rows` is what storing it and attention need to know. The rows in `decides`
-    get their first page, before which their keys' centre is measured.
-    """
+    """One token per row."""
 
     flushes: tuple[Flush, ...]
+    """Blocks to compress before the tokens are stored."""
     decides: tuple[int, ...]
+    """Rows that get their first page, before which their keys' centre is measured."""
     rows: RowIndex
+    """Where the tokens are stored and what they see."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkStep:
-    """`n` tokens of one row, from position `start` on. Its keys, in order: the pages of `index`, `n_sink` sink tokens,
-    then the body.
+    """A chunk of one row's prompt. Its keys, in order: the pages of `index`, `n_sink` sink tokens, the body.
 
-    The body is the raw window's old tokens (at slots `old_slots`) followed by the chunk's tokens behind the sink; its
-    first `PAGE * len(new_pages)` tokens become pages. `to_slots` says for each window slot which body token it holds
-    afterwards. `mask` is as `Lanes.attend` wants it. `decides` if the row's keys get their centre in this chunk.
+    The body is the raw window's old tokens, then the chunk's tokens behind the sink.
     """
 
     row: int
     start: int
+    """Position of the first token."""
     n: int
+    """Number of tokens."""
     decides: bool
+    """Whether this chunk settles the centre of the row's keys."""
     n_sink: int
+    """Sink tokens after the chunk."""
     sink_taken: int
+    """The chunk's tokens that go to the sink."""
     old_slots: mx.array
+    """Raw slots of the window's old tokens, int32 in order of position."""
     new_pages: tuple[int, ...]
+    """Pages for the first `PAGE * len(new_pages)` tokens of the body."""
     index: PageIndex
+    """All pages of the row, the new ones included."""
     to_slots: mx.array
+    """For each window slot the body token that it holds afterwards, int32 `[window_slots]`."""
     mask: Mask
+    """As `Lanes.attend` takes it."""
     _masks: dict[tuple[MaskForm, mx.Dtype], Mask] = field(default_factory=dict)
 
     @property
@@ -67,7 +75,7 @@ class ChunkStep:
         return self.index.n_pages * PAGE + self.n_sink + n_body
 
     def mask_in(self, form: MaskForm, dtype: mx.Dtype) -> Mask:
-        """`mask` in the form that lanes like best for queries of `dtype`; made once for all layers."""
+        """`mask` in the lanes' preferred form for queries of `dtype`, made once for all layers."""
         if (form, dtype) not in self._masks:
             self._masks[form, dtype] = form.of(self.mask, self.n, self.n_keys, dtype)
         return self._masks[form, dtype]
@@ -81,20 +89,21 @@ class PrefillStep:
 
 
 def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: RowIndex | None) -> tuple[DecodeStep, int]:
-    """Advance every ring by one token; returns the step and the number of pages that rotated out.
+    """Advance every ring by one token. Returns the step and the number of pages that rotated out.
 
-    `previous` is the last step's index, whose page table is used again while it does not change. Raises PoolExhausted
-    and then changes nothing.
+    `previous` is the last step's index. Its page table is reused while it does not change. If this raises
+    PoolExhausted, nothing has changed.
     """
+    config = rings[0].config
     due = [row for row, ring in enumerate(rings) if ring.flushed_at(ring.offset) > ring.flushed]
     flushes, decides = [], []
     for row, page in zip(due, pool.take(len(due)) if due else (), strict=True):
         ring = rings[row]
         if _decides(ring):
             decides.append(row)
-        flushes.append(Flush(row, _window_slot(ring, ring.window_start), page))
+        slot = config.keep + (ring.window_start - config.keep) % config.window_slots
+        flushes.append(Flush(row, slot, page))
         ring.append_pages([page])
-    config = rings[0].config
     rows = RowIndex(
         tables=tuple(ring.pages for ring in rings),
         offsets=tuple(ring.offset for ring in rings),
@@ -112,9 +121,9 @@ def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: RowIndex | 
 
 
 def plan_prefill(rings: Sequence[PageRing], lengths: Sequence[int], pool: PagePool) -> tuple[PrefillStep, int]:
-    """Advance ring i by `lengths[i]` tokens (0 leaves it); returns the step and the number of pages rotated out.
+    """Advance ring i by `lengths[i]` tokens, which may be 0. Returns the step and the number of pages rotated out.
 
-    Raises PoolExhausted and then changes nothing.
+    If this raises PoolExhausted, nothing has changed.
     """
     targets = [
         ring.flushed_at(ring.offset + n - 1) if n else ring.flushed for ring, n in zip(rings, lengths, strict=True)
@@ -157,10 +166,9 @@ def _plan_chunk(row: int, ring: PageRing, n: int, new_pages: list[int]) -> Chunk
 
 
 def _chunk_mask(ring: PageRing, n: int, n_sink: int, flushed_before: int) -> Mask:
-    """Which keys (pages, sink, body) each of the newest `n` tokens sees. Blocks compressed within the chunk are there
-    twice, once in pages and once raw, and each query sees the form that its position calls for.
+    """Which keys (pages, sink, body) each of the newest `n` tokens sees, as a lazy array made once for all layers.
 
-    Lazy: the device makes the mask from positions, once for all layers.
+    Blocks that the chunk compresses are in both pages and body. Each query sees the form that its position requires.
     """
     keep, window, end = ring.config.keep, ring.config.window, ring.offset
     pages_start = keep + PAGE * ring.first
@@ -179,13 +187,8 @@ def _chunk_mask(ring: PageRing, n: int, n_sink: int, flushed_before: int) -> Mas
 
 
 def _decides(ring: PageRing) -> bool:
-    """Whether a ring that gets a page has no centre yet; it has one afterwards, which the layers fill."""
+    """Whether a ring that gets a page has no centre yet. It then gets one for the layers to fill."""
     if ring.centre is not None:
         return False
     ring.centre = KeyCentre()
     return True
-
-
-def _window_slot(ring: PageRing, position: int) -> int:
-    keep = ring.config.keep
-    return keep + (position - keep) % ring.config.window_slots
