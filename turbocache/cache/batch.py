@@ -1,7 +1,7 @@
 """Sink, ring and window of one or many sessions, for all compressed layers: the arrays behind mlx-lm's caches.
 
-A session at rest is a batch of one row. mlx-lm's generator merges, filters, extends and extracts batches; pages never
-move in any of these, only page lists and the small raw buffers do.
+A session at rest is a batch of one row. mlx-lm's generator merges, filters, extends and extracts batches. These move
+page lists and the small raw buffers, never pages.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,14 @@ from turbocache.cache.spec import CacheSpec, CompressedLayer
 from turbocache.cache.steps import DecodeStep, PrefillStep, plan_decode, plan_prefill
 
 _LONG = 64
-"""Pages from which on a prefill waits for its layers (`CacheBatch._bound_scratch`)."""
+"""A prefill over at least this many pages waits for its layers (`CacheBatch._bound_scratch`)."""
 
 
 class CacheBatch:
     """`B` rows of sink + ring + window. Owns its rings (and through them their pages) and its raw buffers.
 
-    Raw keys and values are kept as the model gave them, keys less the row's centre where it has one,
-    `[B, n_kv_heads, keep + window_slots, dim]` per layer. Raises PoolExhausted from a step when the pool is full; the
-    batch is then as it was before the step.
+    Raw keys and values are `[B, n_kv_heads, keep + window_slots, dim]` per layer, as the model gave them, but keys less
+    the row's centre. A step raises PoolExhausted when the pool is full, and the batch is then as before the step.
     """
 
     def __init__(self, spec: CacheSpec, n_rows: int = 1) -> None:
@@ -55,9 +54,7 @@ class CacheBatch:
 
     @property
     def raw(self) -> list[Pair]:
-        """Raw keys and values of each layer with every token that was given: attention stores a step's tokens, and what
-        a layer did not attend to is stored here.
-        """
+        """Raw keys and values of each layer. Stores the tokens of layers that have not attended in this step first."""
         for layer, (tokens, rows) in self._unstored.items():
             self._raw[layer] = store_tokens(tokens, self._raw[layer], rows)
         self._unstored.clear()
@@ -70,25 +67,20 @@ class CacheBatch:
 
     @property
     def raw_nbytes(self) -> int:
-        """Bytes of the raw buffers as they are."""
         return sum(keys.nbytes + values.nbytes for keys, values in self.raw)
 
     @property
     def shadow_nbytes(self) -> int:
-        """Raw bytes beyond sinks and windows: copies of what pages hold. 0 unless something is wrong."""
+        """Raw bytes beyond sinks and windows. Anything but 0 is a hidden copy of tokens in pages."""
         return self.raw_nbytes - self.n_rows * self.spec.raw_nbytes
 
-    # Rows: page lists and raw buffers move, pages do not.
+    # Rows. Page lists and raw buffers move, pages do not.
 
     def select(self, rows: Sequence[int]) -> "CacheBatch":
         """An independent batch of the given rows; pages are shared by reference."""
         other = CacheBatch(self.spec, 0)
         other.rings = [self.rings[row].fork() for row in rows]
-        if list(rows) == list(range(self.n_rows)):
-            other.raw = list(self.raw)
-        else:
-            index = mx.array(list(rows), dtype=mx.int32)
-            other.raw = [(mx.take(keys, index, axis=0), mx.take(values, index, axis=0)) for keys, values in self.raw]
+        other.raw = list(self.raw) if list(rows) == list(range(self.n_rows)) else self._raw_of(rows)
         return other
 
     @classmethod
@@ -102,15 +94,14 @@ class CacheBatch:
         return merged
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drop all other rows and give their pages back."""
+        """Drop all other rows and release their pages."""
         kept = {int(row) for row in rows}
         for row, ring in enumerate(self.rings):
             if row not in kept:
                 ring.close()
         self.rings = [self.rings[int(row)] for row in rows]
-        self._remaining = None  # a prompt that was interrupted does not go on in other rows
-        index = mx.array([int(row) for row in rows], dtype=mx.int32)
-        self.raw = [(mx.take(keys, index, axis=0), mx.take(values, index, axis=0)) for keys, values in self.raw]
+        self._remaining = None  # an interrupted prompt does not continue in other rows
+        self.raw = self._raw_of(rows)
 
     def extend(self, other: "CacheBatch") -> None:
         """Take over the rows of `other`, which is empty afterwards."""
@@ -123,22 +114,27 @@ class CacheBatch:
             self.raw = other.raw
         self.rings = self.rings + other.rings
         self._remaining = None
-        other.rings, other.raw = [], [self._empty_raw(layer, 0) for layer in self.spec.layers]
+        other.rings = []  # self owns their pages now
+        other.close()
 
     def close(self) -> None:
-        """Give all pages and raw buffers back; the batch has no rows afterwards."""
+        """Release all pages and raw buffers. The batch has no rows afterwards."""
         for ring in self.rings:
             ring.close()
         self.rings, self.raw = [], [self._empty_raw(layer, 0) for layer in self.spec.layers]
+
+    def _raw_of(self, rows: Sequence[int]) -> list[Pair]:
+        index = mx.array([int(row) for row in rows], dtype=mx.int32)
+        return [(mx.take(keys, index, axis=0), mx.take(values, index, axis=0)) for keys, values in self.raw]
 
     def can_trim_to(self, offset: int) -> bool:
         """Whether a batch of one row can go back to its state after `offset` tokens."""
         return self.n_rows == 1 and self.rings[0].can_trim_to(offset)
 
     def trim(self, n: int) -> None:
-        """Forget the newest `n` tokens of every row. Raises ValueError where needed tokens have rotated out.
+        """Drop the newest `n` tokens of every row. Raises ValueError if needed tokens have rotated out.
 
-        A cut within a page brings that page's older tokens back into the window as the page had them.
+        A cut within a page brings the page's older tokens back into the window, as the page decodes them.
         """
         for ring in self.rings:
             if not ring.can_trim_to(ring.offset - n):
@@ -172,24 +168,23 @@ class CacheBatch:
             self.raw[i] = (keys, values)
         mx.eval(self.raw)
 
-    # Steps: planned once a forward pass, applied layer by layer.
+    # Steps. Planned once a forward pass, applied layer by layer.
 
     def prepare(self, lengths: Sequence[int]) -> None:
-        """The next prompt is right-padded; row i has `lengths[i]` real tokens."""
+        """Announce a right-padded prompt with `lengths[i]` real tokens in row i."""
         self._remaining = [int(n) for n in lengths]
 
     def finalize(self) -> None:
-        """The right-padded prompt is through."""
+        """End the right-padded prompt."""
         self._remaining = None
 
     def begin_step(self, n_tokens: int) -> DecodeStep | PrefillStep:
-        """Advance all rings by a forward pass over `n_tokens` columns and say what each layer has to do.
+        """Advance all rings by a forward pass over `n_tokens` columns. Returns the plan for every layer.
 
-        Waits for the device if pages will be written, because a write under a reader copies the whole pool.
+        Waits for the device before pages are written, because a write beside a reader copies the whole pool.
         """
         step: DecodeStep | PrefillStep
-        if self._unstored:
-            _ = self.raw
+        _ = self.raw  # stores the last step's tokens
         self._centres.update([ring.centre for ring in self.rings])
         if n_tokens == 1 and self._remaining is None:
             step, rotated = plan_decode(self.rings, self.spec.pool, self._rows)
@@ -212,9 +207,7 @@ class CacheBatch:
         return step
 
     def decode(self, layer: int, step: DecodeStep, keys: mx.array, values: mx.array) -> Pair:
-        """Take one token per row: compress the blocks that are due. Returns the tokens as they are kept, which
-        `attend_decode` stores.
-        """
+        """Compress the blocks that are due. Returns the tokens, one a row, as `attend_decode` stores them."""
         raw_keys, raw_values = self._raw[layer]
         keys, above = keys.astype(raw_keys.dtype), self.spec.layers[layer].centre_above
         if step.decides and above is not None:
@@ -237,7 +230,7 @@ class CacheBatch:
     def attend_decode(
         self, layer: int, step: DecodeStep, tokens: Pair, queries: mx.array, scale: float, sinks: mx.array | None
     ) -> mx.array:
-        """`[B, n_heads, 1, key_dim]` to `[B, n_heads, 1, value_dim]` in the queries' dtype; stores the tokens."""
+        """`[B, n_heads, 1, key_dim]` to `[B, n_heads, 1, value_dim]` in the queries' dtype. Stores the tokens."""
         lanes, pages = self.spec.layers[layer].lanes, self.spec.pool.pages(layer)
         inputs = StepInputs(queries, tokens, self._raw[layer], pages, step.rows, scale, sinks)
         out, self._raw[layer] = lanes.attend_step(inputs)
@@ -245,8 +238,9 @@ class CacheBatch:
         return out
 
     def prefill(self, layer: int, step: PrefillStep, keys: mx.array, values: mx.array) -> list[Pair]:
-        """Store a chunk: full blocks become pages, the rest goes to sink and window. Returns for each chunk step the
-        body's keys and values, which its own queries still see raw.
+        """Store a chunk: full blocks become pages, the rest goes to sink and window.
+
+        Returns the body's keys and values of each chunk step, which the chunk's own queries still see raw.
         """
         keys, values = (x.astype(self.spec.layers[layer].dtype) for x in (keys, values))
         above = self.spec.layers[layer].centre_above
@@ -260,7 +254,9 @@ class CacheBatch:
             bodies.append(body_of(chunk, raw, new))
             rows[chunk.row] = raw_after(chunk, raw, new, bodies[-1])
         self.raw[layer] = (mx.concatenate([row[0] for row in rows]), mx.concatenate([row[1] for row in rows]))
-        self._write_pages(layer, step, bodies)
+        if ids := [page for chunk in step.chunks for page in chunk.new_pages]:
+            content = self.spec.layers[layer].lanes.encode(*page_blocks(step.chunks, bodies))
+            self.spec.pool.write(layer, ids, content)
         return bodies
 
     def attend_prefill(
@@ -272,7 +268,7 @@ class CacheBatch:
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        """`[B, n_heads, L, key_dim]` to `[B, n_heads, L, value_dim]`; columns beyond a row's tokens are zero."""
+        """`[B, n_heads, L, key_dim]` to `[B, n_heads, L, value_dim]`. Columns beyond a row's tokens are zero."""
         lanes, pages = self.spec.layers[layer].lanes, self.spec.pool.pages(layer)
         _, n_heads, n_columns, _ = queries.shape
         outs = [mx.zeros((1, n_heads, n_columns, lanes.shape.value_dim), queries.dtype)] * self.n_rows
@@ -293,9 +289,7 @@ class CacheBatch:
         return joined
 
     def _bound_scratch(self, layer: int, out: mx.array, n_pages: int) -> None:
-        """Let at most two layers' expanded pages exist at once: MLX would start all layers and free nothing before the
-        first of them is through.
-        """
+        """Bound the expanded pages to two layers. MLX would start all layers and free nothing until the first ends."""
         if n_pages < _LONG:
             return
         before, self._in_flight = self._in_flight if layer else None, out
@@ -304,12 +298,6 @@ class CacheBatch:
             mx.eval(before)
         if layer == len(self.spec.layers) - 1:
             self._in_flight = None
-
-    def _write_pages(self, layer: int, step: PrefillStep, bodies: list[Pair]) -> None:
-        ids = [page for chunk in step.chunks for page in chunk.new_pages]
-        if ids:
-            content = self.spec.layers[layer].lanes.encode(*page_blocks(step.chunks, bodies))
-            self.spec.pool.write(layer, ids, content)
 
     def _empty_raw(self, layer: CompressedLayer, n_rows: int) -> tuple[mx.array, mx.array]:
         shape, slots = layer.lanes.shape, self.spec.ring.raw_slots

@@ -71,7 +71,7 @@ class RingConfig:
 class PageRing:
     """One row's token counts and page list. Owns a reference to each of its pages.
 
-    mlx-lm drops batches without telling their caches, so `__del__` releases the references. `close` releases them early.
+    mlx-lm drops batches without telling their caches, so `__del__` releases the references; `close` does so early.
     """
 
     __slots__ = ("centre", "config", "first", "flushed", "offset", "pages", "pool")
@@ -150,7 +150,7 @@ class PageRing:
         return gone
 
     def is_same_after(self, offset: int) -> bool:
-        """Whether going back to `offset` gives the state of a session of just these tokens, with no page in its window."""
+        """Whether going back to `offset` gives the state of a session of just these tokens."""
         return self.flushed <= max(0, self.block(offset - 1) - self.config.window // PAGE)
 
     def can_trim_to(self, offset: int) -> bool:

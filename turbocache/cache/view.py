@@ -1,8 +1,8 @@
 """What mlx-lm sees: one cache object per attention layer, all of them views of one `CacheBatch`.
 
-mlx-lm treats a prompt cache as a list of independent layer caches. Here the layers share page lists, so the view of
-the first compressed layer (the leader) does what concerns rows and steps, for all layers; the others follow. mlx-lm
-visits layers in order in every operation, which is all that this relies on.
+mlx-lm treats a prompt cache as a list of independent layer caches. Here the layers share page lists. So the view of the
+first compressed layer (the leader) changes rows and steps for all layers, and the others follow. This relies on one
+thing: mlx-lm visits the layers in order in every operation.
 """
 
 import weakref
@@ -19,7 +19,7 @@ from turbocache.cache.steps import DecodeStep, PrefillStep
 
 
 class PendingAttention:
-    """Returned by `update_and_fetch` in the place of keys and values; the seam asks it for the attention's output."""
+    """Returned by `update_and_fetch` in place of keys and values. The seam calls its `attend`."""
 
     __slots__ = ("_batch", "_layer", "_step", "_tokens")
 
@@ -30,17 +30,17 @@ class PendingAttention:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """That of the raw tokens, which models ask their keys or values for."""
+        """The raw tokens' dtype. Models read it from their keys or values."""
         return self._batch.spec.layers[self._layer].dtype
 
     def astype(self, dtype: mx.Dtype) -> "PendingAttention":
-        """Itself: some models want attention in float32, and sums are in float32 here anyway."""
+        """Returns itself. Some models ask for attention in float32, and all sums here are in float32."""
         return self
 
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
         """`[B, n_heads, L, key_dim]` to `[B, n_heads, L, value_dim]` in the queries' dtype.
 
-        Queries that a model has widened go back to the layer's dtype, the one that kernels are made for.
+        Queries of another dtype are cast to the layer's, which the kernels are made for.
         """
         if queries.dtype != self.dtype:
             return self.attend(queries.astype(self.dtype), scale, sinks).astype(queries.dtype)
@@ -52,7 +52,7 @@ class PendingAttention:
 
 
 class _Shared:
-    """A batch, the step its layers are in, and where batches derived from it by the leader can be found."""
+    """A batch, its current step, and the batches that the leader derived from it."""
 
     def __init__(self, batch: CacheBatch) -> None:
         self.batch = batch
@@ -65,7 +65,7 @@ class _Shared:
         self._position: int | mx.array = 0
 
     def position(self, offsets: list[int]) -> int | mx.array:
-        """What models take for these offsets: made once for all layers of a step."""
+        """The offsets in the form that models take, made once for all layers of a step."""
         before = self._offsets
         if offsets != before:
             self._offsets = offsets
@@ -84,18 +84,18 @@ class _Shared:
         return other
 
     def follow(self, key: Any) -> "_Shared":
-        found = self.derived[key]() if key in self.derived else None
-        if found is None:
+        derived = self.derived[key]() if key in self.derived else None
+        if derived is None:
             raise RuntimeError("a layer's cache was used before the first layer's; layers must be visited in order")
-        return found
+        return derived
 
 
 class PagedKVCache:
     """One layer of a rotating compressed cache, in the form that mlx-lm's models and BatchGenerator use.
 
-    Create a session's layers with `PagedKVCache.layers(spec)`. As everywhere in mlx-lm, `merge` and `extract` give
-    independent caches, `extend` empties its argument, and `update_and_fetch` may only be followed by the attention
-    that consumes its result. Raises PoolExhausted from `update_and_fetch` when the pool is full.
+    Create a session's layers with `PagedKVCache.layers(spec)`. As in all of mlx-lm, `merge` and `extract` give
+    independent caches, `extend` empties its argument, and only the attention that consumes its result may follow
+    `update_and_fetch`, which raises PoolExhausted when the pool is full.
     """
 
     def __init__(self, shared: _Shared, layer: int) -> None:
@@ -111,7 +111,6 @@ class PagedKVCache:
 
     @property
     def batch(self) -> CacheBatch:
-        """The batch behind this layer and its siblings."""
         return self._shared.batch
 
     @property
@@ -143,9 +142,9 @@ class PagedKVCache:
         return pending, pending
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
-        """The cache masks by itself; this only tells the model that attention is causal.
+        """Tell the model that attention is causal; the cache masks by itself.
 
-        Raises ValueError for a sliding window or a mask as an array, which this cache does not serve.
+        Raises ValueError for a sliding window or a mask as an array, which this cache does not support.
         """
         if window_size is not None or return_array:
             raise ValueError("a paged cache serves plain causal attention only")
@@ -153,15 +152,13 @@ class PagedKVCache:
 
     @property
     def state(self) -> list[mx.array]:
-        """Everything that a step may have left unevaluated."""
+        """All arrays that a step may have left unevaluated."""
         shared = self._shared
         return [*shared.batch.raw[self._layer], *shared.batch.spec.pool.pages(self._layer)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by this layer: raw buffers, its part of the pages and of the keys' centres; what rows share is
-        counted in each of them.
-        """
+        """Bytes of this layer's raw buffers, pages and key centres. Each row counts what it shares with others."""
         batch = self._shared.batch
         raw = sum(array.nbytes for array in batch.raw[self._layer])
         n_pages = sum(len(ring.pages) for ring in batch.rings)
@@ -180,7 +177,7 @@ class PagedKVCache:
         return all(ring.first == 0 for ring in self._shared.batch.rings)
 
     def trim(self, n: int) -> int:
-        """Forget the newest `n` tokens of every row, at most all of them; returns how many."""
+        """Drop the newest `n` tokens of every row, at most all of them. Returns their number."""
         shared = self._shared
         if self._leads:
             shared.trimmed = min([n, *shared.batch.offsets])
@@ -219,7 +216,7 @@ class PagedKVCache:
         right_padding: Sequence[int] | None = None,
         left_padding: Sequence[int] | None = None,
     ) -> None:
-        """Announce a right-padded prompt. Raises ValueError for left padding, which rows of pages don't need."""
+        """Announce a right-padded prompt. Raises ValueError for left padding."""
         if left_padding is not None and any(left_padding):
             raise ValueError("a paged cache takes right-padded prompts, not left-padded ones")
         if self._leads and lengths is not None:
