@@ -1,4 +1,4 @@
-"""From a loaded model, a backend and settings to the process's cache: the spec that every session shares."""
+"""Makes the caches of all sessions from a loaded model, a backend and settings."""
 
 import copy
 import functools
@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from kernels.codec.layout import PAGE
 from kernels.lanes.identity import IdentityLanes
 from turbocache.backend import Backend, lane_shape, lanes_for
+from turbocache.cache.batch import CacheBatch
 from turbocache.cache.conditioning import CENTRE_ABOVE
 from turbocache.cache.pool import PagePool
 from turbocache.cache.ring import PageRing, RingConfig
@@ -25,11 +26,11 @@ from turbocache.mlxlm.prompt_cache import leaves, with_leaves
 from turbocache.presets import PRESETS, Preset
 
 _SAME_LOGITS = 0.02
-"""Largest difference, relative to the largest logit, between two ways of computing the same in half precision."""
+"""Largest allowed difference, relative to the largest logit, between two computations in half precision."""
 
 
 def compressed_layer(geometry: LayerGeometry, preset: Preset, backend: Backend | str) -> CompressedLayer:
-    """Storage of one layer: the lanes that the probe chose for it, or pages as they are for `off`."""
+    """Storage of one layer: the lanes that the probe chose, or uncompressed pages for `off`."""
     shape = lane_shape(geometry, preset)
     if not preset.compressed:
         return CompressedLayer(IdentityLanes(shape, geometry.dtype), geometry.dtype)
@@ -38,9 +39,9 @@ def compressed_layer(geometry: LayerGeometry, preset: Preset, backend: Backend |
 
 
 def checked_plans(model: Module) -> list[LayerPlan]:
-    """`plan_layers`, proven: the model must say the same with paged caches (nothing compressed) as with mlx-lm's own.
+    """`plan_layers`, checked: uncompressed paged caches must give the same logits as mlx-lm's own caches.
 
-    A model that does something else with its cache falls back to mlx-lm's caches as a whole, with the reason.
+    If they do not, all layers fall back to mlx-lm's caches, with the reason.
     """
     plans = plan_layers(model)
     if not any(plan.compressed for plan in plans):
@@ -49,7 +50,7 @@ def checked_plans(model: Module) -> list[LayerPlan]:
     store = CacheStore(model, plans, PRESETS["off"], "reference", ring, n_pages=4)
     try:
         native = _proof_logits(model, make_prompt_cache(model))
-    except Exception as error:  # models are foreign code: whatever they raise means that they can't be judged
+    except Exception as error:  # models are foreign code and may raise anything
         return all_native(plans, f"the model fails with mlx-lm's own cache: {type(error).__name__}: {error}")
     try:
         paged = _proof_logits(model, store.new_cache())
@@ -62,13 +63,13 @@ def checked_plans(model: Module) -> list[LayerPlan]:
 
 
 def _proof_logits(model: Module, cache: list[Any]) -> list[mx.array]:
-    """Last logits of a prompt in the raw part, a chunk that goes into pages, and two decode steps."""
+    """Last logits of a prompt in the window, of a chunk that fills pages, and of two decode steps."""
     prompts = [range(1, 6), range(1, PAGE + 8), [3], [4]]
     return [model(mx.array([list(tokens)]), cache=cache)[0, -1].astype(mx.float32) for tokens in prompts]
 
 
 def _relative_error(got: mx.array, want: mx.array) -> float:
-    """Largest difference by the largest logit; infinite where numbers are not finite."""
+    """Largest difference relative to the largest logit. Infinite if a number is not finite."""
     error = float(mx.abs(got - want).max() / mx.maximum(mx.abs(want).max(), 1e-30))
     return error if math.isfinite(error) else math.inf
 
@@ -93,7 +94,7 @@ class CacheStore:
         def layer(geometry: LayerGeometry, chosen: Preset) -> CompressedLayer:
             return compressed_layer(geometry, chosen, backend)
 
-        # Layers of a kind share their lanes, and lanes work a step's launch out once.
+        # Layers of a kind share their lanes, because lanes plan a step's launch once.
         layers = tuple(
             layer(plan.geometry, preset.of_layer(i, len(plans)))
             for i, plan in enumerate(plans)
@@ -104,33 +105,34 @@ class CacheStore:
 
     def reason(self, index: int) -> str:
         """Why a layer is stored as it is, for `/v1/backend`."""
-        plan, said = self.plans[index], [self.plans[index].reason]
+        plan, reasons = self.plans[index], [self.plans[index].reason]
         if plan.geometry is None or not self.preset.compressed:
             return plan.reason
         stored = self.preset.of_layer(index, len(self.plans))
         if stored is not self.preset:
-            said.append(
+            reasons.append(
                 f"protected: {lane_shape(plan.geometry, stored).widths} instead of {self.preset.name}, as one of the "
                 f"first or last {self.preset.protect} layers"
             )
         if not self.preset.condition:
-            said.append("conditioning of keys is switched off")
+            reasons.append("conditioning of keys is switched off")
         elif plan.geometry.sinks:
-            said.append("keys are not conditioned, because attention has sinks")
-        return "; ".join(said)
+            reasons.append("keys are not conditioned, because attention has sinks")
+        return "; ".join(reasons)
 
     def session_nbytes(self, n_tokens: int, chunk: int) -> int:
         """Most bytes that one running session needs to reach `n_tokens` with prompts in chunks of `chunk` tokens.
 
-        Raw buffers count twice: a session at rest and its row in the batch exist side by side for a moment.
+        Raw buffers count twice: for a moment a session at rest and its row in the batch both exist.
         """
         pages = self.spec.ring.pages_needed(n_tokens, chunk) * self.spec.pool.page_nbytes
         native = sum(plan.native_nbytes(n_tokens) for plan in self.plans)
         return pages + 2 * (self.spec.raw_nbytes + self.spec.centre_nbytes) + native
 
     def prefill_nbytes(self, n_tokens: int, chunk: int) -> int:
-        """Most bytes that reading a prompt of `n_tokens` in chunks of `chunk` takes besides: at most two layers' pages
-        expanded at once (`CacheBatch.attend_prefill`), and a chunk's mask.
+        """Most bytes that the prefill of `n_tokens` in chunks of `chunk` needs in addition.
+
+        These are a chunk's mask and two layers' expanded pages (`CacheBatch.attend_prefill`).
         """
         keys = self.spec.ring.raw_slots + PAGE * self.spec.ring.pages_needed(n_tokens, chunk)
         keys = min(keys, n_tokens)
@@ -143,17 +145,19 @@ class CacheStore:
 
     @property
     def can_checkpoint(self) -> bool:
-        """Whether copies of a session's cache are cheap: pages are shared, and no layer's own cache grows for ever."""
+        """Whether copies of a session's cache are cheap: pages are shared, and mlx-lm's own caches are bounded."""
         return all(plan.compressed or plan.max_tokens is not None or not plan.token_nbytes for plan in self.plans)
 
     @property
     def can_go_back(self) -> bool:
-        """Whether a cache that has not rotated can go back by any number of tokens: no layer has a state that can't."""
+        """Whether a cache that has not rotated can drop any number of tokens. A layer with a recurrent state can't."""
         return all(plan.compressed or (plan.max_tokens is None and not plan.fixed_nbytes) for plan in self.plans)
 
     def resting_nbytes(self, caches: Iterable[Sequence[Any]]) -> int:
-        """Bytes of caches that rest, each page counted once. Pages that a running session has as well are in what that
-        was promised, unless they may rotate out of it.
+        """Bytes of caches at rest. Each page counts once.
+
+        Pages that running sessions share are left out, because the budget counts them for those sessions. But if rings
+        rotate, a running session may release them, so then they count.
         """
         owners: Counter[int] = Counter()
         total = 0
@@ -168,7 +172,7 @@ class CacheStore:
         return total + n_pages * self.spec.pool.page_nbytes
 
     def held_nbytes(self, cache: Sequence[Any]) -> int:
-        """Bytes of one session at rest; pages that it shares count in full."""
+        """Bytes of one session at rest, shared pages in full."""
         ring = ring_of(cache)
         if ring is None:
             return native_nbytes(cache)
@@ -176,16 +180,16 @@ class CacheStore:
         return len(ring.pages) * self.spec.pool.page_nbytes + self.spec.raw_nbytes + centre + native_nbytes(cache)
 
     def close_all_but(self, kept: Iterable[Sequence[Any]]) -> None:
-        """Take the pages of every cache that is not among `kept`, whoever still refers to it.
+        """Close every batch that is not part of `kept`, even if something still refers to it.
 
-        After a failed step the exception's traceback refers to the step's batch, for as long as somebody looks at it.
+        After a failed step the exception's traceback keeps the step's batch alive.
         """
         kept_batches = {layer.batch for cache in kept for layer in leaves(cache) if isinstance(layer, PagedKVCache)}
         for batch in set(self.spec.live) - kept_batches:
             batch.close()
 
     def new_cache(self) -> list[Any]:
-        """An empty session's prompt cache: a view per compressed layer, mlx-lm's own caches for the others."""
+        """An empty session's prompt cache: a view for each compressed layer, mlx-lm's own caches for the others."""
         native = make_prompt_cache(self._model)
         views = iter(PagedKVCache.layers(self.spec))
         chosen = [
@@ -210,39 +214,42 @@ def can_trim_to(cache: Sequence[Any], offset: int, length: int) -> bool:
 
 
 def is_same_after(cache: Sequence[Any], offset: int) -> bool:
-    """Whether a session's cache that goes back to `offset` is what these tokens by themselves give. mlx-lm's own caches
-    that can be trimmed are.
-    """
+    """Whether a cache that goes back to `offset` equals a cache of just these tokens. mlx-lm's trimmable ones do."""
     ring = ring_of(cache)
     return ring is None or ring.is_same_after(offset)
 
 
 def trim(cache: Sequence[Any], n: int) -> None:
-    """Forget the newest `n` tokens in every layer. Ask `can_trim_to` first."""
+    """Drop the newest `n` tokens in every layer. Check `can_trim_to` first."""
     for layer in cache:
         layer.trim(n)
 
 
 def evaluate(cache: Sequence[Any]) -> None:
-    """Wait until a prompt cache holds arrays instead of graphs."""
+    """Evaluate a prompt cache's arrays, so that it holds no graphs."""
     mx.eval([layer.state for layer in cache])
 
 
 def start_evaluation(cache: Sequence[Any]) -> None:
-    """Let a prompt cache's arrays be computed, without waiting, so that they do not hold what they are made of."""
+    """Start `evaluate` without waiting, so that the arrays soon release their graphs."""
     mx.async_eval([layer.state for layer in cache])
 
 
 def native_nbytes(cache: Sequence[Any]) -> int:
-    """Bytes that mlx-lm's own caches hold among a prompt cache's layers."""
+    """Bytes of mlx-lm's own caches in a prompt cache."""
     return sum(layer.nbytes for layer in leaves(cache) if not isinstance(layer, PagedKVCache) and not layer.empty())
 
 
-def ring_of(cache: Sequence[Any]) -> PageRing | None:
-    """The page ring of a session's cache, or None when no layer is compressed."""
-    return next(iter(rings_of(cache)), None)
+def batch_of(cache: Sequence[Any]) -> CacheBatch | None:
+    """The batch behind a prompt cache's compressed layers, or None without any."""
+    return next((layer.batch for layer in leaves(cache) if isinstance(layer, PagedKVCache)), None)
 
 
 def rings_of(cache: Sequence[Any]) -> list[PageRing]:
-    """The page rings of a prompt cache, one for each of its rows; none when no layer is compressed."""
-    return next((layer.batch.rings for layer in leaves(cache) if isinstance(layer, PagedKVCache)), [])
+    """The page rings of a prompt cache, one for each row, or none without compressed layers."""
+    return [] if (batch := batch_of(cache)) is None else batch.rings
+
+
+def ring_of(cache: Sequence[Any]) -> PageRing | None:
+    """The page ring of one session's cache, or None without compressed layers."""
+    return next(iter(rings_of(cache)), None)

@@ -1,7 +1,7 @@
-"""Sessions on disk: a prompt cache to a file and back, bit by bit the same, layer by layer.
+"""Sessions on disk: a prompt cache to a file and back, bit-identical, layer by layer.
 
-A file is only of use to a server that would have made the same bytes: same model and tokenizer, same lanes and sizes.
-Its manifest says what it was made by, and everything else is refused (turbocache/storage/session_file.py has the form).
+Only a server that would write the same bytes can use a file: same model and tokenizer, same lanes and sizes. The
+manifest names these, and any difference is refused. turbocache/storage/session_file.py has the file's format.
 """
 
 import hashlib
@@ -19,7 +19,6 @@ from kernels.codec.layout import LAYOUT_VERSION
 from kernels.codec.rotation import ROTATION_SEED
 from kernels.lanes.qjl import SKETCH_SEED, QjlShape
 from turbocache.backend import codebooks_of
-from turbocache.cache.batch import CacheBatch
 from turbocache.cache.conditioning import KeyCentre
 from turbocache.cache.pool import PoolExhausted
 from turbocache.cache.view import PagedKVCache
@@ -27,19 +26,21 @@ from turbocache.mlxlm.group import Group
 from turbocache.mlxlm.model import LoadedModel
 from turbocache.mlxlm.prompt_cache import leaves
 from turbocache.storage.session_file import Piece, SessionFileError, open_checked, piece, read_manifest, write
-from turbocache.store import CacheStore, ring_of
+from turbocache.store import CacheStore, batch_of, ring_of
 
 VERSION = 4
-"""Of the manifest and of the arrays' names. `LAYOUT_VERSION` is that of the bytes in pages."""
+"""Version of the manifest and of the arrays' names. `LAYOUT_VERSION` covers the bytes in pages."""
 _SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A prompt cache and the tokens that it holds, int32. `kind` says what it is of: `session`, or a checkpoint's."""
+    """A prompt cache and the tokens that it holds."""
 
     kind: str
+    """`session`, or the kind of a checkpoint."""
     tokens: np.ndarray
+    """int32."""
     cache: Sequence[Any]
 
 
@@ -47,82 +48,81 @@ class SessionFiles:
     """Writes and reads sessions' caches for one model, store and backend. Used by the thread that owns MLX."""
 
     def __init__(self, model: LoadedModel, store: CacheStore, group: Group | None = None) -> None:
-        """Of a `group` each rank has files of its own, for its share; the model is what all shares are together."""
+        """In a `group` each rank writes files for its own share. The model's fingerprint covers all shares."""
         group = Group() if group is None else group
         self._store = store
-        self.model = fingerprint(model)
-        self._layout = _layout(store)
-        self._rotation = _rotation(store)
-        self._codebooks = _codebooks(store)
+        self.model, layout = fingerprint(model), _layout(store)
         if not group.alone:
             self.model = hashlib.sha256(b"".join(group.gather(self.model.encode()))).hexdigest()
-            self._layout["rank"] = [group.rank, group.size]
-
-    def save(self, path: Path, states: Sequence[State], about: Mapping[str, Any] | None = None) -> int:
-        """Write states of one session at rest, itself first, in place of what is at `path`; returns the file's bytes.
-        A page that several of them hold is written once. `about` is for `peek`. Raises OSError.
-        """
-        rings = [ring for state in states if (ring := ring_of(state.cache)) is not None]
-        pages = list(dict.fromkeys(page for ring in rings for page in ring.pages))
-        pieces, said = self._page_pieces(pages), []
-        for n, state in enumerate(states):
-            said.append(self._state_pieces(f"state.{n}", state, {page: i for i, page in enumerate(pages)}, pieces))
-        tokens = np.ascontiguousarray(states[0].tokens, dtype=np.int32).tobytes()
-        manifest = {
+            layout["rank"] = [group.rank, group.size]
+        self._made_by = {
             "version": VERSION,
             "layout_version": LAYOUT_VERSION,
             "model": self.model,
-            "layout": self._layout,
-            "rotation": self._rotation,
-            "codebooks": self._codebooks,
+            "layout": layout,
+            "rotation": _rotation(store),
+            "codebooks": _codebooks(store),
+        }
+
+    def save(self, path: Path, states: Sequence[State], about: Mapping[str, Any] | None = None) -> int:
+        """Write states of one session at rest, the session's own first, over `path`. Returns the file's bytes.
+
+        Writes a page once that several states hold. `peek` returns `about`. Raises OSError.
+        """
+        rings = [ring for state in states if (ring := ring_of(state.cache)) is not None]
+        pages = list(dict.fromkeys(page for ring in rings for page in ring.pages))
+        pieces, places = self._page_pieces(pages), {page: i for i, page in enumerate(pages)}
+        records = [self._state_pieces(f"state.{n}", state, places, pieces) for n, state in enumerate(states)]
+        tokens = np.ascontiguousarray(states[0].tokens, dtype=np.int32).tobytes()
+        manifest = {
+            **self._made_by,
             "about": dict(about or {}),
             "tokens": hashlib.sha256(tokens).hexdigest(),
             "n_pages": len(pages),
-            "states": said,
+            "states": records,
         }
         return write(path, pieces, manifest)
 
     def load(self, path: Path) -> list[State]:
-        """Read a session's states back, the first alone if there are not enough pages for all. Raises SessionFileError
-        when the file is damaged or of something else, PoolExhausted when there are not enough pages for one.
+        """Read a session's states, or only the first if there are not enough pages for all.
+
+        Raises SessionFileError for a damaged or foreign file, PoolExhausted without enough pages for one state.
         """
         manifest, arrays = open_checked(path)
         self._check(path.name, manifest)
-        said = manifest["states"]
+        records = manifest["states"]
         try:
             try:
-                return self._states(said, manifest["n_pages"], arrays)
+                return self._states(records, manifest["n_pages"], arrays)
             except PoolExhausted:
-                return self._states(said[:1], manifest["n_pages"], arrays)
+                return self._states(records[:1], manifest["n_pages"], arrays)
         except PoolExhausted:
             raise
-        except RuntimeError as error:  # MLX reads the file now
+        except RuntimeError as error:  # MLX reads the file here
             raise SessionFileError("unreadable", f"{path.name}: {error}") from error
 
     def _check(self, name: str, manifest: Mapping[str, Any]) -> None:
-        """Raise SessionFileError unless this server would read the file's bytes as they were written."""
+        """Raise SessionFileError unless this server writes the same bytes."""
         versions = manifest.get("version"), manifest.get("layout_version")
         if versions != (VERSION, LAYOUT_VERSION):
             expected = f"{VERSION} with pages of layout {LAYOUT_VERSION}"
-            found = f"{versions[0]} with pages of layout {versions[1]}"
-            raise SessionFileError("other_version", f"{name}: version {found}, not {expected}")
+            actual = f"{versions[0]} with pages of layout {versions[1]}"
+            raise SessionFileError("other_version", f"{name}: version {actual}, not {expected}")
         if manifest["model"] != self.model:
             raise SessionFileError("other_model", f"{name}: made by another model or tokenizer")
-        if manifest["layout"].get("rank") != self._layout.get("rank"):
+        if manifest["layout"].get("rank") != self._made_by["layout"].get("rank"):
             raise SessionFileError("other_group", f"{name}: written by another rank, or another number of them")
-        if manifest["layout"] != self._layout:
+        if manifest["layout"] != self._made_by["layout"]:
             reason = "made with another preset, backend, or sizes of sink, window or session"
             raise SessionFileError("other_layout", f"{name}: {reason}")
         # Another preset has other codebooks too. So these come after the layout.
-        if manifest["rotation"] != self._rotation:
+        if manifest["rotation"] != self._made_by["rotation"]:
             raise SessionFileError("other_rotation", f"{name}: keys and values were rotated with another seed")
-        if manifest["codebooks"] != self._codebooks:
+        if manifest["codebooks"] != self._made_by["codebooks"]:
             raise SessionFileError("other_codebook", f"{name}: keys and values were encoded with other codebooks")
 
     def peek(self, path: Path) -> tuple[dict[str, Any], np.ndarray]:
-        """What was said `about` a session, and its tokens, int32; both are as they were written. Raises
-        SessionFileError.
-        """
+        """`tokens_of` a file of this model."""
         return tokens_of(path, self.model)
 
     def _page_pieces(self, pages: list[int]) -> dict[str, Piece]:
@@ -139,14 +139,14 @@ class SessionFiles:
     def _state_pieces(
         self, name: str, state: State, places: Mapping[int, int], pieces: dict[str, Piece]
     ) -> dict[str, Any]:
-        """What the manifest says of a state whose arrays go to `pieces`; `places` are those of pages in the file."""
+        """The manifest's record of a state. Adds its arrays to `pieces`. `places`: a page's index in the file."""
         pieces[f"{name}.tokens"] = piece(mx.array(np.asarray(state.tokens, dtype=np.int32)))
-        said: dict[str, Any] = {"kind": state.kind, "ring": None, "native": []}
-        if (batch := _batch_of(state.cache)) is not None:
+        record: dict[str, Any] = {"kind": state.kind, "ring": None, "native": []}
+        if (batch := batch_of(state.cache)) is not None:
             ring = batch.rings[0]
-            said["ring"] = {"offset": ring.offset, "first": ring.first, "flushed": ring.flushed}
-            said["pages"] = [places[page] for page in ring.pages]
-            said["centred"] = None if ring.centre is None else [ring.centre.n_heads, sorted(ring.centre.means)]
+            record["ring"] = {"offset": ring.offset, "first": ring.first, "flushed": ring.flushed}
+            record["pages"] = [places[page] for page in ring.pages]
+            record["centred"] = None if ring.centre is None else [ring.centre.n_heads, sorted(ring.centre.means)]
             for i, raw in enumerate(batch.raw):
                 for k, array in enumerate(raw):
                     pieces[f"{name}.layer.{i}.raw.{k}"] = piece(array)
@@ -154,26 +154,26 @@ class SessionFiles:
                     pieces[f"{name}.layer.{i}.centre"] = piece(ring.centre.means[i])
         for i, leaf in enumerate(leaves(state.cache)):
             if not isinstance(leaf, PagedKVCache):
-                taken = None if leaf.empty() else _taken_apart(f"{name}.native.{i}", leaf.state, pieces)
-                said["native"].append(taken)
-        return said
+                flat = None if leaf.empty() else _flatten(f"{name}.native.{i}", leaf.state, pieces)
+                record["native"].append(flat)
+        return record
 
-    def _states(self, said: Sequence[dict[str, Any]], n_pages: int, arrays: Mapping[str, mx.array]) -> list[State]:
+    def _states(self, records: Sequence[dict[str, Any]], n_pages: int, arrays: Mapping[str, mx.array]) -> list[State]:
         pool = self._store.spec.pool
-        places = sorted({place for state in said for place in state.get("pages", ())})
+        places = sorted({place for record in records for place in record.get("pages", ())})
         pages = pool.take(len(places))
         try:
             self._write_pages(pages, places, n_pages, arrays)
-            at = dict(zip(places, pages, strict=True))
-            return [self._state(f"state.{n}", state, at, arrays) for n, state in enumerate(said)]
+            page_at = dict(zip(places, pages, strict=True))
+            return [self._state(f"state.{n}", record, page_at, arrays) for n, record in enumerate(records)]
         finally:
-            pool.release(pages)  # they stay with the rings
+            pool.release(pages)  # the rings hold references of their own
 
     def _write_pages(self, pages: list[int], places: list[int], n_pages: int, arrays: Mapping[str, mx.array]) -> None:
         if not pages:
             return
         pool = self._store.spec.pool
-        mx.synchronize()  # a write under a reader copies the pool
+        mx.synchronize()  # a write beside a reader copies the pool
         for i in range(len(self._store.spec.layers)):
             parts = tuple(arrays[f"layer.{i}.pages.{k}"] for k in range(len(pool.pages(i))))
             if len(places) < n_pages:
@@ -181,34 +181,37 @@ class SessionFiles:
             pool.write(i, pages, parts)
             mx.eval(pool.pages(i))
 
-    def _state(self, name: str, said: dict[str, Any], at: Mapping[int, int], arrays: Mapping[str, mx.array]) -> State:
+    def _state(
+        self, name: str, record: dict[str, Any], page_at: Mapping[int, int], arrays: Mapping[str, mx.array]
+    ) -> State:
         cache = self._store.new_cache()
-        if (batch := _batch_of(cache)) is not None:
-            ring, pages = batch.rings[0], [at[place] for place in said["pages"]]
+        if (batch := batch_of(cache)) is not None:
+            ring, pages = batch.rings[0], [page_at[place] for place in record["pages"]]
             self._store.spec.pool.retain(pages)
             ring.append_pages(pages)
-            ring.offset, ring.first, ring.flushed = (said["ring"][part] for part in ("offset", "first", "flushed"))
+            ring.offset, ring.first, ring.flushed = (record["ring"][part] for part in ("offset", "first", "flushed"))
             raw = []
             for i in range(len(self._store.spec.layers)):
                 raw.append((arrays[f"{name}.layer.{i}.raw.0"], arrays[f"{name}.layer.{i}.raw.1"]))
                 mx.eval(raw[-1])
             batch.raw = raw
-            if (centred := said["centred"]) is not None:
+            if (centred := record["centred"]) is not None:
                 n_heads, layers = centred
                 means = {layer: arrays[f"{name}.layer.{layer}.centre"] for layer in layers}
-                ring.centre = KeyCentre.known(means, n_heads)
+                ring.centre = KeyCentre(means, n_heads)
                 mx.eval(list(means.values()))
-        native = iter(said["native"])
+        native = iter(record["native"])
         for leaf in leaves(cache):
             if not isinstance(leaf, PagedKVCache) and (state := next(native)) is not None:
-                leaf.state = _put_together(state, arrays)
+                leaf.state = _unflatten(state, arrays)
                 mx.eval(leaf.state)
-        return State(said["kind"], np.array(arrays[f"{name}.tokens"]).astype(np.int32).reshape(-1), cache)
+        return State(record["kind"], np.array(arrays[f"{name}.tokens"]).astype(np.int32).reshape(-1), cache)
 
 
 def tokens_of(path: Path, model: str | None = None) -> tuple[dict[str, Any], np.ndarray]:
-    """What a file says about its session, and its tokens, int32; of a `model`'s files if one is given. Raises
-    SessionFileError.
+    """A file's `about` and the session's tokens, int32, both checked. Refuses files of other models than `model`.
+
+    Raises SessionFileError.
     """
     manifest, data = read_manifest(path, "state.0.tokens")
     if model is not None and manifest.get("model") != model:
@@ -219,8 +222,10 @@ def tokens_of(path: Path, model: str | None = None) -> tuple[dict[str, Any], np.
 
 
 def fingerprint(model: LoadedModel) -> str:
-    """What tells this model with its tokenizer from any other: all weights' names, shapes and samples of their values,
-    its settings (rope among them), the vocabulary and the chat template.
+    """SHA-256 that identifies a model with its tokenizer.
+
+    Covers the names, shapes and sampled values of all weights, the model's settings (rope included), the vocabulary and
+    the chat template.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(cast(list[tuple[str, mx.array]], tree_flatten(model.model.parameters()))):
@@ -236,7 +241,7 @@ def fingerprint(model: LoadedModel) -> str:
 
 
 def _layout(store: CacheStore) -> dict[str, Any]:
-    """Everything that decides what the bytes of a cache mean."""
+    """Everything that the meaning of a cache's bytes depends on."""
     ring = store.spec.ring
     return {
         "preset": store.preset.name,
@@ -257,7 +262,7 @@ def _layout(store: CacheStore) -> dict[str, Any]:
 
 
 def _rotation(store: CacheStore) -> list[int]:
-    """The seeds of the random matrices that tokens in pages were multiplied by; none if pages hold no codes."""
+    """Seeds of the random matrices that tokens in pages are multiplied by. Empty if pages hold no codes."""
     if all(codebooks_of(layer.lanes) is None for layer in store.spec.layers):
         return []
     sketches = any(isinstance(layer.lanes.shape, QjlShape) for layer in store.spec.layers)
@@ -265,7 +270,7 @@ def _rotation(store: CacheStore) -> list[int]:
 
 
 def _codebooks(store: CacheStore) -> str:
-    """SHA-256 of the layers' codebooks: levels and zooms of keys and values."""
+    """SHA-256 of all layers' levels and zooms, of keys and values."""
     digest = hashlib.sha256()
     for layer in store.spec.layers:
         if (books := codebooks_of(layer.lanes)) is not None:
@@ -275,23 +280,19 @@ def _codebooks(store: CacheStore) -> str:
     return digest.hexdigest()
 
 
-def _batch_of(cache: Sequence[Any]) -> CacheBatch | None:
-    return next((leaf.batch for leaf in leaves(cache) if isinstance(leaf, PagedKVCache)), None)
-
-
-def _taken_apart(name: str, state: Any, pieces: dict[str, Piece]) -> Any:
-    """A state of mlx-lm's own caches as JSON, whose arrays go to `pieces`."""
+def _flatten(name: str, state: Any, pieces: dict[str, Piece]) -> Any:
+    """The state of one of mlx-lm's own caches as JSON. Adds its arrays to `pieces`."""
     if isinstance(state, mx.array):
         pieces[name] = piece(state)
         return {"array": name}
     if isinstance(state, list | tuple):
-        return [_taken_apart(f"{name}.{i}", part, pieces) for i, part in enumerate(state)]
+        return [_flatten(f"{name}.{i}", part, pieces) for i, part in enumerate(state)]
     if state is None or isinstance(state, bool | int | float | str):
         return state
     raise TypeError(f"a cache's state has a {type(state).__name__} in it")
 
 
-def _put_together(state: Any, arrays: Mapping[str, mx.array]) -> Any:
+def _unflatten(state: Any, arrays: Mapping[str, mx.array]) -> Any:
     if isinstance(state, dict):
         return arrays[state["array"]]
-    return [_put_together(part, arrays) for part in state] if isinstance(state, list) else state
+    return [_unflatten(part, arrays) for part in state] if isinstance(state, list) else state

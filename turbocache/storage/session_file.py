@@ -1,19 +1,19 @@
-"""One file of named arrays and a manifest: safetensors, written piece by piece, and read only if every byte is right.
+"""A file of named arrays and a manifest: safetensors, written array by array and checked by digests.
 
     8 bytes   length of the header
-    header    JSON, as safetensors has it; under `__metadata__` the `manifest`, a digest `head` of the header itself,
-              and a `digest` of everything
+    header    JSON of safetensors. `__metadata__` has the `manifest`, a digest `head` of the header, and a `digest` of
+              everything
     arrays    in the header's order, without gaps
 
-Any safetensors reader opens it. It is written here and not by one, because these want all arrays at once, and a session
-is written when there is no memory for a copy of it; and because they do not notice a flipped bit.
+Any safetensors reader opens it. We write the file ourselves: safetensors writers take all arrays at once, and a session
+is written when there is no memory for a copy. We check it ourselves: safetensors readers miss a flipped bit.
 """
 
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +47,11 @@ Refusal = Literal[
     "missing", "unreadable", "truncated", "corrupt",
     "other_version", "other_model", "other_group", "other_layout", "other_rotation", "other_codebook",
 ]  # fmt: skip
-"""Why a session file is not read, from a fixed set."""
+"""Why a session file is refused."""
 
 
 class SessionFileError(RuntimeError):
-    """A session file can't be used; `code` says why in a word, the message in a sentence."""
+    """A session file can't be used. The message says why, and `code` says it in a word."""
 
     def __init__(self, code: Refusal, message: str) -> None:
         super().__init__(message)
@@ -60,11 +60,12 @@ class SessionFileError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """An array that will be written: what it is, and how it is made when its turn comes."""
+    """An array to write."""
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
     make: Callable[[], mx.array]
+    """Makes the array when it is written."""
 
     @property
     def nbytes(self) -> int:
@@ -72,24 +73,24 @@ class Piece:
 
 
 def piece(array: mx.array) -> Piece:
-    """An array that exists already."""
+    """The piece of an array that exists."""
     return Piece(tuple(array.shape), array.dtype, lambda: array)
 
 
 def write(path: Path, pieces: Mapping[str, Piece], manifest: Mapping[str, Any]) -> int:
-    """Put a file into place, whole or not at all; returns its bytes. Each piece is made, written and let go in turn.
+    """Write a file and return its size in bytes. Makes, writes and frees one piece after the other.
 
-    What was at `path` before is replaced in the end, in one step. Raises OSError, and then leaves nothing behind.
+    The last step replaces what is at `path`. Leaves nothing behind if it raises OSError.
     """
     entries, at = {}, 0
     for name, part in pieces.items():
         end = at + part.nbytes
         entries[name] = {"dtype": _DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [at, end]}
         at = end
-    said = json.dumps(manifest, sort_keys=True)
-    digest = _new_digest(entries, said)
+    text = json.dumps(manifest, sort_keys=True)
+    digest = _new_digest(entries, text)
     head = digest.hexdigest()
-    blank = _header(entries, said, head, "0" * len(head))
+    blank = _header(entries, text, head, "0" * len(head))
     with replacing(path) as file:
         file.write(blank)
         for name, part in pieces.items():
@@ -99,17 +100,18 @@ def write(path: Path, pieces: Mapping[str, Piece], manifest: Mapping[str, Any]) 
             digest.update(data)
             file.write(data)
         file.seek(0)
-        file.write(_header(entries, said, head, digest.hexdigest()))
+        file.write(_header(entries, text, head, digest.hexdigest()))
     return len(blank) + at
 
 
 def read_manifest(path: Path, name: str) -> tuple[dict[str, Any], bytes]:
-    """The manifest, which is as it was written, and the bytes of one array, which may not be: only `open_checked` looks
-    at every byte. Raises SessionFileError.
+    """The manifest, which is checked, and the bytes of one array, which only `open_checked` checks.
+
+    Raises SessionFileError.
     """
     with _opened(path) as file:
-        entries, said, _ = _parsed(path, file)
-        manifest = _manifest(path, said)
+        entries, text, _ = _parsed(path, file)
+        manifest = _manifest(path, text)
         if name not in entries:
             raise SessionFileError("other_version", f"{path.name}: there is no {name}")
         start, end = entries[name]["data_offsets"]
@@ -118,22 +120,21 @@ def read_manifest(path: Path, name: str) -> tuple[dict[str, Any], bytes]:
 
 
 def open_checked(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """The manifest and the arrays, which MLX reads when they are needed, of a file whose every byte was checked. Where
-    another is put in its place meanwhile, of that one.
+    """Check every byte of a file. Returns the manifest and the arrays, which MLX reads when they are needed.
 
-    Raises SessionFileError.
+    If another file replaces it during the check, checks and returns that one. Raises SessionFileError.
     """
     while True:
         with _opened(path) as file:
-            entries, said, claimed = _parsed(path, file)
-            digest = _new_digest(entries, said)
-            for block in _blocks(file):
+            entries, text, expected = _parsed(path, file)
+            digest = _new_digest(entries, text)
+            while block := file.read(_BLOCK):
                 digest.update(block)
-            if digest.hexdigest() != claimed:
+            if digest.hexdigest() != expected:
                 raise SessionFileError("corrupt", f"{path.name}: the contents are not what was written")
             try:
                 arrays = mx.load(str(path))
-                # MLX has opened what lies there, and the checked file is still open, so its inode is nobody else's.
+                # MLX has opened the file at `path`. The checked file is still open, so no other file has its inode.
                 same = os.path.samestat(path.stat(), os.fstat(file.fileno()))
             except FileNotFoundError as error:
                 raise SessionFileError("missing", f"{path.name} is not there any more") from error
@@ -141,19 +142,20 @@ def open_checked(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
                 raise SessionFileError("unreadable", f"{path.name}: {error}") from error
         if same:
             assert isinstance(arrays, dict)
-            return _manifest(path, said), arrays
+            return _manifest(path, text), arrays
 
 
 def remove_partial(
     folder: Path, lease: Callable[[str], AbstractContextManager[bool]] = lambda name: nullcontext(True)
 ) -> int:
-    """Remove what writes that were killed have left; returns how many there were. `lease` tells, for the time of its
-    block, whether a file of this name is being written by nobody else.
+    """Remove the partial files of killed writers. Returns their number.
+
+    `lease` takes a file's name for its block. It yields False if another process is writing that file.
     """
     n = 0
     for path in folder.glob(f"*{SUFFIX}{PARTIAL}"):
-        with lease(path.name.removesuffix(PARTIAL)) as mine:
-            if mine:
+        with lease(path.name.removesuffix(PARTIAL)) as taken:
+            if taken:
                 path.unlink(missing_ok=True)
                 n += 1
     return n
@@ -169,7 +171,10 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _parsed(path: Path, file: BinaryIO) -> tuple[dict[str, Any], str, str]:
-    """The header's arrays, manifest and digest, of a file that is as long as they say and then stands behind them."""
+    """Check the header and the file's length. Returns the arrays' entries, the manifest's text and the digest.
+
+    Leaves `file` behind the header.
+    """
     size = os.fstat(file.fileno()).st_size
     first = file.read(_LENGTH.size)
     if len(first) < _LENGTH.size:
@@ -177,50 +182,44 @@ def _parsed(path: Path, file: BinaryIO) -> tuple[dict[str, Any], str, str]:
     (length,) = _LENGTH.unpack(first)
     if length > min(_LONGEST_HEADER, size - _LENGTH.size):
         raise SessionFileError("truncated", f"{path.name}: a header of {length} bytes in a file of {size}")
-    text = file.read(length)
+    header = file.read(length)
     try:
-        entries = json.loads(text)
+        entries = json.loads(header)
         metadata = entries.pop("__metadata__")
         if "head" not in metadata:
             raise SessionFileError("other_version", f"{path.name}: written by an earlier version")
-        said, head, digest = metadata["manifest"], metadata["head"], metadata["digest"]
+        text, head, digest = metadata["manifest"], metadata["head"], metadata["digest"]
         needed = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-        if not (isinstance(said, str) and isinstance(digest, str)):
+        if not (isinstance(text, str) and isinstance(digest, str)):
             raise TypeError("the manifest is not text")
-        if head != _new_digest(entries, said).hexdigest():
+        if head != _new_digest(entries, text).hexdigest():
             raise ValueError("it is not what was written")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise SessionFileError("corrupt", f"{path.name}: the header is damaged ({type(error).__name__})") from error
     held = size - _LENGTH.size - length
     if held != needed:
         raise SessionFileError("truncated", f"{path.name}: {held} bytes of arrays instead of {needed}")
-    return entries, said, digest
+    return entries, text, digest
 
 
-def _manifest(path: Path, said: str) -> dict[str, Any]:
+def _manifest(path: Path, text: str) -> dict[str, Any]:
     try:
-        manifest = json.loads(said)
-    except ValueError as error:
+        if isinstance(manifest := json.loads(text), dict):
+            return manifest
+        raise TypeError("it is no object")
+    except (ValueError, TypeError) as error:
         raise SessionFileError("corrupt", f"{path.name}: the manifest is damaged") from error
-    if not isinstance(manifest, dict):
-        raise SessionFileError("corrupt", f"{path.name}: the manifest is damaged")
-    return manifest
 
 
-def _header(entries: Mapping[str, Any], said: str, head: str, digest: str) -> bytes:
-    metadata = {"manifest": said, "head": head, "digest": digest}
+def _header(entries: Mapping[str, Any], manifest: str, head: str, digest: str) -> bytes:
+    metadata = {"manifest": manifest, "head": head, "digest": digest}
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return _LENGTH.pack(len(text)) + text
 
 
-def _new_digest(entries: Mapping[str, Any], said: str) -> "hashlib._Hash":
-    return hashlib.sha256(_header(entries, said, "", ""))
-
-
-def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    while block := file.read(_BLOCK):
-        yield block
+def _new_digest(entries: Mapping[str, Any], manifest: str) -> "hashlib._Hash":
+    return hashlib.sha256(_header(entries, manifest, "", ""))
 
 
 def _bytes_of(array: mx.array) -> bytes:

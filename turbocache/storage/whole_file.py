@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that are complete or absent, even when a write is interrupted."""
 
 import os
 from collections.abc import Iterator
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL = ".partial"
-"""Ends the names of files that are being written, beside their places."""
+"""Suffix of a file that is being written, in the folder of its target."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, mode 0600, that takes the place of `path` when the block ends, synced to disk with its
-    folder. If the block raises, what was there stays. Raises OSError.
+    """Open a new file, mode 0600, that replaces `path` when the block ends. Syncs it and its folder to disk.
+
+    If the block raises, the old file stays. Raises OSError.
     """
     partial = path.with_name(f"{path.name}{PARTIAL}")
     try:
