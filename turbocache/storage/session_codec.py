@@ -55,7 +55,7 @@ class SessionFiles:
         if not group.alone:
             self.model = hashlib.sha256(b"".join(group.gather(self.model.encode()))).hexdigest()
             layout["rank"] = [group.rank, group.size]
-        self._made_by = {
+        self._made_by: dict[str, Any] = {
             "version": VERSION,
             "layout_version": LAYOUT_VERSION,
             "model": self.model,
