@@ -9,10 +9,7 @@ from turbocache.evaluation.settings import EvaluationError
 
 
 class Journal:
-    """A file of JSON lines: first the circumstances that all results depend on, then one line for each result.
-
-    A line is on the disk before `record` returns. The next start drops an incomplete last line.
-    """
+    """A file of JSON lines: the circumstances of all results, then each result. Drops an incomplete last line."""
 
     def __init__(self, path: Path, circumstances: dict[str, Any], *, restart: bool = False) -> None:
         """Open or create the journal. Raises EvaluationError if it has other circumstances."""

@@ -61,7 +61,7 @@ class ShortPromptGenerator(BatchGenerator):
         self._last_logits = LastLogits(model)
 
     def current_token(self, uid: int) -> int | None:
-        """The token that a row feeds into the running decode step; None while the row has none."""
+        """The token that a row feeds into the running decode step. None if the row has none."""
         batch = self._generation_batch
         if uid not in batch.uids:
             return None
@@ -69,10 +69,9 @@ class ShortPromptGenerator(BatchGenerator):
         return None if token == NOT_FINITE else token
 
     def next_tokens(self, uids: Iterable[int]) -> dict[int, int]:
-        """The tokens that the following `next` returns for these rows, as far as they decode. Waits for the step.
+        """The tokens that the following `next` returns for these rows, if they decode. Waits for the step.
 
-        `next` starts a decode step before it returns the tokens of the step before. A user would wait that long for
-        the first token of an answer.
+        `next` itself starts another decode step first, which would delay an answer's first token.
         """
         wanted, batch = set(uids), self._generation_batch
         return {uid: int(batch._next_tokens[row].item()) for row, uid in enumerate(batch.uids) if uid in wanted}
@@ -96,7 +95,7 @@ class ShortPromptGenerator(BatchGenerator):
         return super()._next()  # type: ignore[no-untyped-call]
 
     def _open_short(self) -> list[PromptProcessingBatch.Response]:
-        """Take waiting short prompts, as far as there is room, through the model and into the decoding batch."""
+        """Run waiting short prompts through the model and move them into the decoding batch, if there is room."""
         room = self.completion_batch_size - len(self._generation_batch) - len(self._prompt_batch)
         chosen: list[tuple[Any, list[int]]] = []
         others, longest = [], 0

@@ -77,6 +77,7 @@ class WatchedCache:
         self.reaches_attention = False
         self.makes_masks = False
         self.mask_sources: list[WatchedCache] = []
+        """The caches that made the masks of its attention."""
         self._watch = watch
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
@@ -168,10 +169,7 @@ def _note(leaf: WatchedCache, call: seam.AttentionCall, made: _Mask | None) -> N
 
 
 def watched_leaves(model: Module) -> list[Any]:
-    """The leaves of a new prompt cache after a few tokens of `model`, each plain `KVCache` as a `WatchedCache`.
-
-    Raises the model's error if it can't run with mlx-lm's own caches either.
-    """
+    """The leaves of a prompt cache after a few tokens, each plain `KVCache` watched. Raises the model's own errors."""
     transparent: set[int] = set()
     while True:
         watch, native = _Watch(), make_prompt_cache(model)
