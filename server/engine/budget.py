@@ -130,17 +130,17 @@ def make_room(budget: Budget, registry: SessionRegistry, store: CacheStore, befo
     """
     sessions = spilled = checkpoints = 0
     while budget.started + store.resting_nbytes(registry.caches()) > budget.total:
-        if kept := registry.spare_checkpoints():
-            registry.drop(kept[0])
+        if kept := registry.checkpoints.spare():
+            registry.checkpoints.drop(kept[0])
             checkpoints += 1
         elif isinstance(going := registry.next_to_go(before), Checkpoint):
-            registry.drop(going)
+            registry.checkpoints.drop(going)
             checkpoints += 1
         elif going is not None:
             spilled += registry.spill(going)
             sessions += 1
-        elif before is None and (kept := registry.checkpoints()):
-            registry.drop(kept[0])
+        elif before is None and (kept := list(registry.checkpoints)):
+            registry.checkpoints.drop(kept[0])
             checkpoints += 1
         else:
             return Room(sessions - spilled, checkpoints, enough=before is None)

@@ -24,7 +24,7 @@ class EngineLoop:
     def __init__(self, services: Services, commands: SimpleQueue[Command | None]) -> None:
         self.services = services
         self.scheduler = Scheduler(services)
-        self.changes = SessionChanges(services, self.scheduler)
+        self.changes = SessionChanges(services, self.scheduler.stats, self.scheduler.make_room)
         self.stopping = False
         self.beat = time.monotonic()
         """When the thread last did something."""
@@ -33,7 +33,7 @@ class EngineLoop:
     def run(self) -> None:
         """Take steps until the stop, then write the sessions to disk."""
         while not self._step():
-            self.scheduler.refresh_if_due()
+            self.scheduler.stats.refresh_if_due()
         if self.services.faults.verdict is None:
             self._save_all()
         self.services.coordinator.leave()

@@ -29,6 +29,7 @@ from server.sessions.checkpoints import Kind, prompt_kind, prompt_stops
 from server.sessions.registry import Claim
 from server.text.assembler import TextAssembler
 from turbocache.cache.pool import PoolExhausted
+from turbocache.cache.ring import PageRing
 from turbocache.store import evaluate
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ class Scheduler:
     def __init__(self, services: Services) -> None:
         self.batch: dict[int, RunningRequest] = {}
         """Requests in the batch, by the generator's uids."""
-        self.stats = Stats(services)
         self._services = services
         self._metrics = services.metrics
         self._store = services.runtime.store
@@ -53,6 +53,7 @@ class Scheduler:
         self._registry = services.registry
         self._tokens: list[tuple[int, int]] = []
         self.generator = self._new_generator()
+        self.stats = Stats(services, self._running)
 
     def _new_generator(self) -> Generator:
         settings = self._services.settings
@@ -62,12 +63,10 @@ class Scheduler:
         """The tokens of the last step and the sizes of pool and queue. Equal on all ranks of a group."""
         return repr((self._tokens, self._store.spec.pool.n_used, len(list(self._queue)))).encode()
 
-    def refresh(self) -> None:
-        """Update metrics and session rows."""
-        self.stats.refresh(self.batch, self.generator.rings)
-
-    def refresh_if_due(self) -> None:
-        self.stats.refresh_if_due(self.batch, self.generator.rings)
+    def _running(self) -> list[tuple[RunningRequest, PageRing | None]]:
+        """The requests in the batch, and their rings."""
+        rings = self.generator.rings() if self.batch else {}
+        return [(running, rings.get(uid)) for uid, running in self.batch.items()]
 
     # Into the batch.
 
@@ -290,7 +289,7 @@ class Scheduler:
         self._registry.put_back(running.session, cache, tokens)
         self._budget.release(running.id)
         # Before the client learns of the end, so that what it asks next shows this turn.
-        self.refresh()
+        self.stats.refresh()
 
     def stop_all(self) -> None:
         """An orderly stop: sessions keep what was computed."""
@@ -356,5 +355,5 @@ class Scheduler:
         """End a request that has left the batch, and forget its session's cache."""
         self._registry.put_back(running.session, None, [])
         self._budget.release(running.id)
-        self.refresh()
+        self.stats.refresh()
         running.deliver(Failed(error))

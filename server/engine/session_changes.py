@@ -1,11 +1,12 @@
 """Changes to sessions beside their turns: clients delete, fork, save and restore them; unused ones leave memory."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from server.commands import ChangeSession
-from server.engine.scheduler import Scheduler
 from server.engine.services import Services
+from server.engine.stats import Stats
 from server.errors import Conflict, InvalidRequest, SessionNotFound, SessionNotSaved
 from server.sessions.session import Session
 from server.sessions.starts import LEAST_SHARED
@@ -19,7 +20,7 @@ _LOOK_SECONDS = 0.25
 class SessionChanges:
     """Changes to sessions that are not running."""
 
-    def __init__(self, services: Services, scheduler: Scheduler) -> None:
+    def __init__(self, services: Services, stats: Stats, make_room: Callable[[], object]) -> None:
         self._settings = services.settings
         self._metrics = services.metrics
         self._coordinator = services.coordinator
@@ -27,7 +28,8 @@ class SessionChanges:
         self._budget = services.budget
         self._registry = services.registry
         self._clock = services.clock
-        self._scheduler = scheduler
+        self._stats = stats
+        self._make_room = make_room
         self._next_write = 0.0
 
     def make(self, command: ChangeSession) -> dict[str, Any]:
@@ -48,10 +50,10 @@ class SessionChanges:
                 self._registry.delete(session)
                 return {"id": id, "object": "session.deleted", "deleted": True}
             if change == "fork":
-                return self._scheduler.stats.row(self._fork(session, command.new_id))
-            return self._scheduler.stats.row(self._save(session) if change == "save" else self._restore(session))
+                return self._stats.row(self._fork(session, command.new_id))
+            return self._stats.row(self._save(session) if change == "save" else self._restore(session))
         finally:
-            self._scheduler.refresh()
+            self._stats.refresh()
 
     def maintain(self) -> None:
         """While the engine is idle: evict one session that was unused for too long, or write one to disk."""
@@ -61,7 +63,7 @@ class SessionChanges:
             if limit is not None and session.last_used < now - limit:
                 if not self._registry.spill(session):
                     self._metrics.evictions.labels(reason="ttl").inc()
-                self._scheduler.refresh()
+                self._stats.refresh()
                 return
         self._save_idle(idle)
 
@@ -88,7 +90,7 @@ class SessionChanges:
         for session in idle if self._disk is not None else ():
             unsaved = not session.stored and len(session.tokens) >= LEAST_SHARED and not session.unsavable
             if unsaved and session.last_used < before and (self._registry.save(session) or session.unsavable):
-                self._scheduler.refresh()
+                self._stats.refresh()
                 return True
         return False
 
@@ -100,7 +102,7 @@ class SessionChanges:
         other = self._registry.fork(session, id)
         assert other.cache is not None
         evaluate(other.cache)
-        self._scheduler.make_room()  # one of the two may have to go again
+        self._make_room()  # one of the two may have to go again
         return other
 
     def _save(self, session: Session) -> Session:
@@ -120,7 +122,7 @@ class SessionChanges:
         self._budget.promise(promise, len(session.tokens))
         try:
             self._budget.start(promise)
-            refused = self._registry.restore(session, self._scheduler.make_room)
+            refused = self._registry.restore(session, self._make_room)
         finally:
             self._budget.release(promise)
         if session.cache is None:
@@ -130,7 +132,7 @@ class SessionChanges:
         session.last_used = self._clock()
         session.running = True  # what has to go for it now is others, or checkpoints
         try:
-            self._scheduler.make_room()
+            self._make_room()
         finally:
             session.running = False
         return session

@@ -16,14 +16,16 @@ from turbocache.store import native_nbytes, ring_of
 
 _EVERY_SECONDS = 0.25
 
-Rings = Callable[[], Mapping[int, PageRing]]
-"""Returns the rings of the batch, by the uids of `Scheduler.batch`."""
-
 
 class Stats:
-    """Writes the state into `Metrics`. Other threads may read the attributes, which are replaced whole."""
+    """Writes the state into `Metrics`. Other threads may read the attributes, which are replaced whole.
 
-    def __init__(self, services: Services) -> None:
+    `running` returns the requests in the batch, and their rings.
+    """
+
+    def __init__(
+        self, services: Services, running: Callable[[], Sequence[tuple[RunningRequest, PageRing | None]]]
+    ) -> None:
         runtime, metrics = services.runtime, services.metrics
         self.session_rows: dict[tuple[str, str], dict[str, Any]] = {}
         """The rows of GET /v1/sessions, by owner and id."""
@@ -38,6 +40,7 @@ class Stats:
         self._queue = services.queue
         self._coordinator = services.coordinator
         self._registry = services.registry
+        self._running = running
         self._rotated_pages = 0
         self._device_memory = device_memory()
         self._paths = self._attention_paths()
@@ -61,18 +64,17 @@ class Stats:
             metrics.probe_check.labels(check=label).set(passed)
         for fallback in backend.fallbacks:
             metrics.fallbacks.labels(**{"from": fallback.source, "to": fallback.target, "reason": fallback.code}).inc()
-        self.refresh({}, dict)
+        self.refresh()
 
-    def refresh_if_due(self, batch: Mapping[int, RunningRequest], rings: Rings) -> None:
+    def refresh_if_due(self) -> None:
         """`refresh`, unless it was done a moment ago."""
         if time.monotonic() - self._refreshed > _EVERY_SECONDS:
-            self.refresh(batch, rings)
+            self.refresh()
 
-    def refresh(self, batch: Mapping[int, RunningRequest], rings: Rings) -> None:
+    def refresh(self) -> None:
         """Read everything again."""
         self._refreshed = time.monotonic()
-        ring_of_row, n_waiting = rings() if batch else {}, len(self._queue)
-        running = {request.session.key: (request, ring_of_row.get(uid)) for uid, request in batch.items()}
+        running, n_waiting = {row[0].session.key: row for row in self._running()}, len(self._queue)
         m, spec = self._metrics, self._runtime.store.spec
         m.requests_running.set(len(running))
         m.requests_waiting.set(n_waiting)

@@ -49,7 +49,7 @@ class SessionRegistry:
         self._clock = StepClock() if clock is None else clock
         self._losses = Losses()
         self._sessions = SessionTable()
-        self._checkpoints = Checkpoints(self._sessions)
+        self.checkpoints = Checkpoints(self._sessions, can_go_back=store.can_go_back, keep_shared=disk is not None)
         self._sync = None if disk is None else FolderSync(disk, self._sessions, self._losses)
         for session in disk.stored() if disk is not None else ():
             self._sessions.put(session)
@@ -102,15 +102,15 @@ class SessionRegistry:
         session.running = True  # so that it is not evicted
         if shares_on_disk:
             self.restore(session, make_room)
-        start = choose_start(tokens, self._checkpoints.states(session))
+        start = choose_start(tokens, self.checkpoints.states(session))
         if (other := self._deeper_on_disk(session, tokens, start.cached)) is not None:
             self.restore(other, make_room)
-            start = choose_start(tokens, self._checkpoints.states(session))
+            start = choose_start(tokens, self.checkpoints.states(session))
         return self._begin(session, start, prompt, tokens)
 
     def checkpoint(self, session: Session, kind: Kind, tokens: Sequence[int] | np.ndarray, cache: PromptCache) -> None:
         """Add a checkpoint to a session. `cache` holds exactly `tokens` and is not changed afterwards."""
-        self._checkpoints.add(session, Checkpoint(kind, np.asarray(tokens, dtype=np.int32), cache, self._clock()))
+        self.checkpoints.add(session, Checkpoint(kind, np.asarray(tokens, dtype=np.int32), cache, self._clock()))
 
     def put_back(self, session: Session, cache: PromptCache | None, tokens: Sequence[int]) -> None:
         """A turn has ended, and its cache holds `tokens`. If the cache is None, the turn has failed and the session is
@@ -145,7 +145,7 @@ class SessionRegistry:
             raise Conflict(
                 "Another server is writing the session. Please try again.", code="session_leased", retry_after=1
             )
-        self._checkpoints.drop_all_of(session)
+        self.checkpoints.drop_all_of(session)
         self.forget(session)
         self._losses.forget(session.key)
 
@@ -189,7 +189,7 @@ class SessionRegistry:
             session.running = was_running
         if session.cache is None:
             self.forget(session, "evicted" if refused is None else "refused_file")
-        session.checkpoints = [self._checkpoints.deduplicated(session.owner, c) for c in session.checkpoints]
+        session.checkpoints = [self.checkpoints.deduplicated(session.owner, c) for c in session.checkpoints]
         return refused
 
     def fork(self, session: Session, id: str) -> Session:
@@ -212,28 +212,14 @@ class SessionRegistry:
         """
         items: list[tuple[bool, float, Session | Checkpoint]] = [(s.keep, s.last_used, s) for s in self.idle()]
         if self._disk is not None:
-            items += [(True, shared.last_used, shared) for shared in self._checkpoints.shared()]
+            items += [(True, shared.last_used, shared) for shared in self.checkpoints.shared()]
         allowed = [item for item in items if before is None or not item[0] or item[1] <= before]
         return min(allowed, key=lambda item: item[:2])[2] if allowed else None
-
-    def checkpoints(self) -> list[Checkpoint]:
-        """All checkpoints, each once, least recently used first."""
-        return list(self._checkpoints)
-
-    def spare_checkpoints(self) -> list[Checkpoint]:
-        """Checkpoints that no session needs, in the order in which to drop them. With a disk, ends of system messages
-        are not among them: restoring a session is faster than computing its system message again.
-        """
-        return self._checkpoints.spare(self._store.can_go_back, keep_shared=self._disk is not None)
-
-    def drop(self, checkpoint: Checkpoint) -> None:
-        """Remove a checkpoint from all sessions."""
-        self._checkpoints.drop(checkpoint)
 
     def caches(self) -> list[PromptCache]:
         """The caches of idle sessions and of all checkpoints."""
         idle = [session.cache for session in self if session.cache is not None]
-        return [*idle, *(checkpoint.cache for checkpoint in self._checkpoints)]
+        return [*idle, *(checkpoint.cache for checkpoint in self.checkpoints)]
 
     # Which session a prompt continues.
 
@@ -284,11 +270,11 @@ class SessionRegistry:
         now = self._clock()
         prefill = self._prefill_reasons(session, start.cached, tokens)
         cache = self._cache_of(session, start)
-        self._checkpoints.note_use(session, start.state, now)
+        self.checkpoints.note_use(session, start.state, now)
         if session.cache is not None and self._store.can_checkpoint:
             self.checkpoint(session, "answer", session.tokens, session.cache)
         elif not session.turns:
-            self._checkpoints.inherit(session, start)
+            self.checkpoints.inherit(session, start)
         session.cache, session.tokens, session.asked = None, tokens, prompt.messages_end or len(tokens)
         session.turns, session.last_used = session.turns + 1, now
         self._sessions.put(session)

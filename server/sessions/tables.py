@@ -34,11 +34,14 @@ class SessionTable:
 
 class Checkpoints:
     """All checkpoints. Each belongs to one or more sessions of one owner. Ends of system messages belong to the owner:
-    all sessions that begin with the message share one, which outlives them.
+    all sessions that begin with the message share one, which outlives them. With a disk, `keep_shared`: restoring a
+    session is faster than computing its system message again.
     """
 
-    def __init__(self, sessions: SessionTable) -> None:
+    def __init__(self, sessions: SessionTable, *, can_go_back: bool, keep_shared: bool) -> None:
         self._sessions = sessions
+        self._can_go_back = can_go_back
+        self._keep_shared = keep_shared
         self._shared: dict[str, list[Checkpoint]] = {}
 
     def __iter__(self) -> Iterator[Checkpoint]:
@@ -100,10 +103,10 @@ class Checkpoints:
             if checkpoint not in elsewhere:
                 self.drop(checkpoint)
 
-    def spare(self, can_go_back: bool, keep_shared: bool) -> list[Checkpoint]:
+    def spare(self) -> list[Checkpoint]:
         """Those that no session needs, in the order in which to drop them: the newest of each session last."""
-        needed = {kept for session in self._sessions for kept in session.needed(can_go_back)}
-        if keep_shared:
+        needed = {kept for session in self._sessions for kept in session.needed(self._can_go_back)}
+        if self._keep_shared:
             needed.update(self.shared())
         newest = {session.checkpoints[-1] for session in self._sessions if session.checkpoints}
         spare = [checkpoint for checkpoint in self if checkpoint not in needed]

@@ -101,7 +101,7 @@ def test_side_requests_go_first_and_conversations_last(tiny_llama: Module) -> No
     for n_left in (2, 1, 0):
         everything = talk.store.resting_nbytes(talk.registry.caches())
         make_room(Budget(everything - 1, lambda n: n), talk.registry, talk.store)
-        assert (len(talk.registry.checkpoints()), len(ids(talk))) == (n_left, 3)
+        assert (len(list(talk.registry.checkpoints)), len(ids(talk))) == (n_left, 3)
     room = make_room(
         Budget(talk.store.resting_nbytes(talk.registry.caches()) - 1, lambda n: n), talk.registry, talk.store
     )
@@ -127,7 +127,7 @@ def test_a_session_that_can_t_go_back_keeps_the_checkpoints_that_it_needs(tiny_l
     assert sorted(kinds) == [("answer", len(TALK + ANSWER)), ("prompt", len(prompt))]
     claim, _ = talk.turn("a", prompt + some(7, 40))
     assert (claim.source, claim.cached) == ("prompt", len(prompt))
-    talk.registry.drop(claim.session.checkpoints[-1])
+    talk.registry.checkpoints.drop(claim.session.checkpoints[-1])
     claim, _ = talk.turn("a", [*TALK, *ANSWER, *some(8, 50)])
     assert (claim.source, claim.cached) == ("answer", len(TALK + ANSWER))
     del claim

@@ -107,7 +107,7 @@ def test_a_system_message_outlasts_sessions_that_go_to_disk(start: Callable[...,
         engine, [system, of("user", "I am 0. " + TEXT * 12), of("user", "Well?")], "s0", max_tokens=5
     ).whole()
     assert usage.cached_tokens > 300
-    assert sum(kept.kind == "system" for kept in engine.services.registry.checkpoints()) == 1
+    assert sum(kept.kind == "system" for kept in engine.services.registry.checkpoints) == 1
     assert owned_by_nobody(engine)
 
 

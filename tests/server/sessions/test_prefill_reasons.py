@@ -50,8 +50,8 @@ def test_turns_say_why(tiny_llama: Module) -> None:
 def test_a_rotated_session_without_a_checkpoint_says_so(tiny_llama: Module) -> None:
     talk = Talk(tiny_llama, RingConfig(8, 64, 200))
     talk.turn("a", FIRST + ANSWER + MORE, some(5, 60))
-    for checkpoint in talk.registry.checkpoints():
-        talk.registry.drop(checkpoint)
+    for checkpoint in talk.registry.checkpoints:
+        talk.registry.checkpoints.drop(checkpoint)
     claim, _ = talk.turn("a", FIRST + ANSWER + MORE + some(6, 70))
     assert claim.prefill == {"rotated": 250, "edited": 60, "new": 10}
 

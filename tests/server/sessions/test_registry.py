@@ -58,8 +58,8 @@ def test_a_rotated_session_without_its_checkpoints_starts_anew(tiny_llama: Modul
     talk = Talk(tiny_llama, ROTATING)
     talk.turn("a", FIRST, ANSWER)
     talk.turn("a", FIRST + ANSWER + SECOND, some(5, 60))
-    for checkpoint in talk.registry.checkpoints():
-        talk.registry.drop(checkpoint)
+    for checkpoint in talk.registry.checkpoints:
+        talk.registry.checkpoints.drop(checkpoint)
     claim, _ = talk.turn("a", FIRST + ANSWER + EDITED)
     assert (claim.source, claim.cached) == ("none", 0)
 
