@@ -5,7 +5,7 @@ HTTP status. Foreign errors are translated where they enter and keep their cause
 """
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 Phase = Literal["arriving", "waiting", "prefill", "answer"]
 """How far a request is: its body arrives, it waits for the batch, its prompt is prefilled, it is answered."""
@@ -235,32 +235,28 @@ class InternalError(ServerError):
     status = 500
     default_code = "internal_error"
 
+    text: ClassVar[str] = "The server had an error while processing your request."
+
     @classmethod
-    def of(cls, request_id: str) -> "InternalError":
-        return cls(f"The server had an error while processing your request. The request id is {request_id}.")
+    def of(cls, request_id: str) -> Self:
+        return cls(f"{cls.text} The request id is {request_id}.")
 
 
 class GrammarFailed(InternalError):
     """500: the grammar could no longer hold the answer to its schema or calls."""
 
     default_code = "grammar_failed"
-
-    @classmethod
-    def of(cls, request_id: str) -> "GrammarFailed":
-        return cls(
-            "The answer ends here: its schema has become too complex to hold the answer to it. Simplify the schema, "
-            f"for example its patterns or its nested unions. The request id is {request_id}."
-        )
+    text = (
+        "The answer ends here: its schema has become too complex to hold the answer to it. Simplify the schema, for "
+        "example its patterns or its nested unions."
+    )
 
 
 class KernelFault(InternalError):
     """500: a step failed, or its result is not a number. None of its results was sent."""
 
     default_code = "kernel_fault"
-
-    @classmethod
-    def of(cls, request_id: str) -> "KernelFault":
-        return cls(
-            "The computation of this answer failed, so it ends here instead of going on wrong. The server's log has "
-            f"the details. The request id is {request_id}."
-        )
+    text = (
+        "The computation of this answer failed, so it ends here instead of going on wrong. The server's log has the "
+        "details."
+    )

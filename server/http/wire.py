@@ -135,9 +135,15 @@ def by_type(*known: str, missing: Callable[[dict[str, Any]], str | None] = lambd
     return Discriminator(type)
 
 
-def kind_of(*kinds: tuple[type, str]) -> Callable[[Any], str | None]:
-    """Function for a discriminator: the tag of the first matching type."""
-    return lambda value: next((tag for of, tag in kinds if isinstance(value, of)), None)
+def by_kind(error: str, *kinds: tuple[type, str]) -> Discriminator:
+    """Discriminator of a union of types: the tag of the first that matches. `server.http.error_handlers` words the
+    error of this type.
+    """
+    return Discriminator(
+        lambda value: next((tag for of, tag in kinds if isinstance(value, of)), None),
+        custom_error_type=error,
+        custom_error_message=error,
+    )
 
 
 # JSON Schema for the validators that compare several fields. A body's class lists them as `conditions`.
@@ -146,10 +152,6 @@ def kind_of(*kinds: tuple[type, str]) -> Callable[[Any], str | None]:
 def given(*fields: str) -> Condition:
     """All fields are present and not null."""
     return {"required": list(fields), "properties": {field: {"not": {"type": "null"}} for field in fields}}
-
-
-def not_both(one: str, other: str) -> Condition:
-    return {"not": given(one, other)}
 
 
 def is_true(field: str) -> Condition:

@@ -7,10 +7,10 @@ is secret here: these hold it in plain text.
 import base64
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
+from pydantic import BaseModel, Field, JsonValue, Tag
 
 from server.errors import InvalidRequest
-from server.http.wire import REFUSED, NonEmpty, Wire, by_field, by_type, kind_of, only
+from server.http.wire import REFUSED, NonEmpty, Wire, by_field, by_kind, by_type, only
 
 SIGNATURE = "turbocache"
 """Signature of a visible thought. It holds nothing, but clients drop a thought without a signature."""
@@ -84,11 +84,7 @@ class NoAssistantBlock(BaseModel):
     type: Annotated[str, only("text", "thinking", "redacted_thinking", "tool_use")]
 
 
-_STRING_OR_BLOCKS = Discriminator(
-    kind_of((str, "<string>"), (list, "<blocks>")),
-    custom_error_type="content_type",
-    custom_error_message="expected one of a string or array of objects",
-)
+_STRING_OR_BLOCKS = by_kind("content_type", (str, "<string>"), (list, "<blocks>"))
 _OnlyText = Annotated[
     Annotated[TextBlock, Tag("<text>")] | Annotated[NoText, REFUSED, Tag("<other>")],
     by_type("text"),

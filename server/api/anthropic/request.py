@@ -6,11 +6,11 @@ from pydantic import Field, JsonValue, Tag, model_validator
 
 from server.api.anthropic.content import AssistantMessage, CacheControl, Message, TextContent
 from server.api.anthropic.template import template_messages
-from server.api.openai.sampling import AnswerTokens
+from server.api.openai.sampling import AnswerTokens, Sampling
 from server.api.openai.tools import Schema, check_choice
 from server.errors import InvalidRequest
 from server.http.wire import Condition, ModelName, NonEmpty, Wire, by_field, given, needs, only, some, within
-from server.protocol import AnswerRules, Conversation, SamplingParams, Tool
+from server.protocol import AnswerRules, Conversation, Tool
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 
@@ -216,7 +216,7 @@ class CountTokensRequest(PromptBody):
     """The body of POST /v1/messages/count_tokens."""
 
 
-class MessagesRequest(PromptBody):
+class MessagesRequest(PromptBody, Sampling):
     """The body of POST /v1/messages."""
 
     max_tokens: AnswerTokens
@@ -244,11 +244,3 @@ class MessagesRequest(PromptBody):
     @property
     def hides_thoughts(self) -> bool:
         return self.thinking is not None and self.thinking.display == "omitted"
-
-    def sampling(self) -> SamplingParams:
-        """The given values, or Anthropic's defaults."""
-        return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-        )

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, model_vali
 from pydantic_core import PydanticCustomError, from_json
 
 from server.api.openai.sampling import AnswerTokens, SampledRequest
-from server.api.openai.tools import Choice, ResponseFormat, ToolSpec, answer_rules
+from server.api.openai.tools import CHOICE_NEEDS_TOOLS, Choice, ResponseFormat, ToolSpec, answer_rules
 from server.errors import InvalidRequest
 from server.http.wire import (
     REFUSED,
@@ -14,11 +14,10 @@ from server.http.wire import (
     NonEmpty,
     Wire,
     by_field,
+    by_kind,
     given,
     is_true,
-    kind_of,
     needs,
-    not_both,
     only,
     some,
 )
@@ -52,11 +51,7 @@ Part = Annotated[
 ]
 Content = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[Part], Field(min_length=1), Tag("<parts>")],
-    Discriminator(
-        kind_of((str, "<string>"), (list, "<parts>")),
-        custom_error_type="content_type",
-        custom_error_message="expected one of a string or array of objects",
-    ),
+    by_kind("content_type", (str, "<string>"), (list, "<parts>")),
 ]
 
 
@@ -135,22 +130,16 @@ MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 
-_OBJECT = {"type": "object"}
-
-
 class ChatCompletionRequest(SampledRequest):
     """The body of POST /v1/chat/completions. Null is the same as absent."""
 
     conditions: ClassVar[tuple[Condition, ...]] = (
-        not_both("max_tokens", "max_completion_tokens"),
+        {"not": given("max_tokens", "max_completion_tokens")},
         needs(
             {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer", "minimum": 1}}},
             is_true("logprobs"),
         ),
-        needs(
-            {"required": ["tool_choice"], "properties": {"tool_choice": {"anyOf": [{"const": "required"}, _OBJECT]}}},
-            some("tools"),
-        ),
+        CHOICE_NEEDS_TOOLS,
     )
 
     messages: Annotated[list[Message], Field(min_length=1)]

@@ -1,13 +1,14 @@
 """Fields that chat and text completions share: sampling, stop strings, streaming."""
 
-from typing import Annotated, ClassVar
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
 from server.http.session_name import KEY_PATTERN, MAX_LENGTH
-from server.http.wire import Condition, ModelName, NonEmpty, Wire, given, is_true, kind_of, needs, of_model, only
+from server.http.wire import Condition, ModelName, NonEmpty, Wire, by_kind, given, is_true, needs, of_model, only
 from server.protocol import SamplingParams
 
 
@@ -27,17 +28,24 @@ def _token_id(text: str) -> str:
 TokenKey = Annotated[str, AfterValidator(_token_id), Field(json_schema_extra={"pattern": "^[0-9]{1,9}$"})]
 Stop = Annotated[
     Annotated[NonEmpty, Tag("<string>")] | Annotated[list[NonEmpty], Field(max_length=4), Tag("<list>")],
-    Discriminator(
-        kind_of((str, "<string>"), (list, "<list>")),
-        custom_error_type="stop_type",
-        custom_error_message="expected one of a string or array of strings",
-    ),
+    by_kind("stop_type", (str, "<string>"), (list, "<list>")),
 ]
 SessionKey = Annotated[str, Field(json_schema_extra={"maxLength": MAX_LENGTH, "pattern": KEY_PATTERN})]
 AnswerTokens = Annotated[int, Field(ge=1), of_model("answer")]
 
 
-class SampledRequest(Wire):
+class Sampling(Wire):
+    """A body whose sampling fields have the names of `SamplingParams`."""
+
+    def sampling(self) -> SamplingParams:
+        """The given values. The defaults of `SamplingParams` are OpenAI's and Anthropic's."""
+        given: dict[str, Any] = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)}
+        if (bias := given["logit_bias"]) is not None:
+            given["logit_bias"] = tuple(sorted((int(token), value) for token, value in bias.items()))
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+class SampledRequest(Sampling):
     """Null is the same as absent."""
 
     conditions: ClassVar[tuple[Condition, ...]] = (needs(given("stream_options"), is_true("stream")),)
@@ -80,17 +88,3 @@ class SampledRequest(Wire):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
-
-    def sampling(self) -> SamplingParams:
-        """The given values, or OpenAI's defaults."""
-        return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-            min_p=self.min_p or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            logit_bias=tuple(sorted((int(token), bias) for token, bias in (self.logit_bias or {}).items())),
-            seed=self.seed,
-        )

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, JsonValue, Tag
+from pydantic import Field, JsonValue, Tag
 
 from server.errors import InvalidRequest
-from server.http.wire import Wire, by_field, kind_of
+from server.http.wire import Condition, Wire, by_field, by_kind, needs, some
 from server.protocol import AnswerRules, Tool, ToolChoice
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -60,12 +60,16 @@ Choice = Annotated[
         by_field("type"),
         Tag("<choice>"),
     ],
-    Discriminator(
-        kind_of((str, "<word>"), (dict, "<choice>")),
-        custom_error_type="choice_type",
-        custom_error_message="expected one of a string or an object",
-    ),
+    by_kind("choice_type", (str, "<word>"), (dict, "<choice>")),
 ]
+
+CHOICE_NEEDS_TOOLS: Condition = needs(
+    {
+        "required": ["tool_choice"],
+        "properties": {"tool_choice": {"anyOf": [{"const": "required"}, {"type": "object"}]}},
+    },
+    some("tools"),
+)
 
 
 class TextFormat(Wire):

@@ -3,7 +3,7 @@
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
+from pydantic import BaseModel, Field, JsonValue, Tag
 
 from server.api.responses.items import (
     CallItem,
@@ -19,7 +19,7 @@ from server.api.responses.items import (
     Status,
     SummaryText,
 )
-from server.http.wire import REFUSED, NonEmpty, Wire, by_type, kind_of, only
+from server.http.wire import REFUSED, NonEmpty, Wire, by_kind, by_type, only
 
 DIRECT = {"type": "direct"}
 """The caller of functions: the model itself, not a program of OpenAI."""
@@ -60,11 +60,7 @@ OutputPart = Annotated[
     Annotated[InputTextPart, Tag("<input_text>")] | Annotated[OtherOutput, REFUSED, Tag("<other>")],
     by_type("input_text"),
 ]
-_string_or_list = Discriminator(
-    kind_of((str, "<string>"), (list, "<list>")),
-    custom_error_type="content_type",
-    custom_error_message="expected one of a string or array of objects",
-)
+_string_or_list = by_kind("content_type", (str, "<string>"), (list, "<list>"))
 Content = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[Part], Field(min_length=1), Tag("<list>")], _string_or_list
 ]

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import BaseModel, Field, JsonValue, Tag, model_validator
 
 from server.api.openai.chat_request import MetadataKey, MetadataValue, ReasoningEffort
-from server.api.openai.sampling import SessionKey, StreamOptions
-from server.api.openai.tools import JsonObjectFormat, Name, Schema, TextFormat, check_choice
+from server.api.openai.sampling import Sampling, SessionKey, StreamOptions
+from server.api.openai.tools import CHOICE_NEEDS_TOOLS, JsonObjectFormat, Name, Schema, TextFormat, check_choice
 from server.api.responses.input import Input, ItemReference, items_of
 from server.api.responses.items import Item
 from server.errors import InvalidRequest
@@ -16,15 +16,15 @@ from server.http.wire import (
     ModelName,
     Wire,
     by_field,
+    by_kind,
     by_type,
     given,
     is_true,
-    kind_of,
     needs,
     only,
     some,
 )
-from server.protocol import AnswerRules, SamplingParams, Tool, ToolChoice
+from server.protocol import AnswerRules, Tool, ToolChoice
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -101,11 +101,7 @@ Choice = Annotated[
         by_type("function", "allowed_tools"),
         Tag("<choice>"),
     ],
-    Discriminator(
-        kind_of((str, "<word>"), (dict, "<choice>")),
-        custom_error_type="choice_type",
-        custom_error_message="expected one of a string or an object",
-    ),
+    by_kind("choice_type", (str, "<word>"), (dict, "<choice>")),
 ]
 
 
@@ -142,9 +138,6 @@ class ReasoningConfig(Wire):
     mode: Annotated[str | None, only("standard")] = None
 
 
-_OBJECT = {"type": "object"}
-
-
 class ResponseInput(Wire):
     """The fields that make the prompt of a response."""
 
@@ -156,10 +149,7 @@ class ResponseInput(Wire):
                 given("previous_response_id"),
             ]
         },
-        needs(
-            {"required": ["tool_choice"], "properties": {"tool_choice": {"anyOf": [{"const": "required"}, _OBJECT]}}},
-            some("tools"),
-        ),
+        CHOICE_NEEDS_TOOLS,
     )
 
     input: Input | None = None
@@ -239,7 +229,7 @@ class InputTokensRequest(ResponseInput):
     personality: Annotated[JsonValue, only()] = None
 
 
-class ResponsesRequest(ResponseInput):
+class ResponsesRequest(ResponseInput, Sampling):
     """The body of POST /v1/responses. Null is the same as absent."""
 
     conditions: ClassVar[tuple[Condition, ...]] = (
@@ -303,10 +293,3 @@ class ResponsesRequest(ResponseInput):
     @property
     def stored(self) -> bool:
         return self.store is not False
-
-    def sampling(self) -> SamplingParams:
-        """The given values, or OpenAI's defaults."""
-        return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-        )
