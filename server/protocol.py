@@ -45,6 +45,7 @@ class Conversation:
     """The input of a chat template."""
 
     messages: list[dict[str, Any]]
+    """Contents are strings, and no role is `developer`."""
     tools: list[dict[str, Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     """Variables for the template."""

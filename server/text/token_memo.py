@@ -58,14 +58,15 @@ class ChatEncoder:
         """Token ids of the conversation and, if it is `opened`, of the answer's opening. Exceptions of the template
         pass through.
         """
-        messages = [_for_template(message) for message in conversation.messages]
         options: dict[str, Any] = {**conversation.options, "add_generation_prompt": conversation.add_generation_prompt}
         if conversation.tools:
             options["tools"] = conversation.tools
         if conversation.continue_final_message:
             options |= {"add_generation_prompt": False, "continue_final_message": True}
         with self._lock:
-            return (self._encode_whole if self._boundary is None else self._encode_pieces)(messages, options)
+            return (self._encode_whole if self._boundary is None else self._encode_pieces)(
+                conversation.messages, options
+            )
 
     def messages_end(self, tokens: list[int]) -> int:
         """Number of `tokens` before the answer's opening; 0 if they do not end with it."""
@@ -77,7 +78,7 @@ class ChatEncoder:
         conversation has neither.
         """
         messages = conversation.messages
-        system = messages[:1] if messages[0]["role"] in ("system", "developer") else []
+        system = messages[:1] if messages[0]["role"] == "system" else []
         if len(messages) == len(system) or not (system or conversation.tools):
             return 0
         try:
@@ -153,12 +154,3 @@ def _boundary(tokenizer: TokenizerWrapper) -> "re.Pattern[str] | None":
 def _may_overlap(other: str, token: str) -> bool:
     """Whether `other` can begin before `token` in a text and overlap it."""
     return any(token.startswith(other[i:]) or other[i:].startswith(token) for i in range(1, len(other)))
-
-
-def _for_template(message: dict[str, Any]) -> dict[str, Any]:
-    """A message in the form for chat templates: text parts joined, role `developer` replaced by `system`."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    role = "system" if message["role"] == "developer" else message["role"]
-    return {**message, "role": role, "content": content}
