@@ -2,6 +2,7 @@
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,14 +73,30 @@ async def chat_completions(request: Request, chat: ChatCompletionRequest) -> Res
     return await respond(request, expand_n(wanted, chat.n or 1), renderer, stream=bool(chat.stream))
 
 
-class ChatRenderer:
-    """Renders the answers to one chat request. All objects have the same id and time."""
+class OpenAIRenderer(ABC):
+    """The renderers of chat and text completions. All objects of a request have the same id and time."""
+
+    def __init__(self, request_id: str, model_id: str, include_usage: bool) -> None:
+        self._head: dict[str, Any] = {"id": request_id, "created": int(time.time()), "model": model_id}
+        self._include_usage = include_usage
+
+    def end(self, usage: Usage) -> Sequence[bytes]:
+        """The usage, if requested, and [DONE]."""
+        return [*([self._chunk([], usage_body(usage))] if self._include_usage else []), DONE]
+
+    def fail(self, error: ServerError) -> Sequence[bytes]:
+        return [data(json.dumps(error.envelope(), ensure_ascii=False))]
+
+    @abstractmethod
+    def _chunk(self, choices: list[Any], usage: UsageBody | None) -> bytes:
+        """One event. It has `usage`, which may be null, only if that was requested."""
+
+
+class ChatRenderer(OpenAIRenderer):
+    """Renders the answers to one chat request."""
 
     def __init__(self, request_id: str, model_id: str, include_usage: bool, logprobs: bool) -> None:
-        self._id = request_id
-        self._model = model_id
-        self._created = int(time.time())
-        self._include_usage = include_usage
+        super().__init__(request_id, model_id, include_usage)
         self._logprobs = logprobs
         self._n_calls: dict[int, int] = {}
 
@@ -93,22 +110,9 @@ class ChatRenderer:
             return [*self._opening(event.choice), self._chunk_of(event.choice, Delta(), event.finish_reason)]
         return ()
 
-    def end(self, usage: Usage) -> Sequence[bytes]:
-        """The usage, if requested, and [DONE]."""
-        return [*([self._chunk([], usage_body(usage))] if self._include_usage else []), DONE]
-
-    def fail(self, error: ServerError) -> Sequence[bytes]:
-        return [data(json.dumps(error.envelope(), ensure_ascii=False))]
-
     def body(self, answers: Sequence[Answer], usage: Usage) -> ChatCompletion:
-        return ChatCompletion(
-            id=self._id,
-            object="chat.completion",
-            created=self._created,
-            model=self._model,
-            choices=[self._whole_choice(i, answer) for i, answer in enumerate(answers)],
-            usage=usage_body(usage),
-        )
+        choices = [self._whole_choice(i, answer) for i, answer in enumerate(answers)]
+        return ChatCompletion(object="chat.completion", choices=choices, usage=usage_body(usage), **self._head)
 
     def _whole_choice(self, index: int, answer: Answer) -> Choice:
         content = answer.content if answer.text or not answer.calls else None
@@ -147,9 +151,7 @@ class ChatRenderer:
         )
 
     def _chunk(self, choices: list[ChunkChoice], usage: UsageBody | None) -> bytes:
-        chunk = ChatCompletionChunk(
-            id=self._id, object="chat.completion.chunk", created=self._created, model=self._model, choices=choices
-        )
+        chunk = ChatCompletionChunk(object="chat.completion.chunk", choices=choices, **self._head)
         if self._include_usage:
             chunk.usage = usage
         return data(to_json(chunk))

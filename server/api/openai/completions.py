@@ -2,25 +2,24 @@
 
 import asyncio
 import codecs
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.openai.chat import LEAST_LOGPROB, usage_body
+from server.api.openai.chat import LEAST_LOGPROB, OpenAIRenderer, usage_body
 from server.api.openai.chat_answer import UsageBody
-from server.api.openai.completions_answer import Completion, CompletionChoice, CompletionLogprobs
 from server.api.openai.completions_request import DEFAULT_TOKENS, CompletionRequest
-from server.errors import InvalidRequest, ServerError
+from server.errors import InvalidRequest
 from server.http.generation import until_disconnect
 from server.http.middleware import COMPLETIONS_PATH, app_context, request_context
 from server.http.respond import Answer, check_model, expand_n, respond, to_json
 from server.http.routing import api_router, generates
 from server.http.session_name import name_session
-from server.http.sse import DONE, data
+from server.http.sse import data
 from server.protocol import (
     AnswerRules,
     DrawnToken,
@@ -36,6 +35,39 @@ from server.protocol import (
 _RULES = AnswerRules(raw=True)
 
 router = api_router()
+
+
+class CompletionLogprobs(BaseModel):
+    """The tokens of a text. Each list has one item per token."""
+
+    tokens: list[str]
+    """A token that is not complete characters is "bytes:" with its bytes as "\\\\x..". """
+    token_logprobs: list[float]
+    """ln of the probabilities."""
+    top_logprobs: list[dict[str, float]] | None
+    """The likeliest tokens at each position, null if not requested."""
+    text_offset: list[int]
+    """Where the token begins in the text, in characters."""
+
+
+class CompletionChoice(BaseModel):
+    """`finish_reason` is null only in a stream."""
+
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Completion(BaseModel):
+    """The response, and each SSE message. In a stream `usage` is absent unless requested."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageBody | None = None
 
 
 @router.post(COMPLETIONS_PATH, response_model=Completion, responses=generates(Completion))
@@ -80,16 +112,11 @@ def _prompts(engine: Engine, wanted: CompletionRequest) -> tuple[list[Prompt], l
     return prompts, echoes
 
 
-class CompletionRenderer:
-    """Renders the answers to one request. All objects have the same id and time. `echoes` are the texts to send before
-    each answer, or empty.
-    """
+class CompletionRenderer(OpenAIRenderer):
+    """Renders the answers to one request. `echoes` are the texts to send before each answer, or empty."""
 
     def __init__(self, request_id: str, model_id: str, wanted: CompletionRequest, echoes: Sequence[str]) -> None:
-        self._id = request_id
-        self._model = model_id
-        self._created = int(time.time())
-        self._include_usage = wanted.include_usage
+        super().__init__(request_id, model_id, wanted.include_usage)
         self._n_top = wanted.logprobs
         self._echoes = echoes
         self._begun: set[int] = set()
@@ -105,16 +132,9 @@ class CompletionRenderer:
             return [*self._opening(event.choice), self._chunk([end], None)]
         return ()
 
-    def end(self, usage: Usage) -> Sequence[bytes]:
-        """The usage, if requested, and [DONE]."""
-        return [*([self._chunk([], usage_body(usage))] if self._include_usage else []), DONE]
-
-    def fail(self, error: ServerError) -> Sequence[bytes]:
-        return [data(json.dumps(error.envelope(), ensure_ascii=False))]
-
     def body(self, answers: Sequence[Answer], usage: Usage) -> Completion:
         choices = [self._whole_choice(i, answer) for i, answer in enumerate(answers)]
-        return self._completion(choices, usage_body(usage))
+        return Completion(object="text_completion", choices=choices, usage=usage_body(usage), **self._head)
 
     def _whole_choice(self, index: int, answer: Answer) -> CompletionChoice:
         echo = self._echoes[index] if self._echoes else ""
@@ -137,16 +157,10 @@ class CompletionRenderer:
         return self._chunk([CompletionChoice(text=text, index=choice, logprobs=logprobs, finish_reason=None)], None)
 
     def _chunk(self, choices: list[CompletionChoice], usage: UsageBody | None) -> bytes:
-        chunk = self._completion(choices, usage) if self._include_usage else self._completion(choices)
+        chunk = Completion(object="text_completion", choices=choices, **self._head)
+        if self._include_usage:
+            chunk.usage = usage
         return data(to_json(chunk))
-
-    def _completion(self, choices: list[CompletionChoice], *usage: UsageBody | None) -> Completion:
-        completion = Completion(
-            id=self._id, object="text_completion", created=self._created, model=self._model, choices=choices
-        )
-        if usage:
-            completion.usage = usage[0]
-        return completion
 
 
 @dataclass(slots=True)
