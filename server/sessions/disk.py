@@ -17,7 +17,7 @@ from typing import Literal, cast
 
 from server.metrics import Metrics
 from server.sessions.checkpoints import Checkpoint, Kind
-from server.sessions.folder_snapshot import FileState, FolderSnapshot, file_state
+from server.sessions.folder_snapshot import FileState, FolderSnapshot, file_state, written
 from server.sessions.leases import Leases
 from server.sessions.rank_folders import ABOUT, ForeignSessions
 from server.sessions.session import Session
@@ -97,8 +97,9 @@ class SessionDisk:
         """Write a session that is not running, with its checkpoints. A failure is logged and counted."""
         if (outcome := self._write(session)) != "written":
             return outcome
-        self._make_room(self._path(session))
-        return "written" if self._path(session).exists() else "failed"
+        self._delete(self._too_many(self._path(session)))
+        self._measure()
+        return "written" if self.has(session) else "failed"
 
     def _write(self, session: Session) -> Saved:
         assert session.cache is not None
@@ -204,7 +205,7 @@ class SessionDisk:
 
     def _paths(self) -> list[Path]:
         """Least recently used first."""
-        return sorted(self._folder.glob(f"*{SUFFIX}"), key=_used)
+        return sorted(self._folder.glob(f"*{SUFFIX}"), key=written)
 
     def _peek(self, path: Path, refuse: bool = True) -> Session | None:
         state = self._snapshot.record(path)
@@ -231,14 +232,11 @@ class SessionDisk:
             if mine and file_state(path) == read:
                 path.replace(path.with_name(f"{path.name}{_REFUSED}"))
 
-    def _make_room(self, kept: Path) -> None:
-        """Delete files until the rest fits the budget: refused ones, then the least recently used; `kept` last."""
-        self._delete(self._too_many(kept))
-        self._measure()
-
     def _too_many(self, kept: Path) -> list[str]:
-        """Names of the files to delete so that the rest fits the budget, in that order."""
-        refused = sorted(self._folder.glob(f"*{SUFFIX}{_REFUSED}"), key=_used)
+        """Names of the files to delete so that the rest fits the budget: refused ones, then the least recently used;
+        `kept` last.
+        """
+        refused = sorted(self._folder.glob(f"*{SUFFIX}{_REFUSED}"), key=written)
         candidates = [*refused, *(path for path in self._paths() if path not in (kept, self._held)), kept]
         total, names = self._measure(), list[str]()
         for path in candidates:
@@ -263,15 +261,5 @@ class SessionDisk:
         return total
 
 
-def _used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
 def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+    return (file_state(path) or (0, 0))[1]

@@ -22,6 +22,11 @@ def file_state(path: Path) -> FileState | None:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
+def written(path: Path) -> int:
+    """Time of the last write in ns, 0 if the file is not there."""
+    return (file_state(path) or (0, 0, 0))[2]
+
+
 class FolderSnapshot:
     """The last known state of each file of a folder, to find new and changed files."""
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from server.sessions.folder_snapshot import written
 from server.sessions.leases import Leases
 from turbocache.storage.whole_file import PARTIAL, replacing
 
@@ -48,7 +49,7 @@ class ResponseFiles:
 
     def read(self) -> Iterator[tuple[str, bytes]]:
         """Yields id and JSON of all undamaged files, the oldest first."""
-        for path in sorted(self._folder.glob(f"*{SUFFIX}"), key=_written):
+        for path in sorted(self._folder.glob(f"*{SUFFIX}"), key=written):
             if (text := self.find(id := path.name.removesuffix(SUFFIX))) is not None:
                 yield id, text
 
@@ -104,13 +105,6 @@ class ResponseFiles:
             work()
         except OSError as error:
             logger.error("a response could not be kept in %s: %s", self._folder, error)
-
-
-def _written(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:  # another server has removed it
-        return 0
 
 
 def _digest(text: bytes) -> bytes:
