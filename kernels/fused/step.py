@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -72,7 +72,7 @@ class StepLauncher:
 
     def __init__(self, language: Language, shape: LaneShape, profile: Profile, *, two_tables: bool) -> None:
         self._language, self._shape, self._profile, self._two_tables = language, shape, profile, two_tables
-        self._kernels: dict[Any, _Kernels] = {}
+        self._for_sizes = cache(self._make)
 
     def attend(self, dtype: mx.Dtype, rows: RowIndex, constants: mx.array, *, has_sinks: bool) -> Launch:
         """The kernels of a step, with the inputs that all layers share. `constants` is as in shapes.h."""
@@ -118,14 +118,6 @@ class StepLauncher:
         )
         mx.eval(table, pages)
         return table, tuple(pages)
-
-    def _for_sizes(
-        self, dtype: mx.Dtype, n_queries: int, keep: int, slots: int, max_size: int | None, has_sinks: bool
-    ) -> _Kernels:
-        key = (dtype, n_queries, keep, slots, max_size, has_sinks)
-        if key not in self._kernels:
-            self._kernels[key] = self._make(*key)
-        return self._kernels[key]
 
     def _make(
         self, dtype: mx.Dtype, n_queries: int, keep: int, slots: int, max_size: int | None, has_sinks: bool
