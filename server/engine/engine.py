@@ -81,7 +81,6 @@ class MlxEngine:
         _wait_for_thread_end(self._thread)
 
     def when_asked_to_stop(self, ask: Callable[[], None]) -> None:
-        """See `server.app.RunnableEngine`."""
         self._coordinator.on_stop_asked = ask
 
     def ask_to_stop(self) -> None:
@@ -129,7 +128,6 @@ class MlxEngine:
         return services.grammars.compile(rules, prompt.opening == "reasoning")
 
     def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
-        """Accept all requests, or raise and accept none; see `server.protocol.Engine`."""
         self._check_alive()
         for queued in admit(requests, deliver, self.model, self._queue, self.services.budget):
             self._commands.put(queued)
@@ -161,7 +159,6 @@ class MlxEngine:
     def change_session(
         self, change: SessionChange, owner: str, id: str, new_id: str | None = None
     ) -> Future[dict[str, Any]]:
-        """See `server.protocol.Engine`."""
         self._check_alive()
         command = ChangeSession(change, owner, id, new_id)
         self._commands.put(command)

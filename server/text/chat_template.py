@@ -89,16 +89,13 @@ class PromptBuilder:
         return Prompt(tokens, system_end, messages_end, tool, conversation.continue_final_message, opening)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """See `server.protocol.Engine`."""
         return list(self._model.tokenizer.encode(text, add_special_tokens=special))
 
     def decode(self, tokens: Sequence[int], param: str = "tokens") -> str:
-        """See `server.protocol.Engine`."""
         check_tokens(tokens, self.n_tokens, param)
         return str(self._model.tokenizer.decode(list(tokens)))
 
     def token_strings(self, tokens: Sequence[int]) -> list[str]:
-        """See `server.protocol.Engine`."""
         check_tokens(tokens, self.n_tokens, "tokens")
         return list(self._model.tokenizer.convert_ids_to_tokens(list(tokens)))
 

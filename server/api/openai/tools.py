@@ -110,13 +110,8 @@ def answer_rules(
 ) -> AnswerRules:
     """The engine's rules. Raises InvalidRequest if they contradict each other."""
     known = tuple(
-        Tool(
-            name=spec.function.name,
-            parameters=spec.function.parameters,
-            strict=bool(spec.function.strict),
-            param=f"tools[{i}].function.parameters",
-        )
-        for i, spec in enumerate(tools or ())
+        Tool(spec.name, spec.parameters, bool(spec.strict), f"tools[{i}].function.parameters")
+        for i, spec in enumerate(tool.function for tool in tools or ())
     )
     mode, allowed = _mode(choice)
     check_choice(known, mode, allowed)
