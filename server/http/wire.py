@@ -58,19 +58,11 @@ def only(*neutral: object) -> _Only:
     return _Only(neutral)
 
 
-@dataclass(frozen=True, slots=True)
-class _OfModel:
-    fact: str
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {**handler(schema), MODEL_FACT: self.fact}
-
-
-def of_model(fact: Literal["name", "token", "answer"]) -> _OfModel:
+def of_model(fact: Literal["name", "token", "answer"]) -> Any:
     """Marks a field whose valid values depend on the model: its names, its token ids, or its longest answer. They are
     checked after the rest of the body.
     """
-    return _OfModel(fact)
+    return Field(json_schema_extra={MODEL_FACT: fact})
 
 
 def nonempty(text: str) -> str:
@@ -107,32 +99,24 @@ ModelName = Annotated[str, of_model("name")]
 TokenId = Annotated[int, Field(ge=0), of_model("token")]
 
 
-def by_field(field: str) -> Discriminator:
+def by_field(
+    field: str, *known: str, missing: Callable[[dict[str, Any]], str | None] = lambda value: None
+) -> Discriminator:
     """Discriminator of a union of models: the value of `field` in angle brackets, which tell tags from fields
-    in pydantic's error locations.
+    in pydantic's error locations. If there are `known` values, others are `<other>`, for a model that refuses them by
+    name. `missing` gives the value where an object has none.
     """
 
     def tag(value: Any) -> str | None:
         kind = value.get(field) if isinstance(value, dict) else getattr(value, field, None)
+        if kind is not None and known and kind not in known:
+            return "<other>"
+        if kind is None and isinstance(value, dict):
+            kind = missing(value)
         return None if kind is None else f"<{kind}>"
 
     tag.__name__ = field  # pydantic's error has it
     return Discriminator(tag)
-
-
-def by_type(*known: str, missing: Callable[[dict[str, Any]], str | None] = lambda value: None) -> Discriminator:
-    """Discriminator of a union of models: the value's `type` if known, else `<other>` for a model that refuses it by
-    name. `missing` gives the tag of a value without a type.
-    """
-
-    def type(value: Any) -> str | None:  # pydantic's error names the function
-        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-        if kind is not None:
-            return f"<{kind}>" if kind in known else "<other>"
-        kind = missing(value) if isinstance(value, dict) else None
-        return None if kind is None else f"<{kind}>"
-
-    return Discriminator(type)
 
 
 def by_kind(error: str, *kinds: tuple[type, str]) -> Discriminator:

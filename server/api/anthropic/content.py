@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, JsonValue, Tag
 
 from server.errors import InvalidRequest
-from server.http.wire import REFUSED, NonEmpty, Wire, by_field, by_kind, by_type, only
+from server.http.wire import REFUSED, NonEmpty, Wire, by_field, by_kind, only
 
 SIGNATURE = "turbocache"
 """Signature of a visible thought. It holds nothing, but clients drop a thought without a signature."""
@@ -87,7 +87,7 @@ class NoAssistantBlock(BaseModel):
 _STRING_OR_BLOCKS = by_kind("content_type", (str, "<string>"), (list, "<blocks>"))
 _OnlyText = Annotated[
     Annotated[TextBlock, Tag("<text>")] | Annotated[NoText, REFUSED, Tag("<other>")],
-    by_type("text"),
+    by_field("type", "text"),
 ]
 TextContent = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[_OnlyText], Tag("<blocks>")], _STRING_OR_BLOCKS
@@ -108,7 +108,7 @@ _UserBlock = Annotated[
     Annotated[TextBlock, Tag("<text>")]
     | Annotated[ToolResultBlock, Tag("<tool_result>")]
     | Annotated[NoUserBlock, REFUSED, Tag("<other>")],
-    by_type("text", "tool_result"),
+    by_field("type", "text", "tool_result"),
 ]
 _AssistantBlock = Annotated[
     Annotated[TextBlock, Tag("<text>")]
@@ -116,7 +116,7 @@ _AssistantBlock = Annotated[
     | Annotated[RedactedThinkingBlock, Tag("<redacted_thinking>")]
     | Annotated[ToolUseBlock, Tag("<tool_use>")]
     | Annotated[NoAssistantBlock, REFUSED, Tag("<other>")],
-    by_type("text", "thinking", "redacted_thinking", "tool_use"),
+    by_field("type", "text", "thinking", "redacted_thinking", "tool_use"),
 ]
 
 

@@ -19,7 +19,7 @@ from server.api.responses.items import (
     Status,
     SummaryText,
 )
-from server.http.wire import REFUSED, NonEmpty, Wire, by_kind, by_type, only
+from server.http.wire import REFUSED, NonEmpty, Wire, by_field, by_kind, only
 
 DIRECT = {"type": "direct"}
 """The caller of functions: the model itself, not a program of OpenAI."""
@@ -54,11 +54,11 @@ Part = Annotated[
     Annotated[InputTextPart, Tag("<input_text>")]
     | Annotated[OutputTextPart, Tag("<output_text>")]
     | Annotated[OtherPart, REFUSED, Tag("<other>")],
-    by_type("input_text", "output_text"),
+    by_field("type", "input_text", "output_text"),
 ]
 OutputPart = Annotated[
     Annotated[InputTextPart, Tag("<input_text>")] | Annotated[OtherOutput, REFUSED, Tag("<other>")],
-    by_type("input_text"),
+    by_field("type", "input_text"),
 ]
 _string_or_list = by_kind("content_type", (str, "<string>"), (list, "<list>"))
 Content = Annotated[
@@ -197,7 +197,9 @@ InputItem = Annotated[
     | Annotated[Reasoning, Tag("<reasoning>")]
     | Annotated[ItemReference, Tag("<item_reference>")]
     | Annotated[OtherItem, REFUSED, Tag("<other>")],
-    by_type("message", "function_call", "function_call_output", "reasoning", "item_reference", missing=_untyped),
+    by_field(
+        "type", "message", "function_call", "function_call_output", "reasoning", "item_reference", missing=_untyped
+    ),
 ]
 Input = Annotated[Annotated[str, Tag("<string>")] | Annotated[list[InputItem], Tag("<list>")], _string_or_list]
 

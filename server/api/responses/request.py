@@ -17,7 +17,6 @@ from server.http.wire import (
     Wire,
     by_field,
     by_kind,
-    by_type,
     given,
     is_true,
     needs,
@@ -57,7 +56,8 @@ class OtherTool(BaseModel):
 
 
 ToolSpec = Annotated[
-    Annotated[FunctionTool, Tag("<function>")] | Annotated[OtherTool, REFUSED, Tag("<other>")], by_type("function")
+    Annotated[FunctionTool, Tag("<function>")] | Annotated[OtherTool, REFUSED, Tag("<other>")],
+    by_field("type", "function"),
 ]
 
 
@@ -81,7 +81,7 @@ class AllowedTools(Wire):
         list[
             Annotated[
                 Annotated[FunctionChoice, Tag("<function>")] | Annotated[OtherAllowed, REFUSED, Tag("<other>")],
-                by_type("function"),
+                by_field("type", "function"),
             ]
         ],
         Field(min_length=1),
@@ -98,7 +98,7 @@ Choice = Annotated[
         Annotated[FunctionChoice, Tag("<function>")]
         | Annotated[AllowedTools, Tag("<allowed_tools>")]
         | Annotated[OtherChoice, REFUSED, Tag("<other>")],
-        by_type("function", "allowed_tools"),
+        by_field("type", "function", "allowed_tools"),
         Tag("<choice>"),
     ],
     by_kind("choice_type", (str, "<word>"), (dict, "<choice>")),

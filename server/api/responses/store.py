@@ -61,7 +61,7 @@ class ResponseStore:
         continued, one without its beginning can't.
         """
         self._sizes: dict[str, int] = {}
-        self._n_bytes = 0
+        self.n_bytes = 0
         self._with_item: dict[tuple[str, str], str] = {}
         """The latest response with an item, by owner and item id."""
         if files is not None:
@@ -73,10 +73,6 @@ class ResponseStore:
 
     def __len__(self) -> int:
         return len(self._kept)
-
-    @property
-    def n_bytes(self) -> int:
-        return self._n_bytes
 
     def get(self, owner: str, id: str) -> StoredResponse:
         """Raises NotFound if it is missing or belongs to another key."""
@@ -151,7 +147,7 @@ class ResponseStore:
 
     def _keep(self, stored: StoredResponse, n_bytes: int) -> None:
         self._kept[stored.id], self._sizes[stored.id] = stored, n_bytes
-        self._n_bytes += n_bytes
+        self.n_bytes += n_bytes
         for item in _items(stored):
             self._with_item[stored.owner, item.id] = stored.id
 
@@ -161,12 +157,12 @@ class ResponseStore:
             id = stored.previous
 
     def _evict(self) -> None:
-        while len(self._kept) > self._most or self._n_bytes > self._most_bytes:
+        while len(self._kept) > self._most or self.n_bytes > self._most_bytes:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, id: str) -> None:
         stored = self._kept.pop(id)
-        self._n_bytes -= self._sizes.pop(id)
+        self.n_bytes -= self._sizes.pop(id)
         for item in _items(stored):
             if self._with_item.get((stored.owner, item.id)) == id:
                 del self._with_item[stored.owner, item.id]
