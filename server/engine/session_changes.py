@@ -37,7 +37,7 @@ class SessionChanges:
         change, owner, id = command.change, command.owner, command.id
         session = self._registry.find(owner, id)
         if session is None or not (session.running or session.stored or session.cache):
-            why = None if self._disk is None else self._disk.refusal(owner, id)
+            why = None if self._disk is None else self._disk.foreign.reason(owner, id)
             if why is not None and change == "restore":
                 raise Conflict(f"The session's file is refused: {why}.", code="session_file_refused")
             raise SessionNotFound(id)

@@ -57,9 +57,9 @@ class SessionDisk:
         self._leases = Leases(folder)
         self._snapshot = FolderSnapshot(folder)
         self._waiting: set[Path] = set()
-        self._foreign = foreign or ForeignSessions([], "")
+        self.foreign = foreign or ForeignSessions([], "")
         metrics.session_disk_limit_bytes.set(budget)
-        metrics.session_files_refused.labels(reason="other_group").inc(len(self._foreign.sessions))
+        metrics.session_files_refused.labels(reason="other_group").inc(len(self.foreign.sessions))
         if left := remove_partial(folder, self._leases.taken):
             log.warning("removed %d incomplete session files in %s", left, folder)
         self._measure()
@@ -177,14 +177,6 @@ class SessionDisk:
     def missing(self, sessions: Sequence[Session]) -> list[Session]:
         """Those whose files are gone: evicted by the disk's budget, or deleted by a person."""
         return [session for session in sessions if not self.has(session)]
-
-    def refusal(self, owner: str, id: str) -> str | None:
-        """Why a session's files can't be used here, None if there are none."""
-        return self._foreign.reason(owner, id)
-
-    def others(self) -> Iterator[Session]:
-        """Sessions that a group of another size has written. They can't be used here."""
-        return iter(self._foreign.sessions.values())
 
     def remove(self, session: Session) -> bool:
         """Delete a session's file, if there is one. Returns False if another server holds its lease."""

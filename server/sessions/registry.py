@@ -53,7 +53,7 @@ class SessionRegistry:
         self._sync = None if disk is None else FolderSync(disk, self._sessions, self._losses)
         for session in disk.stored() if disk is not None else ():
             self._sessions.put(session)
-        for foreign in disk.others() if disk is not None else ():
+        for foreign in disk.foreign.sessions.values() if disk is not None else ():
             self._losses.add(foreign.key, foreign.tokens, "refused_file")
 
     def __iter__(self) -> Iterator[Session]:
@@ -285,7 +285,7 @@ class SessionRegistry:
         if start.state is None:
             return self._store.new_cache()
         own = start.state.cache is session.cache
-        return start.take() if own and not self._store.can_checkpoint else start.fork()
+        return start.take(fork=not own or self._store.can_checkpoint)
 
     def _prefill_reasons(self, session: Session, cached: int, tokens: np.ndarray) -> dict[Reason, int]:
         if history := len(session.tokens):

@@ -60,18 +60,10 @@ class Start:
     def kind(self) -> str:
         return "none" if self.state is None else self.state.kind
 
-    def fork(self) -> PromptCache:
-        """A new cache of the first `cached` tokens. The state does not change."""
+    def take(self, fork: bool) -> PromptCache:
+        """A cache of the first `cached` tokens: a fork of the state's, or the state's own, which is then trimmed."""
         assert self.state is not None
-        return self._trimmed(store.fork(self.state.cache))
-
-    def take(self) -> PromptCache:
-        """The state's own cache, trimmed to the first `cached` tokens."""
-        assert self.state is not None
-        return self._trimmed(self.state.cache)
-
-    def _trimmed(self, cache: PromptCache) -> PromptCache:
-        assert self.state is not None
+        cache = store.fork(self.state.cache) if fork else self.state.cache
         if self.cached < len(self.state.tokens):
             store.trim(cache, len(self.state.tokens) - self.cached)
         return cache
