@@ -26,28 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve.set_defaults(run=_serve)
 
     probe = commands.add_parser("probe", help="test the backends on this machine and show which one is chosen and why")
-    default = "default: TURBOCACHE_%s of the environment, else %s"
-    probe.add_argument(
-        "--model",
-        default=os.environ.get("TURBOCACHE_MODEL") or None,
-        help=f"a local directory or a Hugging Face id ({default % ('MODEL', 'the bundled model')})",
-    )
-    probe.add_argument(
-        "--preset",
-        default=os.environ.get("TURBOCACHE_KV_PRESET") or "k4v4",
-        help=f"cache preset to probe for ({default % ('KV_PRESET', 'k4v4')})",
-    )
-    probe.add_argument(
-        "--protect",
-        type=int,
-        default=os.environ.get("TURBOCACHE_KV_PROTECT") or "0",
-        help=f"layers at each end of the model that are stored at 8 bits ({default % ('KV_PROTECT', '0')})",
-    )
-    probe.add_argument(
-        "--backend",
-        default=os.environ.get("TURBOCACHE_BACKEND") or "auto",
-        help=f"{one_of()} ({default % ('BACKEND', 'auto')})",
-    )
+    for flag, kind, setting, default, meaning in (
+        ("--model", str, "MODEL", None, "a local directory or a Hugging Face id"),
+        ("--preset", str, "KV_PRESET", "k4v4", "cache preset to probe for"),
+        ("--protect", int, "KV_PROTECT", "0", "layers at each end of the model that are stored at 8 bits"),
+        ("--backend", str, "BACKEND", "auto", one_of()),
+    ):
+        known = f"default: TURBOCACHE_{setting} of the environment, else {default or 'the bundled model'}"
+        value = os.environ.get(f"TURBOCACHE_{setting}") or default
+        probe.add_argument(flag, type=kind, default=value, help=f"{meaning} ({known})")
     probe.add_argument("--json", action="store_true", help="print JSON instead of a table")
     probe.set_defaults(run=_probe)
 

@@ -194,15 +194,13 @@ class Stats:
             return nbytes
         spec, cache, ring = self._runtime.store.spec, session.cache or [], ring_of(session.cache or ())
         pages = set() if ring is None else set(ring.pages)
+        raw = 0 if ring is None else spec.raw_token_nbytes
         nbytes = {
             "pages": len(pages) * spec.pool.page_nbytes,
-            "sink": 0,
-            "window": 0,
+            "sink": spec.ring.keep * raw,
+            "window": spec.ring.window_slots * raw,
             "recurrent": native_nbytes(cache),
         }
-        if ring is not None:
-            nbytes["sink"] = spec.ring.keep * spec.raw_token_nbytes
-            nbytes["window"] = spec.ring.window_slots * spec.raw_token_nbytes
         others, held = set[int](), 0
         for kept in session.checkpoints:
             held += self._runtime.store.held_nbytes(kept.cache)

@@ -103,7 +103,9 @@ class ChatRenderer(OpenAIRenderer):
     def render(self, event: Event) -> Sequence[bytes]:
         """The chunks of one event: text, a call, or the finish reason."""
         if isinstance(event, TextDelta):
-            return [*self._opening(event.choice), self._chunk_of(event.choice, _delta(event), None, event.tokens)]
+            content = event.channel == "content"
+            delta = Delta(content=event.text) if content else Delta(reasoning_content=event.text)
+            return [*self._opening(event.choice), self._chunk_of(event.choice, delta, None, event.tokens)]
         if isinstance(event, ToolCall):
             return [*self._opening(event.choice), *self._call(event)]
         if isinstance(event, Finished):
@@ -121,7 +123,10 @@ class ChatRenderer(OpenAIRenderer):
             message.reasoning_content = answer.thought
         if answer.calls:
             message.tool_calls = [
-                MessageCall(id=call.id, type="function", function=_function(call)) for call in answer.calls
+                MessageCall(
+                    id=call.id, type="function", function=CalledFunction(name=call.name, arguments=call.arguments)
+                )
+                for call in answer.calls
             ]
         logprobs = logprobs_body(answer.tokens) if self._logprobs else None
         return Choice(index=index, message=message, logprobs=logprobs, finish_reason=answer.end.finish_reason)
@@ -178,11 +183,3 @@ def usage_body(usage: Usage) -> UsageBody:
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
     )
-
-
-def _delta(event: TextDelta) -> Delta:
-    return Delta(content=event.text) if event.channel == "content" else Delta(reasoning_content=event.text)
-
-
-def _function(call: ToolCall) -> CalledFunction:
-    return CalledFunction(name=call.name, arguments=call.arguments)

@@ -22,7 +22,7 @@ from server.api.responses.items import CallItem, Item, MessageItem, OutputText, 
 from server.errors import ContextLengthExceeded, QueueFull, ServerError
 from server.http.respond import Answer
 from server.http.sse import data
-from server.protocol import DrawnToken, Event, Finished, TextDelta, ToolCall, Usage
+from server.protocol import Event, Finished, TextDelta, ToolCall, Usage
 
 EventBody = dict[str, Any]
 """An event of the API without its `sequence_number`."""
@@ -108,13 +108,10 @@ class Output:
         self._text.append(event.text)
         delta: EventBody = {"type": "response.reasoning_text.delta"}
         if isinstance(part, OutputText):
-            tokens = self._logprobs_of(event.tokens)
+            tokens = logprobs_body(event.tokens).content if self._logprobs else []
             part.logprobs += tokens
             delta = {"type": "response.output_text.delta", "logprobs": dumped(tokens)}
         return [{**delta, **self._at(item), "content_index": 0, "delta": event.text}]
-
-    def _logprobs_of(self, tokens: Sequence[DrawnToken]) -> list[ContentLogprob]:
-        return logprobs_body(tokens).content if self._logprobs else []
 
     def _call(self, call: ToolCall) -> list[EventBody]:
         item = CallItem(
