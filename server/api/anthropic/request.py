@@ -7,7 +7,7 @@ from pydantic import Field, JsonValue, Tag, model_validator
 from server.api.anthropic.content import AssistantMessage, CacheControl, Message, TextContent
 from server.api.anthropic.template import template_messages
 from server.api.openai.sampling import AnswerTokens, Sampling
-from server.api.openai.tools import Schema, check_choice
+from server.api.openai.tools import Schema, checked_rules
 from server.errors import InvalidRequest
 from server.http.wire import Condition, ModelName, NonEmpty, Wire, by_field, given, needs, only, some, within
 from server.protocol import AnswerRules, Conversation, Tool
@@ -201,11 +201,10 @@ class PromptBody(Wire):
         elif isinstance(choice, NoChoice):
             mode = "none"
         allowed = frozenset({choice.name}) if isinstance(choice, ToolChoice) else None
-        check_choice(tools, mode, allowed)
-        return AnswerRules(
-            tools=tools,
-            tool_choice=mode,
-            allowed_tools=allowed,
+        return checked_rules(
+            tools,
+            mode,
+            allowed,
             parallel=choice is None or isinstance(choice, NoChoice) or not choice.disable_parallel_tool_use,
             schema=self.answer_format.json_schema if self.answer_format is not None else None,
             param=f"{self.format_param}.schema",

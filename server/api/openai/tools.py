@@ -113,19 +113,13 @@ def answer_rules(
         Tool(spec.name, spec.parameters, bool(spec.strict), f"tools[{i}].function.parameters")
         for i, spec in enumerate(tool.function for tool in tools or ())
     )
-    mode, allowed = _mode(choice)
-    check_choice(known, mode, allowed)
-    return AnswerRules(
-        tools=known,
-        tool_choice=mode,
-        allowed_tools=allowed,
-        parallel=parallel is not False,
-        schema=_schema(format),
-        param="response_format",
-    )
+    schema = _schema(format)
+    return checked_rules(known, *_mode(choice), parallel=parallel is not False, schema=schema, param="response_format")
 
 
-def check_choice(tools: Sequence[Tool], mode: ToolChoice, allowed: frozenset[str] | None) -> None:
+def checked_rules(
+    tools: tuple[Tool, ...], mode: ToolChoice, allowed: frozenset[str] | None, **others: Any
+) -> AnswerRules:
     """Raises InvalidRequest for two tools with one name, and for a choice of a tool that is missing."""
     names = [tool.name for tool in tools]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -134,6 +128,7 @@ def check_choice(tools: Sequence[Tool], mode: ToolChoice, allowed: frozenset[str
         raise InvalidRequest("'tool_choice' is only allowed when 'tools' are specified.", param="tool_choice")
     if missing := next((name for name in sorted(allowed or ()) if name not in names), None):
         raise InvalidRequest(f"Tool choice '{missing}' not found in 'tools' parameter.", param="tool_choice")
+    return AnswerRules(tools, mode, allowed, **others)
 
 
 def _mode(choice: ToolChoice | NamedTool | AllowedChoice | None) -> tuple[ToolChoice, frozenset[str] | None]:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field, JsonValue, Tag, model_validator
 
 from server.api.openai.chat_request import MetadataKey, MetadataValue, ReasoningEffort
 from server.api.openai.sampling import Sampling, SessionKey, StreamOptions
-from server.api.openai.tools import CHOICE_NEEDS_TOOLS, JsonObjectFormat, Name, Schema, TextFormat, check_choice
+from server.api.openai.tools import CHOICE_NEEDS_TOOLS, JsonObjectFormat, Name, Schema, TextFormat, checked_rules
 from server.api.responses.input import Input, ItemReference, items_of
 from server.api.responses.items import Item
 from server.errors import InvalidRequest
@@ -197,16 +197,8 @@ class ResponseInput(Wire):
             Tool(tool.name, tool.parameters, strict if tool.strict is None else tool.strict, f"tools[{i}].parameters")
             for i, tool in enumerate(self.functions)
         )
-        mode, allowed = self._mode()
-        check_choice(known, mode, allowed)
-        return AnswerRules(
-            tools=known,
-            tool_choice=mode,
-            allowed_tools=allowed,
-            parallel=self.parallel_tool_calls is not False,
-            schema=self._schema(),
-            param="text.format.schema",
-        )
+        parallel, schema = self.parallel_tool_calls is not False, self._schema()
+        return checked_rules(known, *self._mode(), parallel=parallel, schema=schema, param="text.format.schema")
 
     def _mode(self) -> tuple[ToolChoice, frozenset[str] | None]:
         choice = self.tool_choice
