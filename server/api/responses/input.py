@@ -9,7 +9,6 @@ from server.api.responses.items import (
     CallItem,
     CallOutputItem,
     InputText,
-    Item,
     MessageItem,
     OutputText,
     Phase,
@@ -202,17 +201,6 @@ InputItem = Annotated[
     ),
 ]
 Input = Annotated[Annotated[str, Tag("<string>")] | Annotated[list[InputItem], Tag("<list>")], _string_or_list]
-
-
-def items_of(input: Input | None) -> list[Item | ItemReference]:
-    """The full items. An item without an id gets one."""
-    if input is None:
-        return []
-    if isinstance(input, str):
-        return [InputMessage(role="user", content=input).item()]
-    return [
-        item if isinstance(item, ItemReference) else item.item() for item in input if not isinstance(item, OtherItem)
-    ]
 
 
 def new_id(prefix: str) -> str:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, JsonValue, Tag, model_validator
 from server.api.openai.chat_request import MetadataKey, MetadataValue, ReasoningEffort
 from server.api.openai.sampling import Sampling, SessionKey, StreamOptions
 from server.api.openai.tools import CHOICE_NEEDS_TOOLS, JsonObjectFormat, Name, Schema, TextFormat, checked_rules
-from server.api.responses.input import Input, ItemReference, items_of
+from server.api.responses.input import Input, InputMessage, ItemReference, OtherItem
 from server.api.responses.items import Item
 from server.errors import InvalidRequest
 from server.http.wire import (
@@ -175,8 +175,10 @@ class ResponseInput(Wire):
         return self
 
     def items(self) -> list[Item | ItemReference]:
-        """The new items, each with an id."""
-        return items_of(self.input)
+        """The new items. An item without an id gets one."""
+        given = [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input or ()
+        items = [item for item in given if not isinstance(item, OtherItem)]
+        return [item if isinstance(item, ItemReference) else item.item() for item in items]
 
     @property
     def functions(self) -> list[FunctionTool]:
