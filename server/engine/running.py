@@ -4,12 +4,15 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+import mlx.core as mx
+
 from server.commands import QueuedRequest
-from server.protocol import Deliver, DrawnToken, GenerationRequest, TextDelta, ToolCall, Usage
+from server.engine.sampling import top_tokens
+from server.protocol import Deliver, DrawnToken, GenerationRequest, TextDelta, TokenLogprob, ToolCall, Usage
 from server.sessions.checkpoints import Kind
 from server.sessions.prefill_reasons import Reason
 from server.sessions.session import Session
-from server.text.assembler import TextAssembler
+from server.text.assembler import TextAssembler, Vocabulary
 
 ANSWER_STEP = 1024
 """The promise of a request without max_tokens starts with this many tokens, and grows by as many."""
@@ -64,6 +67,13 @@ class RunningRequest:
     def next_size(self) -> int:
         """Tokens of the session when its answer has used the next promise."""
         return len(self.request.prompt.tokens) + self.next_promise
+
+    def note(self, token: int, logprobs: mx.array, vocabulary: Vocabulary) -> None:
+        """Keep a token for a client that asked for log-probabilities."""
+        if self.request.logprobs is not None:
+            own, best = top_tokens(logprobs, token, self.request.logprobs)
+            top = tuple(TokenLogprob(vocabulary.token_bytes(other), value) for other, value in best)
+            self.drawn.append(DrawnToken(vocabulary.token_bytes(token), own, top))
 
     def send(self, deltas: Iterable[TextDelta | ToolCall]) -> None:
         """Send deltas. The first text carries the drawn tokens; those of calls are not shown."""

@@ -5,26 +5,16 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 
-import mlx.core as mx
 from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 
 from server.commands import QueuedRequest
 from server.engine.budget import make_room
 from server.engine.generator import Generator
 from server.engine.running import RunningRequest
-from server.engine.sampling import top_tokens
 from server.engine.services import Services
 from server.engine.stats import Stats
 from server.errors import EngineDead, GrammarFailed, InternalError, KernelFault, OutOfMemory, ServerError, ShuttingDown
-from server.protocol import (
-    DrawnToken,
-    Failed,
-    Finished,
-    FinishReason,
-    GenerationRequest,
-    PrefillProgress,
-    TokenLogprob,
-)
+from server.protocol import Failed, Finished, FinishReason, GenerationRequest, PrefillProgress
 from server.sessions.checkpoints import Kind, prompt_kind, prompt_stops
 from server.sessions.registry import Claim
 from server.text.assembler import TextAssembler
@@ -185,7 +175,7 @@ class Scheduler:
             if token is None:
                 bad.append(uid)
             elif token not in ends and not self.generator.grammar_error(uid):
-                self._note_logprobs(running, token, self.generator.first_logprobs(uid))
+                running.note(token, self.generator.first_logprobs(uid), self._services.vocabulary)
                 running.send(running.text.add(token))
                 running.sent_ahead = sent = True
         if sent:
@@ -227,21 +217,13 @@ class Scheduler:
         if running.sent_ahead:
             running.sent_ahead = False
         elif response.finish_reason != "stop":
-            self._note_logprobs(running, response.token, response.logprobs)
+            running.note(response.token, response.logprobs, self._services.vocabulary)
             running.send(running.text.add(response.token))
         if running.text.stopped or response.finish_reason is not None:
             length = response.finish_reason == "length" and not running.text.stopped
             self._finish(running, response.uid, "length" if length else "stop", response)
         elif running.generated == running.promised:
             self._finish(running, response.uid, "length")
-
-    def _note_logprobs(self, running: RunningRequest, token: int, logprobs: mx.array) -> None:
-        """Keep a token for a client that asked for log-probabilities."""
-        if (n := running.request.logprobs) is not None:
-            token_bytes = self._services.vocabulary.token_bytes
-            own, best = top_tokens(logprobs, token, n)
-            top = tuple(TokenLogprob(token_bytes(other), value) for other, value in best)
-            running.drawn.append(DrawnToken(token_bytes(token), own, top))
 
     # Answers that outgrow their promise.
 
