@@ -23,6 +23,7 @@ from server.protocol import (
 from tests.server.engine.answers import Answer, owned_by_nobody
 from tests.server.text.test_grammar import POINT, TOOLS
 from tests.serving.launch import filler
+from turbocache.mlxlm.batch_generator import ShortPromptGenerator
 
 HOT = SamplingParams(temperature=1.0, seed=11)
 
@@ -131,12 +132,14 @@ def test_a_grammar_that_gives_up_fails_its_row_alone(engine: MlxEngine, monkeypa
     held = replace(base, request_id="held", choice=1, rules=rules, grammar=engine.constrain(rules, base.prompt))
     consumed = []
 
-    def latest(uid: int) -> int | None:
-        token = type(engine.loop.scheduler.generator).latest(engine.loop.scheduler.generator, uid)
+    current_token = ShortPromptGenerator.current_token
+
+    def latest(batch: ShortPromptGenerator, uid: int) -> int | None:
+        token = current_token(batch, uid)
         consumed.append(token)
         return token if len(consumed) < 4 else 10  # a token that the grammar does not know here
 
-    monkeypatch.setattr(engine.loop.scheduler.generator, "latest", latest)
+    monkeypatch.setattr(ShortPromptGenerator, "current_token", latest)
     group = Group(engine, [base, held]).end()
     assert isinstance(group.ends[0], Finished)
     failed = group.ends[1]
