@@ -54,9 +54,8 @@ def page_blocks(chunks: Sequence[ChunkStep], bodies: Sequence[Pair]) -> Pair:
     """The content of the chunks' `new_pages`, in order: `[N, n_kv_heads, PAGE, dim]`."""
     blocks: tuple[list[mx.array], list[mx.array]] = [], []
     for chunk, body in zip(chunks, bodies, strict=True):
-        n = len(chunk.new_pages)
+        n = chunk.n_new_pages
         for part, tokens in zip(blocks, body, strict=True):
             _, n_kv_heads, _, dim = tokens.shape
-            full = tokens[0, :, : n * PAGE].reshape(n_kv_heads, n, PAGE, dim)
-            part.append(full.swapaxes(0, 1))
+            part.append(tokens[0, :, : n * PAGE].reshape(n_kv_heads, n, PAGE, dim).swapaxes(0, 1))
     return mx.concatenate(blocks[0]), mx.concatenate(blocks[1])

@@ -60,7 +60,7 @@ class ChunkStep:
     old_slots: mx.array
     """Raw slots of the window's old tokens, int32 in order of position."""
     new_pages: tuple[int, ...]
-    """Pages for the first `PAGE * len(new_pages)` tokens of the body."""
+    """Pages for the first `PAGE * n_new_pages` tokens of the body."""
     index: PageIndex
     """All pages of the row, the new ones included."""
     to_slots: mx.array
@@ -68,6 +68,10 @@ class ChunkStep:
     mask: Mask
     """As `Lanes.attend` takes it."""
     _masks: dict[tuple[MaskForm, mx.Dtype], Mask] = field(default_factory=dict)
+
+    @property
+    def n_new_pages(self) -> int:
+        return len(self.new_pages)
 
     @property
     def n_keys(self) -> int:
