@@ -37,9 +37,7 @@ HEADER_PATTERN = rf"^(?:{_pattern(_BEYOND_ASCII)})?$"
 def name_session(
     request: Request, key: str | None, stream: bool, *, user_id: str | None = None, default: str | None = None
 ) -> str | None:
-    """Finds the session's name in the body's key, a header or a user id, else takes `default`. Notes the name for the
-    response's header and the log.
-    """
+    """Finds the session's name, else takes `default`. Notes it for the response's header and the log."""
     session, context = session_key(key, request.headers, user_id) or default, request_context(request)
     context.session_name, context.stream = session, stream
     if session is not None:  # eight hex digits tell sessions apart in the log, which must not hold their names
