@@ -17,13 +17,14 @@ from typing import Literal, cast
 
 from server.metrics import Metrics
 from server.sessions.checkpoints import Checkpoint, Kind
-from server.sessions.folder_snapshot import FileState, FolderSnapshot, file_state, written
+from server.sessions.folder_snapshot import FolderSnapshot
 from server.sessions.leases import Leases
 from server.sessions.rank_folders import ABOUT, ForeignSessions
 from server.sessions.session import Session
 from turbocache.cache.pool import PoolExhausted
 from turbocache.storage.session_codec import SessionFiles, State
 from turbocache.storage.session_file import SUFFIX, SessionFileError, remove_partial
+from turbocache.storage.whole_file import FileState, file_state, written
 
 log = logging.getLogger(__name__)
 

@@ -4,27 +4,9 @@ import time
 from pathlib import Path
 
 from turbocache.storage.session_file import SUFFIX
-
-FileState = tuple[int, int, int]
-"""Inode, size in bytes and mtime in ns. A rewritten file has another state: files are replaced whole, so its inode
-differs from that of the file before it, and its mtime from those of all earlier ones.
-"""
+from turbocache.storage.whole_file import FileState, file_state
 
 _POLL_SECONDS = 1.0
-
-
-def file_state(path: Path) -> FileState | None:
-    """None if the file is not there."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def written(path: Path) -> int:
-    """Time of the last write in ns, 0 if the file is not there."""
-    return (file_state(path) or (0, 0, 0))[2]
 
 
 class FolderSnapshot:

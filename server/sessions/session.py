@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from server.sessions.checkpoints import Checkpoint, turn_start
-from server.sessions.folder_snapshot import FileState
 from server.sessions.starts import State
 from turbocache.mlxlm.prompt_cache import PromptCache
+from turbocache.storage.whole_file import FileState
 from turbocache.store import ring_of
 
 NOTHING = np.zeros(0, dtype=np.int32)

@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from server.sessions.folder_snapshot import written
 from server.sessions.leases import Leases
-from turbocache.storage.whole_file import PARTIAL, replacing
+from turbocache.storage.whole_file import PARTIAL, replacing, written
 
 SUFFIX, REFUSED = ".json", ".refused"
 
