@@ -93,7 +93,8 @@ BY_NAME := --no-loadscope-reorder
 TEST_CLIENTS := SERVER_PYTHON=$(abspath $(BIN)/python) $(ONE_THREAD) $(CLIENTS_BIN)/python $(PYTEST) -c tests/clients/pytest.ini
 
 # The packages' own tests and a real server's, without those marked `slow`.
-QUICK := -m 'not slow' $(addprefix tests/,kernels turbocache server models serving) $(wildcard tests/test_*.py)
+QUICK := -m 'not slow' $(addprefix tests/,kernels $(addprefix turbocache/,cache codebooks machine mlxlm storage) server serving) \
+	$(wildcard tests/turbocache/test_*.py tests/test_*.py)
 
 test: $(DEV)
 	$(ONE_THREAD) $(BIN)/python $(PYTEST) $(BY_NAME) $(or $(ARGS),$(QUICK))

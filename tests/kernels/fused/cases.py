@@ -265,6 +265,9 @@ def row_lengths(setting: Setting) -> st.SearchStrategy[tuple[int, int]]:
 
 
 def tolerance(setting: Setting, language: Language) -> float:
-    """Of an output, relative to the largest one: the type's rounding, and float16 weights and queries on CUDA."""
+    """Of an output, relative to the largest one: the type's rounding, and float16 weights and queries on CUDA.
+
+    A query in float16 is off by up to 2^-11, which moves a score of 6 by 3e-3, and its weight by as much.
+    """
     rounding = {mx.float32: 2e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}[setting.dtype]
-    return rounding + (2e-3 if language == "cuda" else 0.0)
+    return rounding + (3e-3 if language == "cuda" else 0.0)

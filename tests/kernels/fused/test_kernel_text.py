@@ -16,6 +16,8 @@ from tests.metal import Kernel, check
 from tests.metal.arrays import NUMPY
 from tests.metal.nvrtc import ARCHITECTURES, compile_cuda, has_nvrtc
 
+pytestmark = pytest.mark.slow
+
 BITS = (2, 2.5, 3, 3.5, 4, 8)
 DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128), (256, 128), (64, 256))
 BASE = Setting("base", 4, 4)

@@ -33,6 +33,8 @@ from tests.server.conftest import make_settings, running
 from turbocache.backend import lanes_for
 from turbocache.backends import BACKENDS
 
+pytestmark = pytest.mark.slow
+
 CHAT = {
     "messages": [{"role": "user", "content": "Repeat after me: " + "alpha beta gamma delta " * 30}],
     "max_tokens": 30,

@@ -25,6 +25,8 @@ from tests.server.text.test_grammar import POINT, TOOLS
 from tests.serving.launch import filler
 from turbocache.mlxlm.batch_generator import ShortPromptGenerator
 
+pytestmark = pytest.mark.slow
+
 HOT = SamplingParams(temperature=1.0, seed=11)
 
 

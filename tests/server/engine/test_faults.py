@@ -16,6 +16,8 @@ from server.protocol import Failed, Finished, TextDelta
 from tests.server.engine.answers import Answer, owned_by_nobody
 from turbocache.cache.pool import PoolExhausted
 
+pytestmark = pytest.mark.slow
+
 LONG = "Repeat after me: " + "alpha beta gamma delta epsilon zeta eta theta iota kappa " * 4
 """A prompt whose answer is long as well."""
 

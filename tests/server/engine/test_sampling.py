@@ -13,6 +13,8 @@ from server.errors import InvalidRequest
 from server.protocol import SamplingParams
 from tests.server.engine.answers import GREEDY, Answer
 
+pytestmark = pytest.mark.slow
+
 ASKED = "Please continue: the river and the mill and the"
 
 

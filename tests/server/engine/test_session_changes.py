@@ -15,6 +15,8 @@ from server.settings import MemoryBudget
 from tests.server.engine.answers import Answer, owned_by_nobody
 from tests.server.sessions.test_disk import TEXT, files, metric, of, states
 
+pytestmark = pytest.mark.slow
+
 ASKED = [of("user", TEXT * 12)]
 
 
