@@ -121,7 +121,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Promethe
         go_on = talk(server, "first", 99)
         with ThreadPoolExecutor() as pool:
             loads = [pool.submit(load, server, who) for who in ("one", "other")]
-            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=endless("left", stream=True)) as left:
+            with httpx.stream(
+                "POST", f"{server.url}/v1/chat/completions", json=endless("left", stream=True), timeout=60
+            ) as left:
                 next(left.iter_lines())
             for done in loads:
                 done.result()
