@@ -102,9 +102,10 @@ def talk(server: Server, name: str, seed: int) -> Callable[[], None]:
 
 
 def load(server: Server, who: str) -> None:
-    """More conversations than memory is for, of two turns each."""
-    deadline, i = time.monotonic() + _LOAD_SECONDS, 0
-    while time.monotonic() < deadline:
+    """Conversations of two turns each, for some scrapes and until memory can't hold them all."""
+    started, deadline, i = time.monotonic(), Deadline(120), 0
+    while time.monotonic() < started + _LOAD_SECONDS or not server.metric("spills_total"):
+        assert not deadline.passed(), "no session had to leave memory in time"
         talk(server, f"{who} {i}", i)()
         i += 1
 
