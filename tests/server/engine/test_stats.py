@@ -9,7 +9,7 @@ import pytest
 from server.api.own.bodies import SessionBody, StatusBody
 from server.engine.engine import MlxEngine
 from server.metrics import Metrics
-from server.protocol import Finished, SamplingParams, TextDelta
+from server.protocol import Finished, SamplingParams
 from tests.server.engine.answers import Answer
 from tests.server.engine.conftest import SETTINGS
 
@@ -88,10 +88,11 @@ def test_rings_are_told_apart_in_a_batch(small: MlxEngine) -> None:
 def test_the_status_counts_what_runs_and_its_memory(small: MlxEngine) -> None:
     before = small.status()
     answer = endless(small, "counted", 40)
-    while not isinstance(answer.events.get(timeout=60), TextDelta):
-        pass  # its prompt is read, for which the budget holds more
-    row_when(small, "counted", "running", lambda row: True)
-    during = small.status()
+    promised = small.services.budget._cost(len(answer.request.prompt.tokens) + 40)
+    # While the prompt is read the budget holds more, and the status is refreshed a few times a second.
+    deadline = time.monotonic() + 60
+    while (during := small.status())["memory"]["running_bytes"] != promised and time.monotonic() < deadline:
+        time.sleep(0.001)
     answer.end()
     after = small.status()
     for status in (before, during, after):
@@ -101,7 +102,7 @@ def test_the_status_counts_what_runs_and_its_memory(small: MlxEngine) -> None:
         used = memory["running_bytes"] + memory["resting_bytes"]
         assert memory["pressure_ratio"] == pytest.approx(used / memory["budget_bytes"], abs=1e-6)
     assert during["requests"] == {"running": 1, "waiting": 0}
-    assert during["memory"]["running_bytes"] == small.services.budget._cost(len(answer.request.prompt.tokens) + 40)
+    assert during["memory"]["running_bytes"] == promised
     assert after["requests"] == {"running": 0, "waiting": 0}
     assert after["memory"]["running_bytes"] == 0
     assert after["memory"]["resting_bytes"] > before["memory"]["resting_bytes"]
