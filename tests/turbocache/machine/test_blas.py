@@ -136,3 +136,23 @@ def _extension() -> str:
 
     assert extension.__file__ is not None
     return extension.__file__
+
+
+CORE = """
+import ctypes
+from turbocache.machine import blas
+library = ctypes.CDLL(blas.prefer_fast().path)
+library.openblas_get_corename.restype = ctypes.c_char_p
+print(library.openblas_get_corename().decode())
+"""
+
+
+@pytest.mark.skipif("avx2" not in Path("/proc/cpuinfo").read_text().split(), reason="the processor has no AVX2")
+@pytest.mark.parametrize("chosen", [None, "Prescott"])
+def test_openblas_uses_avx2_unless_told_otherwise(fast: dict[str, Any], chosen: str | None) -> None:
+    """Also on a processor that is newer than the library, where OpenBLAS by itself takes Prescott's kernels."""
+    if fast["name"] != "OpenBLAS":
+        pytest.skip(f"the fast BLAS here is {fast['name']}")
+    process = run(CORE, **({} if chosen is None else {"OPENBLAS_CORETYPE": chosen}))
+    assert process.returncode == 0, process.stderr
+    assert (process.stdout.strip() == "Prescott") == (chosen is not None)
