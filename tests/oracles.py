@@ -142,6 +142,10 @@ class History:
     flushed: int = 0
     bias: list[Array] | None = None
     centres: dict[int, Array] = field(default_factory=dict)
+    pinned: int = 0
+    """Positions before this are seen by every query."""
+    gone: tuple[int, int] = (0, 0)
+    """First position that no query sees, and the end of them."""
 
     @classmethod
     def empty(cls, layers: Sequence[Heads]) -> "History":
@@ -155,7 +159,7 @@ class History:
         return len(self.keys[0])
 
     def copy(self) -> "History":
-        return History(list(self.keys), list(self.values), self.flushed, self.bias, dict(self.centres))
+        return replace(self, keys=list(self.keys), values=list(self.values), centres=dict(self.centres))
 
     def centre(self, layer: int, n_first: int) -> Array:
         """The mean of the first keys, in heads where it dominates; once known, it stays as it is."""
@@ -265,6 +269,8 @@ class Paged:
         """The oracle's answer for one query. `floor` is the number of blocks in pages before the step."""
         ring, history = self.spec.ring, self.rows[row]
         at = visible_positions(position, ring.keep, ring.max_size)
+        at = np.union1d(at, np.arange(min(history.pinned, position + 1)))
+        at = at[(at < history.gone[0]) | (at >= history.gone[1])]
         keys, values = history.keys[layer][: position + 1], history.values[layer][: position + 1]
         if self.codecs is not None:
             n_blocks = self.blocks_in_pages(position, floor)
@@ -279,6 +285,15 @@ class Paged:
             here = slice(keep + PAGE * block, keep + PAGE * (block + 1))
             tokens[here] = coded(codec, tokens[here])
         return tokens
+
+    def hide(self, row: int, pinned: int, dropped: int, skip: int) -> None:
+        """Pin a row's first pages, drop some behind them, and hide the first tokens of the next one."""
+        ring, history = self.views[0].batch.rings[row], self.rows[row]
+        ring.pool.release(ring.pages[pinned : pinned + dropped])
+        ring.pages = ring.pages[:pinned] + ring.pages[pinned + dropped :]
+        ring.pinned, ring.first, ring.skip = pinned, pinned + dropped, skip
+        history.pinned = ring.config.keep + PAGE * pinned
+        history.gone = history.pinned, history.pinned + PAGE * dropped + skip
 
     def trim(self, n: int) -> None:
         """Forget the newest tokens. A page that is cut leaves its older tokens as it had them."""

@@ -56,13 +56,14 @@ class RowIndex:
 
     Where a row's tokens lie:
 
+        page `i` < pinned of the table   older than every other page, and seen by every query
         page `i` of the table, token t   position keep + PAGE * (first + i) + t
         raw slot s < keep                position s
         raw slot s >= keep               the position p >= keep + PAGE * (first + n_pages), the window's start, with
                                          s = keep + (p - keep) % window_slots
 
     Window and step together must fit into `window_slots`. Query i of a row is at q = offset + i and sees p if
-    p <= q, and p < keep or p > q - (max_size - keep).
+    p <= q, and p < keep or p > q - (max_size - keep). No query sees the first `skip` tokens of page `pinned`.
     """
 
     tables: tuple[tuple[int, ...], ...]
@@ -70,20 +71,25 @@ class RowIndex:
     offsets: tuple[int, ...]
     """Position of each row's first query."""
     first: tuple[int, ...]
-    """Row b's pages hold blocks `first[b]`, `first[b] + 1`, ..."""
+    """Row b's page i holds block `first[b] + i`, if it is not pinned."""
     n_queries: int
     keep: int
     window_slots: int
     max_size: int | None
     previous: InitVar["RowIndex | None"] = None
     """The step before. Its arrays are reused if only the offsets differ, by one each."""
+    pinned: tuple[int, ...] = ()
+    """Pages at the start of each row's table that every query sees. Empty: none in any row."""
+    skip: tuple[int, ...] = ()
+    """Hidden tokens, fewer than PAGE, at the start of each row's page `pinned`. Empty: none in any row."""
 
     def __post_init__(self, previous: "RowIndex | None") -> None:
         if previous is None or previous.tables != self.tables:
             return
         self.__dict__["index"] = previous.index
         moved = tuple(offset + 1 for offset in previous.offsets)
-        if "rows" in previous.__dict__ and self.first == previous.first and self.offsets == moved:
+        same = (self.first, self.pinned, self.skip) == (previous.first, previous.pinned, previous.skip)
+        if "rows" in previous.__dict__ and same and self.offsets == moved:
             self.__dict__["_rows_before"] = previous.rows
 
     def slots(self, shape: tuple[int, ...]) -> mx.array:
@@ -111,21 +117,24 @@ class RowIndex:
 
     @cached_property
     def rows(self) -> mx.array:
-        """int32 `[B, 4]`: offset, first, number of pages, 0."""
+        """int32 `[B, 4]`: offset, first, number of pages, end of the hidden tokens: PAGE * pinned + skip."""
         if steps_on_device() and (before := self.__dict__.get("_rows_before")) is not None:
             return cast(mx.array, before + constant((1, 0, 0, 0)))
-        counts = zip(self.offsets, self.first, self.tables, strict=True)
-        return resident(mx.array([[offset, first, len(table), 0] for offset, first, table in counts], dtype=mx.int32))
+        counts = np.stack([self.offsets, self.first, [len(table) for table in self.tables], sum(self._hidden)], axis=1)
+        return resident(mx.array(counts.astype(np.int32)))
 
     @cached_property
     def page_mask(self) -> mx.array | None:
         """Which tokens of the pages each query sees, bool `[B, 1, L, P * PAGE]`. None: all of them."""
         starts, ends = self._page_bounds
-        full = all(len(table) == self.index.n_pages for table in self.tables)
-        if full and (self._oldest[:, -1] <= starts).all() and (ends <= self._queries[:, 0]).all():
+        pinned, skip = self._hidden
+        full = all(len(table) == self.index.n_pages for table in self.tables) and not skip.any()
+        if full and (self._oldest[:, -1] <= starts + pinned).all() and (ends <= self._queries[:, 0]).all():
             return None
-        positions = starts[:, None] + np.arange(self.index.n_pages * PAGE)
-        return mx.array(self._seen(positions, ends[:, None])[:, None])
+        tokens = np.arange(self.index.n_pages * PAGE)
+        positions, pinned, skip = starts[:, None] + tokens, pinned[:, None, None], skip[:, None, None]
+        seen = self._seen(positions, ends[:, None]) & (tokens >= pinned + skip)
+        return mx.array((seen | (tokens < pinned))[:, None])
 
     @cached_property
     def n_raw(self) -> int:
@@ -152,6 +161,13 @@ class RowIndex:
         """First position of each row's pages and of its window."""
         starts = self.keep + PAGE * np.array(self.first)
         return starts, starts + PAGE * np.array([len(table) for table in self.tables])
+
+    @cached_property
+    def _hidden(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens in each row's pinned pages, and hidden tokens behind them."""
+        nothing = np.zeros(len(self.tables), dtype=np.int64)
+        pinned = PAGE * np.array(self.pinned) if self.pinned else nothing
+        return pinned, np.array(self.skip) if self.skip else nothing
 
     @cached_property
     def _queries(self) -> np.ndarray:

@@ -81,8 +81,11 @@ def _rows(
     n_queries: int = 1,
     keep: int = 4,
     max_size: int | None = None,
+    pinned: tuple[int, ...] = (),
+    skip: tuple[int, ...] = (),
 ) -> RowIndex:
-    return RowIndex(tables, offsets, first or (0,) * len(tables), n_queries, keep, 2 * PAGE, max_size)
+    first = first or (0,) * len(tables)
+    return RowIndex(tables, offsets, first, n_queries, keep, 2 * PAGE, max_size, pinned=pinned, skip=skip)
 
 
 def steps() -> dict[str, RowIndex]:
@@ -93,6 +96,7 @@ def steps() -> dict[str, RowIndex]:
         "one row": _rows(((0, 1, 2),), (4 + 3 * PAGE + 40,)),
         "ragged": _rows(ragged, offsets),
         "rotated": _rows(((4, 0, 5, 2), (1, 3, 5, 0)), (761, 520), (7, 3), max_size=291),
+        "hidden": _rows(((4, 0, 5, 2), (1, 3, 5, 0)), (761, 520), (7, 3), max_size=291, pinned=(2, 0), skip=(9, 50)),
         "wrapped": _rows(((0, 1, 2),), (4 + 3 * PAGE + 99,)),
         "no sink": _rows(((5, 4),), (2 * PAGE + 20,), keep=0),
         "no pages": _rows(((), ()), (9, 2)),

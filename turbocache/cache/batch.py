@@ -145,9 +145,9 @@ class CacheBatch:
     def _trim_row(self, row: int, ring: PageRing, offset: int) -> None:
         blocks = max(0, ring.block(offset))
         if blocks < ring.flushed:
+            cut = ring.pinned + blocks - ring.first
             if offset > ring.config.keep + PAGE * blocks:
-                self._restore_block(row, ring.pages[blocks - ring.first], blocks)
-            cut = blocks - ring.first
+                self._restore_block(row, ring.pages[cut], blocks)
             ring.pool.release(ring.pages[cut:])
             ring.pages = ring.pages[:cut]
             ring.flushed = blocks

@@ -3,8 +3,9 @@
 Positions of one session, oldest first (P = PAGE):
 
     [0, keep)                        sink        raw, never rotates out
-    [keep, keep + P*first)           gone        rotated out
-    [keep + P*first, keep + P*flushed)  pages    compressed, `pages[i]` holds block `first + i`
+    [keep, keep + P*pinned)          pinned      compressed, never rotates out, `pages[i]` holds block `i`
+    [.., keep + P*first + skip)      gone        rotated out, or hidden in the oldest page
+    [.., keep + P*flushed)           pages       compressed, `pages[pinned + i]` holds block `first + i`
     [keep + P*flushed, offset)       window      raw, at most `window + P` tokens
 
 A token's block is `(position - keep) // P`. Only the position decides what is compressed, never how tokens arrived: a
@@ -74,7 +75,7 @@ class PageRing:
     mlx-lm drops batches without telling their caches, so `__del__` releases the references; `close` does so early.
     """
 
-    __slots__ = ("centre", "config", "first", "flushed", "offset", "pages", "pool")
+    __slots__ = ("centre", "config", "first", "flushed", "offset", "pages", "pinned", "pool", "skip")
 
     def __init__(self, config: RingConfig, pool: PagePool) -> None:
         self.config = config
@@ -82,6 +83,10 @@ class PageRing:
         self.offset = 0
         self.first = 0
         self.flushed = 0
+        self.pinned = 0
+        """Pages at the start of `pages` that never rotate out."""
+        self.skip = 0
+        """Tokens, fewer than PAGE, at the start of the first page behind them that no query sees."""
         self.pages: tuple[int, ...] = ()
         """A new tuple after each change, so that a step compares identities."""
         self.centre: KeyCentre | None = None
@@ -94,13 +99,14 @@ class PageRing:
         """Release every page. The ring is empty afterwards."""
         pages, self.pages = self.pages, ()
         self.pool.release(pages)
-        self.offset = self.first = self.flushed = 0
+        self.offset = self.first = self.flushed = self.pinned = self.skip = 0
         self.centre = None
 
     def fork(self) -> "PageRing":
         """An independent ring on the same pages, with one more reference to each."""
         other = PageRing(self.config, self.pool)
         other.offset, other.first, other.flushed = self.offset, self.first, self.flushed
+        other.pinned, other.skip = self.pinned, self.skip
         self.pool.retain(self.pages)
         other.pages = self.pages
         other.centre = self.centre
@@ -123,7 +129,7 @@ class PageRing:
     @property
     def evicted(self) -> int:
         """Tokens that have rotated out so far, in whole pages."""
-        return PAGE * self.first
+        return PAGE * (self.first - self.pinned)
 
     def size(self) -> int:
         """Tokens that the next query sees without itself, as mlx-lm's RotatingKVCache counts them."""
@@ -142,11 +148,13 @@ class PageRing:
     def rotate(self) -> int:
         """Release pages that no later query can see. Returns their number."""
         last_hidden = self.block(self.config.first_visible(self.offset))
-        gone = min(max(0, last_hidden - self.first), len(self.pages))
+        gone = min(max(0, last_hidden - self.first), len(self.pages) - self.pinned)
         if gone:
-            self.pool.release(self.pages[:gone])
-            self.pages = self.pages[gone:]
+            pinned, end = self.pinned, self.pinned + gone
+            self.pool.release(self.pages[pinned:end])
+            self.pages = self.pages[:pinned] + self.pages[end:]
             self.first += gone
+            self.skip = 0
         return gone
 
     def is_same_after(self, offset: int) -> bool:
@@ -157,4 +165,6 @@ class PageRing:
         """Whether the ring can go back to `offset` tokens: nothing that these could see has rotated out."""
         if not 0 <= offset <= self.offset:
             return False
-        return self.first == 0 or self.config.keep + self.evicted <= self.config.first_visible(offset)
+        if not self.evicted and not self.skip:
+            return True
+        return self.config.keep + PAGE * self.first + self.skip <= self.config.first_visible(offset)

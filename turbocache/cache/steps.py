@@ -111,12 +111,14 @@ def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: RowIndex | 
     rows = RowIndex(
         tables=tuple(ring.pages for ring in rings),
         offsets=tuple(ring.offset for ring in rings),
-        first=tuple(ring.first for ring in rings),
+        first=tuple(ring.first - ring.pinned for ring in rings),
         n_queries=1,
         keep=config.keep,
         window_slots=config.window_slots,
         max_size=config.max_size,
         previous=previous,
+        pinned=tuple(ring.pinned for ring in rings),
+        skip=tuple(ring.skip for ring in rings),
     )
     for ring in rings:
         ring.offset += 1
@@ -176,9 +178,11 @@ def _chunk_mask(ring: PageRing, n: int, n_sink: int, flushed_before: int) -> Mas
     """
     keep, window, end = ring.config.keep, ring.config.window, ring.offset
     pages_start = keep + PAGE * ring.first
-    if ring.flushed == flushed_before and ring.config.first_visible(end - 1) <= pages_start:
+    if ring.flushed == flushed_before and ring.config.first_visible(end - 1) <= pages_start and not ring.skip:
         return "causal" if n > 1 else None
-    paged = mx.arange(pages_start, keep + PAGE * ring.flushed)
+    # Pinned pages count as the blocks before the first of the others: older than any boundary.
+    paged = mx.arange(pages_start - PAGE * ring.pinned, keep + PAGE * ring.flushed)
+    pinned = paged < pages_start
     sink = mx.arange(n_sink)
     body = mx.arange(keep + PAGE * flushed_before, end)
     queries = mx.arange(end - n, end)[:, None]
@@ -186,7 +190,9 @@ def _chunk_mask(ring: PageRing, n: int, n_sink: int, flushed_before: int) -> Mas
     in_pages, in_body = paged < boundary, (body >= boundary) & (body <= queries)
     if ring.config.max_size is not None:
         oldest = queries + 1 - (ring.config.max_size - keep)
-        in_pages, in_body = in_pages & (paged >= oldest), in_body & (body >= oldest)
+        in_pages, in_body = in_pages & (pinned | (paged >= oldest)), in_body & (body >= oldest)
+    if ring.skip:
+        in_pages = in_pages & (pinned | (paged >= pages_start + ring.skip))
     return mx.concatenate([in_pages, sink <= queries, in_body], axis=1)[None, None]
 
 

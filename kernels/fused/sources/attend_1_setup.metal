@@ -47,7 +47,8 @@ const int first_query = int(head_at) * N_QUERIES + r0;
 const device T* own_keys = step_keys + head_at * L * DK;
 const device T* own_values = step_values + head_at * L * DV;
 
-const int offset = rows[4 * row], n_pages = rows[4 * row + 2];
+const int offset = rows[4 * row], n_pages = rows[4 * row + 2], hidden_end = rows[4 * row + 3];
+const int n_pinned = hidden_end >> 6, skip_page = (hidden_end & 63) > 0 ? n_pinned : -1; // its first tokens are hidden
 const int page_start = KEEP + 64 * rows[4 * row + 1], window_start = page_start + 64 * n_pages;
 
 const int n_parts = n_splits + RAW_BLOCKS;

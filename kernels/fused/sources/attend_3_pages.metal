@@ -40,6 +40,11 @@ if (begin < end) {
       if (KP == 16) key_scale[i] *= BYTE_STEP;
       value_inverse[i] = exp2_fast(-value_log[i]);
     }
+    if (b == skip_page) {
+      PRAGMA_UNROLL
+      for (int i = 0; i < 8; i++) // HIDDEN is so low that adding a score leaves it
+        if (64 * b + 16 * (g >> 1) + 2 * i + (g & 1) < hidden_end) value_log[i] = HIDDEN;
+    }
     if (b + WARPS < end) page = size_t(table[row * table_shape[1] + b + WARPS]) * KV_HEADS + head;
 
     float s[NT][4][4];
@@ -51,7 +56,7 @@ if (begin < end) {
     load_keys<DK, KP>(keys, key_words + page * 64 * KEY_WORDS, g, c);
     hold_loads(warp);
 
-    const bool partly = SPAN > 0 && page_start + 64 * b <= offset + L - 1 - SPAN;
+    const bool partly = SPAN > 0 && b >= n_pinned && page_start + 64 * b <= offset + L - 1 - SPAN;
     PRAGMA_UNROLL
     for (int n = 0; n < NT; n++) {
       float highest[2] = {top[n][0], top[n][1]};

@@ -202,11 +202,15 @@ class Step:
         for b, (table, offset, first) in enumerate(zip(rows.tables, rows.offsets, rows.first, strict=True)):
             start = setting.keep + PAGE * first
             window = start + PAGE * len(table)
+            n_pinned, skip = (rows.pinned[b], rows.skip[b]) if rows.pinned else (0, 0)
+            pinned = start + np.arange(PAGE * n_pinned)  # not where they lie, but in the table's order
             for i in range(setting.n_queries):
                 seen = visible_positions(offset + i, setting.keep, setting.max_size)
-                paged = seen[(seen >= start) & (seen < window)]
+                paged = seen[(seen >= start + pinned.size + skip) & (seen < window)]
                 raw = seen[(seen < setting.keep) | (seen >= window)]
-                assert paged.size + raw.size == seen.size, "the case itself: a position in sight is nowhere"
+                complete = rows.pinned or paged.size + raw.size == seen.size
+                assert complete, "the case itself: a position in sight is nowhere"
+                paged = np.concatenate([pinned, paged])
                 slots = np.where(raw < setting.keep, raw, setting.keep + (raw - setting.keep) % setting.window_slots)
                 page, token = np.array(table, dtype=int)[(paged - start) // PAGE], (paged - start) % PAGE
                 k = np.concatenate([keys[page, :, token], self.raw_keys[b, :, slots]])
@@ -219,11 +223,14 @@ def rounded(x: Array, dtype: mx.Dtype) -> Array:
     return np.array(mx.array(x.astype(np.float32)).astype(dtype).astype(mx.float32))
 
 
-def make_step(setting: Setting, lengths: Sequence[tuple[int, int]], seed: int) -> Step:
+def make_step(
+    setting: Setting, lengths: Sequence[tuple[int, int]], seed: int, hidden: Sequence[tuple[int, int]] = ()
+) -> Step:
     """A step of rows of given lengths, (whole blocks behind the sink, tokens in the window before the step).
 
     Blocks out of sight for every query have no page. What no query may see is NaN: raw slots, and pages of others. A
-    row of 0 blocks whose window is smaller than the sink is still filling the sink.
+    row of 0 blocks whose window is smaller than the sink is still filling the sink. `hidden`: for each row the most
+    pages that are pinned, and the tokens that are hidden behind them.
     """
     rng = np.random.default_rng(seed)
     s, n_rows = setting, len(lengths)
@@ -236,7 +243,19 @@ def make_step(setting: Setting, lengths: Sequence[tuple[int, int]], seed: int) -
     counts = [blocks - f for (blocks, _), f in zip(lengths, first, strict=True)]
     ids = iter(rng.permutation(sum(counts)))
     tables = tuple(tuple(int(next(ids)) for _ in range(n)) for n in counts)
-    rows = RowIndex(tables, tuple(offsets), tuple(first), s.n_queries, s.keep, s.window_slots, s.max_size)
+    pinned = tuple(min(n, max(0, len(table) - 1)) for (n, _), table in zip(hidden, tables, strict=bool(hidden)))
+    skip = tuple(n if table else 0 for (_, n), table in zip(hidden, tables, strict=bool(hidden)))
+    rows = RowIndex(
+        tables,
+        tuple(offsets),
+        tuple(first),
+        s.n_queries,
+        s.keep,
+        s.window_slots,
+        s.max_size,
+        pinned=pinned,
+        skip=skip,
+    )
 
     heads = s.n_kv_heads * s.n_repeats
     queries = rounded(2 * rng.normal(size=(n_rows, heads, s.n_queries, s.key_dim)), s.dtype)

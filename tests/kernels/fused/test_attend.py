@@ -67,6 +67,23 @@ def test_any_rows_are_attended_to(setting: Setting, language: Language, data: st
 
 @every_setting
 @both
+@given(data=st.data())
+@settings(max_examples=4)
+def test_pinned_pages_are_seen_and_hidden_tokens_are_not(
+    setting: Setting, language: Language, data: st.DataObject
+) -> None:
+    need("plain")
+    n_rows, skips = data.draw(st.integers(1, 3)), st.one_of(st.sampled_from([0, 1, 63]), st.integers(0, 63))
+    lengths = [data.draw(row_lengths(setting)) for _ in range(n_rows)]
+    hidden = [(data.draw(st.integers(0, 5)), data.draw(skips)) for _ in range(n_rows)]
+    step = make_step(setting, lengths, data.draw(st.integers(0, 1 << 16)), hidden)
+    with emulated():
+        got = step.attend(setting.lanes(language))
+    assert_close(got, step.expected(), setting, language)
+
+
+@every_setting
+@both
 def test_the_order_of_threads_does_not_matter(setting: Setting, language: Language) -> None:
     need("plain")
     step = make_step(setting, MIXED, seed=1)
@@ -115,14 +132,24 @@ def test_strange_keys_and_values_stay_in_their_row(language: Language, name: str
 # --- bugs that tests here must notice ---
 
 
+HIDDEN = ((0, 0), (1, 40), (2, 63))
+
+
 def attend_with(
-    old: str, new: str, *, name: str = "k4v4", mode: Mode = "plain", orders: bool = False, full: bool = False
+    old: str,
+    new: str,
+    *,
+    name: str = "k4v4",
+    mode: Mode = "plain",
+    orders: bool = False,
+    full: bool = False,
+    hidden: Sequence[tuple[int, int]] = (),
 ) -> None:
     """A step whose attention kernel has one place changed."""
     need(mode)
     setting = BY_NAME[name]
     lengths = [(1, setting.window_slots - setting.n_queries)] if full else MIXED
-    step = make_step(setting, lengths, seed=4)
+    step = make_step(setting, lengths, seed=4, hidden=hidden)
 
     def launch(kernel: Kernel, inputs: Sequence[Any]) -> list[Any]:
         if "attend" not in kernel.name:
@@ -158,6 +185,21 @@ def test_the_unchanged_kernel_passes() -> None:
 def test_a_wrong_index_gives_a_wrong_answer(old: str, new: str, name: str) -> None:
     with pytest.raises((AssertionError, MemoryFaultError)):
         attend_with(old, new, name=name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("< hidden_end) value_log", "<= hidden_end) value_log", "k4v4"),
+        ("if (b == skip_page)", "if (false)", "k4v4"),
+        ("? n_pinned : -1", "? 0 : -1", "k4v4"),
+        ("b >= n_pinned &&", "", "k2v3"),
+    ],
+)
+def test_a_wrong_page_or_token_hidden_gives_a_wrong_answer(old: str, new: str, name: str) -> None:
+    attend_with(old, old, name=name, hidden=HIDDEN)
+    with pytest.raises(AssertionError):
+        attend_with(old, new, name=name, hidden=HIDDEN)
 
 
 def test_a_read_past_the_end_is_caught() -> None:

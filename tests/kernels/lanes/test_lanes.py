@@ -33,6 +33,8 @@ class Row:
     offset: int
     first: int
     table: tuple[int, ...]
+    pinned: int
+    skip: int
 
 
 class Step:
@@ -60,6 +62,7 @@ class Step:
             gone = min(flushed, max(0, (oldest - self.keep) // PAGE))
             first = int(rng.integers(0, gone + 1))
             table, free = tuple(free[: flushed - first].tolist()), free[flushed - first :]
+            pinned, skip = int(rng.integers(0, max(1, len(table)))), int(rng.integers(0, PAGE)) if table else 0
             end = offset + n_queries
             history = [rng.normal(size=(end, 2, dim)).astype(np.float32) for dim in (64, 32)]
             for known, page_tokens, raw, own in zip(history, read, self.raw, self.tokens, strict=True):
@@ -69,7 +72,8 @@ class Step:
                 for p in (*range(min(self.keep, offset)), *range(self.keep + PAGE * flushed, offset)):
                     raw[row, :, self.slot(p)] = known[p]
                 own[row] = known[offset:].swapaxes(0, 1)
-            self.rows.append(Row(history[0], history[1], offset, first, table))
+            hidden = (pinned, skip) if row % 2 else (0, 0)
+            self.rows.append(Row(history[0], history[1], offset, first, table, *hidden))
 
     def slot(self, position: int) -> int:
         return position if position < self.keep else self.keep + (position - self.keep) % self.slots
@@ -97,6 +101,8 @@ class Step:
             keep=self.keep,
             window_slots=self.slots,
             max_size=self.max_size,
+            pinned=tuple(row.pinned for row in self.rows),
+            skip=tuple(row.skip for row in self.rows),
         )
 
     def expected(self, queries: np.ndarray, scale: float, sinks: np.ndarray | None) -> np.ndarray:
@@ -104,6 +110,10 @@ class Step:
         for b, row in enumerate(self.rows):
             for i in range(self.n_queries):
                 at = visible_positions(row.offset + i, self.keep, self.max_size)
+                pages_start = self.keep + PAGE * row.first
+                pinned_end = pages_start + PAGE * row.pinned
+                at = np.union1d(at, np.arange(pages_start, pinned_end))
+                at = at[(at < pinned_end) | (at >= pinned_end + row.skip)]
                 out[b, :, i] = attend_dense(queries[b, :, i], row.keys[at], row.values[at], scale, sinks)
         return out
 
@@ -187,6 +197,16 @@ def test_masks_are_made_only_where_something_is_hidden() -> None:
     assert np.array(rotating.page_mask).sum() == 60
     assert index_of(((5, 3), (9,))).page_mask is not None
     assert index_of(((), ())).page_mask is None
+    hiding = index_of(((5, 3),), offsets=(4 + 64 * 3 + 5,), pinned=(1,), skip=(10,))
+    assert hiding.page_mask is not None
+    assert np.flatnonzero(~np.array(hiding.page_mask)).tolist() == list(range(64, 74))
+
+
+def test_rows_tell_where_the_hidden_tokens_end() -> None:
+    before = index_of(((5, 3), (9,)), pinned=(1, 0), skip=(7, 0))
+    assert before.rows[:, 3].tolist() == [71, 0]
+    other = index_of(((5, 3), (9,)), offsets=(301, 301), pinned=(1, 0), skip=(8, 0), previous=before)
+    assert other.rows[:, 3].tolist() == [72, 0]
 
 
 @pytest.mark.parametrize("name", ["identity", "reference", "packed"])

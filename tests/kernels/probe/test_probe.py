@@ -205,7 +205,7 @@ def subtle(change: Callable[[RowIndex], RowIndex], sinks: bool = True, own: bool
 
 
 def changed(**how: Callable[[RowIndex], Any]) -> Callable[[RowIndex], RowIndex]:
-    fields = ("tables", "offsets", "first", "n_queries", "keep", "window_slots", "max_size")
+    fields = ("tables", "offsets", "first", "n_queries", "keep", "window_slots", "max_size", "pinned", "skip")
 
     def change(rows: RowIndex) -> RowIndex:
         kept = {name: getattr(rows, name) for name in fields}
@@ -230,6 +230,8 @@ SUBTLE: dict[str, tuple[type[FakeFused], set[str]]] = {
     "rows swapped": (subtle(changed(tables=lambda r: r.tables[:1] * len(r.tables))), {"ragged", "several queries"}),
     "never rotates": (subtle(changed(max_size=lambda r: None)), {"rotated"}),
     "ring starts at 0": (subtle(changed(max_size=lambda r: r.max_size and r.max_size + 64)), {"rotated"}),
+    "nothing hidden": (subtle(changed(skip=lambda r: ())), {"hidden"}),
+    "nothing pinned": (subtle(changed(pinned=lambda r: ())), {"hidden"}),
     "never wraps": (subtle(changed(offsets=never_wraps)), {"wrapped"}),
     "no sinks": (subtle(lambda r: r, sinks=False), {"sinks"}),
     "own tokens too late": (subtle(lambda r: r, own=False), {"one row", "ragged", "wrapped", "several queries"}),

@@ -132,6 +132,29 @@ def test_attention_sees_exactly_the_tokens_it_should(
     run(Paged.session(LAYERS, spec, np.random.default_rng(seed)), steps)
 
 
+@settings(max_examples=30)
+@given(
+    ring=st.sampled_from([RingConfig(0, 0), RingConfig(3, 64), RingConfig(64, 128, 600), RingConfig(5, 0, 420)]),
+    steps=operations,
+    data=st.data(),
+)
+def test_pinned_pages_stay_and_hidden_tokens_are_seen_by_no_query(
+    ring: RingConfig, steps: list[tuple[str, object]], data: st.DataObject
+) -> None:
+    def prepared() -> Paged:
+        spec = make_spec(ring, LAYERS, n_pages=500, initial=3)
+        batch = Paged.session(LAYERS, spec, np.random.default_rng(data.draw(st.integers(0, 2**16))))
+        batch.append(data.draw(st.integers(ring.raw_slots + PAGE, 400)))
+        batch = merged([batch, new_row(batch, data.draw(st.integers(0, 300)))])
+        n_pages = len(batch.views[0].batch.rings[0].pages)
+        pinned = data.draw(st.integers(0, n_pages - 1))
+        dropped = data.draw(st.integers(0, n_pages - 1 - pinned))
+        batch.hide(0, pinned, dropped, data.draw(st.integers(0, PAGE - 1)))
+        return batch
+
+    run(prepared(), [step for step in steps if step[0] != "trim"])
+
+
 @pytest.mark.parametrize(
     "ring", [RingConfig(0, 0), RingConfig(3, 64), RingConfig(64, 128), RingConfig(3, 0, 150)], ids=str
 )
