@@ -55,10 +55,11 @@ CLIENTS := .venv-clients/.installed
 NODE := tests/clients/node
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-clients test-image test-machine check format bench lock clean env env-dev env-clients
+.PHONY: help run starter test test-all test-clients test-image test-machine check format bench lock clean env env-dev env-clients
 
 help:
 	@echo "make run      start the server on http://$(HOST):$(PORT) (HOST=, PORT=, ACCEL=cpu|cuda|metal)"
+	@echo "make starter  fetch and convert SmolLM2-135M-Instruct again, the model of a first run"
 	@echo "make test     run the quick tests, in a few minutes (ARGS='tests/server -k name' runs these instead)"
 	@echo "make test-all       run all tests, also the slow ones and the official clients"
 	@echo "make test-clients   run only the official clients against a running server (ARGS='-k name')"
@@ -82,7 +83,14 @@ env-dev: $(DEV)
 env-clients: $(CLIENTS) $(NODE)/node_modules/.package-lock.json
 
 run: $(RUNTIME)
+	@$(FETCH_STARTER) --if-needed || true
 	$(BIN)/turbocache serve --host $(HOST) --port $(PORT)
+
+# The model of a first run. A server for which it could not be fetched serves the bundled one and says why.
+FETCH_STARTER = $(BIN)/turbocache starter --uv $(UV)
+
+starter: $(RUNTIME) | $(UV_FILE)
+	@$(FETCH_STARTER)
 
 # Two processes, each with one BLAS thread: on two cores, more threads wait for each other and take a quarter longer.
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_NUM_THREADS=1
@@ -101,6 +109,7 @@ test: $(DEV)
 
 # The clients' tests also run when others have failed, so that one report shows everything.
 test-all: $(DEV) env-clients
+	@$(FETCH_STARTER) --if-needed || true
 	status=0; $(ONE_THREAD) $(BIN)/python $(PYTEST) $(BY_NAME) $(ARGS) || status=$$?; \
 	$(TEST_CLIENTS) tests/clients || status=$$?; exit $$status
 

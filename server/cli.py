@@ -7,10 +7,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from turbocache.backends import one_of
 from turbocache.benchmark import command as benchmark
 from turbocache.evaluation import command as evaluation
+from turbocache.models import STARTER, default_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,11 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("--protect", int, "KV_PROTECT", "0", "layers at each end of the model that are stored at 8 bits"),
         ("--backend", str, "BACKEND", "auto", one_of()),
     ):
-        known = f"default: TURBOCACHE_{setting} of the environment, else {default or 'the bundled model'}"
+        known = f"default: TURBOCACHE_{setting} of the environment, else {default or 'the one that `serve` takes'}"
         value = os.environ.get(f"TURBOCACHE_{setting}") or default
         probe.add_argument(flag, type=kind, default=value, help=f"{meaning} ({known})")
     probe.add_argument("--json", action="store_true", help="print JSON instead of a table")
     probe.set_defaults(run=_probe)
+
+    starter = commands.add_parser(
+        "starter", help="fetch a small model, which the server takes when TURBOCACHE_MODEL is not set"
+    )
+    starter.add_argument("--lock", type=Path, default=Path("requirements/starter.txt"), help="its pin (%(default)s)")
+    starter.add_argument("--uv", default="uv", help="the uv that fetches it (default: the one on PATH)")
+    starter.add_argument("--if-needed", action="store_true", help="not if TURBOCACHE_MODEL is set, or if it is there")
+    starter.set_defaults(run=_starter)
 
     evaluation.add_to(commands)
     benchmark.add_to(commands)
@@ -64,6 +75,24 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _starter(options: argparse.Namespace) -> int:
+    from server.settings import SettingsError, load_settings
+    from turbocache.starter.install import StarterError, install
+
+    try:
+        needed = load_settings().model is None and default_model().is_fallback
+    except SettingsError:  # `turbocache serve` will say it
+        needed = False
+    if options.if_needed and not needed:
+        return 0
+    try:
+        install(options.lock, options.uv, partial(print, flush=True))
+    except StarterError as error:
+        print(f"{STARTER.name} could not be fetched: {error}.", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _probe(options: argparse.Namespace) -> int:
     # Not at the top: loading MLX takes a second, which `--help` does not need.
     from turbocache.backend import BackendUnavailable, choose_backend
@@ -73,7 +102,8 @@ def _probe(options: argparse.Namespace) -> int:
 
     try:
         chosen = replace(preset(options.preset), protect=options.protect)
-        backend = choose_backend(options.backend, checked_plans(load_model(options.model).model), chosen)
+        model = options.model or default_model().path
+        backend = choose_backend(options.backend, checked_plans(load_model(model).model), chosen)
     except (ValueError, ModelError, BackendUnavailable) as error:
         print(f"turbocache probe: {error}", file=sys.stderr)
         return 1

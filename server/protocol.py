@@ -260,6 +260,9 @@ class ModelInfo:
     """Size of the vocabulary. Token ids are below it."""
     rotates_at: int | None = None
     """A longer conversation loses its oldest tokens. None: sessions never rotate."""
+    license: str | None = None
+    """From the model's card, like `origin`. None: not known."""
+    origin: str | None = None
 
     def answer_limit(self, n_prompt: int, max_tokens: int | None, param: str) -> int:
         """Most tokens that the answer may have. Raises ContextLengthExceeded, also when not one new token fits."""

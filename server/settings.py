@@ -115,7 +115,7 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True, protected_namespaces=()
     )
 
-    model: str | None = Field(default=None, description="a local path or a Hugging Face id (unset: the bundled model)")
+    model: str | None = Field(default=None, description="a local path or a Hugging Face id (unset: the default model)")
     backend: str = Field(default="auto", pattern=f"^({'|'.join(CHOICES)})$", description=f"one of {', '.join(CHOICES)}")
     kv_preset: str = Field(default="k4v4", min_length=1, description="a cache preset such as off, k8v4 or k4v4")
     kv_condition: Literal["auto", "off"] = Field(

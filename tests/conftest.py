@@ -11,6 +11,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models import gemma3_text, llama, qwen3
 
 from turbocache.mlxlm.model import LoadedModel, load_model
+from turbocache.models import BUNDLED
 
 # Official clients run in an environment of their own: make test-clients.
 collect_ignore = ["clients"]
@@ -30,7 +31,7 @@ settings.load_profile("project")
 @pytest.fixture(scope="session")
 def bundled() -> LoadedModel:
     """The model that comes with the package; in float32 on a CPU."""
-    return load_model()
+    return load_model(BUNDLED)
 
 
 def _random_weights(model: Module) -> Module:

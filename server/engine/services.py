@@ -44,9 +44,11 @@ class Services:
     @property
     def model(self) -> ModelInfo:
         model, max_size, n_tokens = self.runtime.model, self.runtime.store.spec.ring.max_size, self.prompts.n_tokens
+        limit, rotates_at = model.max_positions, max_size
         if max_size is not None and self.settings.overflow == "error":
-            return ModelInfo(model.id, model.created, max_size, n_tokens)
-        return ModelInfo(model.id, model.created, model.max_positions, n_tokens, max_size)
+            limit, rotates_at = max_size, None
+        card = model.card
+        return ModelInfo(model.id, model.created, limit, n_tokens, rotates_at, card.license, card.origin)
 
 
 def load_services(

@@ -20,6 +20,7 @@ from turbocache.machine import blas
 from turbocache.machine.memory import available_memory, device_memory
 from turbocache.mlxlm.model import LoadedModel, ModelError, load_model
 from turbocache.mlxlm.plan import LayerPlan
+from turbocache.models import default_model
 from turbocache.presets import Preset, preset
 from turbocache.store import CacheStore, checked_plans
 
@@ -79,7 +80,7 @@ def load_runtime(settings: Settings, coordinator: Coordinator) -> Runtime:
     except ValueError as error:
         raise StartupError(f"TURBOCACHE_KV_PRESET: {error}.") from error
     try:
-        model = load_model(settings.model, coordinator.group)
+        model = load_model(settings.model or _default_model(coordinator), coordinator.group)
     except ModelError as error:
         raise StartupError(str(error)) from error
     max_size = settings.max_size
@@ -109,6 +110,12 @@ def load_runtime(settings: Settings, coordinator: Coordinator) -> Runtime:
             "Raise it, or lower TURBOCACHE_KEEP and TURBOCACHE_WINDOW."
         )
     return runtime
+
+
+def _default_model(coordinator: Coordinator) -> str:
+    default = default_model(in_group=not coordinator.group.alone)
+    log.log(logging.WARNING if default.is_fallback else logging.INFO, "%s", default.reason)
+    return str(default.path)
 
 
 def _working_backend(
@@ -173,6 +180,8 @@ def announce(runtime: Runtime) -> None:
     n_compressed = sum(plan.compressed for plan in runtime.store.plans)
     cache, notes = report["cache"], ", ".join(runtime.model.notes)
     log.info("model %s, %d positions%s", runtime.model.id, runtime.model.max_positions, f" ({notes})" if notes else "")
+    card = runtime.model.card
+    log.info("the model's licence is %s, its origin %s", card.license or "not known", card.origin or "not known")
     log.info("backend %s on %s (%s)", runtime.backend.name, runtime.backend.device, runtime.backend.reason)
     log.info(
         "cache preset %s on %d of %d layers; a session holds %d tokens, %d sink and %d to %d recent ones raw",

@@ -1,9 +1,11 @@
-// The backend that runs: the reason, the fallbacks and the checks of the probe.
+// The backend that runs: the reason, the fallbacks and the checks of the probe. And the model that it runs.
 
 import { count, el, plural } from "./dom.js";
 
-export function backendPanel(backend) {
-  if (!backend) return null;
+const WEB = /^https:[/]{2}/;
+
+export function backendPanel(backend, model) {
+  if (!backend || !model) return null;
   const { name, requested, reason } = backend;
   const asked = requested === name ? "it was requested by name" : `the setting is ${requested}`;
   const failed = backend.checks.filter((check) => !check.passed);
@@ -17,6 +19,9 @@ export function backendPanel(backend) {
       "dl",
       { class: "figures" },
       ...[
+        ["Model", model.id],
+        ["Licence", model.license ?? "not known"],
+        ["Origin", originOf(model)],
         ["Device", backend.device],
         ["Profile", `${backend.profile}${backend.profile_reason ? `: ${backend.profile_reason}` : ""}`],
         ["Preset", backend.preset],
@@ -24,6 +29,12 @@ export function backendPanel(backend) {
       ].map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))),
     ),
   ];
+}
+
+/** A model's card can have any text here. Only an address of the web becomes a link. */
+function originOf({ origin }) {
+  if (!WEB.test(origin ?? "")) return origin ?? "not known";
+  return el("a", { href: origin, rel: "noreferrer", target: "_blank" }, origin.replace(WEB, ""));
 }
 
 function fallbacks(found) {

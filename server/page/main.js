@@ -55,8 +55,8 @@ function draw() {
   redraw(byId("ring"), [row?.ring, row?.state, limit], () => ringPanel(row, limit));
   redraw(byId("turns"), [selected, chat?.messages.map(({ turn }) => turn)], () => turnsPanel(chat));
   redraw(byId("memory"), [status?.memory, status?.pages, row?.bytes, !row], () => memoryPanel({ status, row }));
-  redraw(byId("backend"), state.backend, () => backendPanel(state.backend));
-  setText(byId("model"), state.model ?? "");
+  redraw(byId("backend"), [state.backend, state.model], () => backendPanel(state.backend, state.model));
+  setText(byId("model"), [state.model?.id, state.model?.license].filter(Boolean).join(" · "));
   if (status) {
     const { memory, requests } = status;
     const waiting = requests.waiting ? `, ${count(requests.waiting)} waiting` : "";
@@ -103,7 +103,7 @@ async function poll() {
 
 async function connect() {
   const [[model], backend] = await Promise.all([api.models(), api.backend()]);
-  state.model = model.id;
+  state.model = model;
   state.limit = model.max_model_len;
   state.backend = backend;
 }
@@ -153,7 +153,7 @@ async function run(chat) {
   state.answering.set(chat.name, stop);
   save(chat);
   setTimeout(poll, BUSY / 4); // its session runs by then
-  await answer(chat, state.model ?? "default", options(), stop.signal, render);
+  await answer(chat, state.model?.id ?? "default", options(), stop.signal, render);
   state.answering.delete(chat.name);
   if (state.chats.has(chat.name)) save(chat);
   if (document.activeElement === byId("stop")) message.focus();

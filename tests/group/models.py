@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from turbocache.mlxlm.model import BUNDLED
+from turbocache.models import BUNDLED
 
 SEED = 11
 GAIN = 1.5

@@ -226,6 +226,27 @@ def test_thoughts_are_folded_and_an_error_amid_an_answer_is_shown(visits: Visits
         expect(thought).to_have_text("First, a thought.")
 
 
+def test_the_model_s_licence_and_origin_are_shown(visits: Visits) -> None:
+    with visits() as visit:
+        visit.open()
+        expect(visit.page.locator("#model")).to_have_text("tiny-recall-4bit · other")
+        figures = visit.page.locator("#backend .figures")
+        for name, value in (("Model", "tiny-recall-4bit"), ("Licence", "other"), ("Origin", "made for turbocache")):
+            expect(figures.locator("div", has=visit.page.get_by_text(name, exact=True))).to_contain_text(value)
+
+
+@pytest.mark.parametrize(("origin", "n_links"), [("https://example.org/a/model", 1), ("javascript:alert(1)", 0)])
+def test_only_an_address_of_the_web_is_a_link(visits: Visits, origin: str, n_links: int) -> None:
+    """A model's card is somebody else's text."""
+    with visits(**PHONE) as visit:
+        listing = {"data": [{"id": "a/model", "max_model_len": 512, "license": None, "origin": origin}]}
+        visit.page.route("**/v1/models", lambda route: route.fulfill(json=listing))
+        visit.page.goto(visit.origin)
+        visit.page.get_by_role("navigation").get_by_role("button", name="Cache").tap()
+        expect(visit.page.locator("#backend .figures")).to_contain_text(origin.removeprefix("https://"))
+        assert visit.page.locator("#backend a").count() == n_links
+
+
 def test_a_phone_shows_all_of_it(visits: Visits) -> None:
     with visits(**PHONE) as visit:
         page = visit.page

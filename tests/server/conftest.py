@@ -16,6 +16,7 @@ from openai import OpenAI
 from server.app import EngineFactory, create_app
 from server.settings import Settings
 from tests.server.scripted_engine import ScriptedEngine, eventually
+from turbocache.models import BUNDLED
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def events_of(text: str) -> list[str]:
 
 
 def make_settings(**values: Any) -> Settings:
-    """Settings from these values and the defaults only."""
+    """Settings from these values and the defaults only, with the bundled model."""
     build: Callable[..., Settings] = Settings
-    return build(_env_file=None, **values)
+    return build(_env_file=None, **{"model": str(BUNDLED), **values})
 
 
 @pytest.fixture(autouse=True)

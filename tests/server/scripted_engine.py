@@ -65,12 +65,20 @@ class ScriptedEngine:
         model_id: str = "org/scripted-model",
         max_tokens: int = 1000,
         rotates_at: int | None = None,
+        license: str | None = None,
+        origin: str | None = None,
     ) -> None:
         self.script = tuple(script)
         self.submit_error = submit_error
         self.tokenize_error = tokenize_error
         self._model = ModelInfo(
-            id=model_id, created=1_700_000_000, max_tokens=max_tokens, n_tokens=1000, rotates_at=rotates_at
+            id=model_id,
+            created=1_700_000_000,
+            max_tokens=max_tokens,
+            n_tokens=1000,
+            rotates_at=rotates_at,
+            license=license,
+            origin=origin,
         )
         self.requests: list[GenerationRequest] = []
         self.rules: list[AnswerRules] = []

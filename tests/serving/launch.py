@@ -77,8 +77,8 @@ SERVE = ("server.cli", "serve")
 def running(
     folder: Path, command: Sequence[str] = UVICORN, listener: socket.socket | None = None, **settings: str
 ) -> Iterator[Server]:
-    """`python -m command` with these TURBOCACHE_ settings, ready to answer; ended and waited for afterwards. uvicorn
-    can be given a bound `listener`.
+    """`python -m command` with these TURBOCACHE_ settings, ready to answer; ended and waited for afterwards. The model
+    is the bundled one unless they name another. uvicorn can be given a bound `listener`.
     """
     with listener.dup() if listener is not None else socket.socket() as probe:
         if listener is None:
@@ -86,7 +86,8 @@ def running(
         port = probe.getsockname()[1]
     where = ["--port", str(port)] if listener is None else ["--fd", str(listener.fileno())]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TURBOCACHE_")}
-    environment |= {f"TURBOCACHE_{name}": value for name, value in settings.items()} | {"HF_HUB_OFFLINE": "1"}
+    given = {"MODEL": str(BUNDLED), **settings}
+    environment |= {f"TURBOCACHE_{name}": value for name, value in given.items()} | {"HF_HUB_OFFLINE": "1"}
     log = folder / f"server-{port}.log"
     inherited = () if listener is None else [listener.fileno()]
     serve = [PYTHON, "-m", *command, *where]

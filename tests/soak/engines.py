@@ -14,6 +14,7 @@ from tests.models.configs import OVERRIDES
 from tests.models.tiny import build
 from tests.server.engine.answers import on_engine
 from turbocache.mlxlm.model import load_model
+from turbocache.models import BUNDLED
 
 ANSWER_SECONDS = 60.0
 _PLAIN = {"llama": {"layer_types": ["full_attention"] * 4}}
@@ -34,7 +35,7 @@ def started(settings: Settings, metrics: Metrics | None = None) -> Iterator[MlxE
 @contextmanager
 def loaded_once() -> Iterator[None]:
     """Engines that start in this block share one copy of the bundled model."""
-    model = load_model()
+    model = load_model(BUNDLED)
     with patch.object(startup, "load_model", lambda source, group: model):
         yield
 
@@ -42,7 +43,7 @@ def loaded_once() -> Iterator[None]:
 @contextmanager
 def tiny_model(architecture: str, max_positions: int) -> Iterator[None]:
     """Engines that start in this block have a model of random weights, with the bundled model's tokenizer."""
-    bundled = load_model()
+    bundled = load_model(BUNDLED)
     sizes = {**OVERRIDES.get(architecture, {}), **_PLAIN.get(architecture, {})}
     sizes["vocab_size"] = len(bundled.tokenizer.get_vocab()) + 64
     with patch.dict(OVERRIDES, {architecture: sizes}):

@@ -12,6 +12,7 @@ from turbocache.benchmark.settings import Settings
 from turbocache.benchmark.shapes import DTYPES, MAX_POSITIONS, SHAPES, random_model
 from turbocache.mlxlm.model import load_model, parameter_nbytes
 from turbocache.mlxlm.plan import LayerPlan
+from turbocache.models import BUNDLED
 from turbocache.store import checked_plans
 
 
@@ -50,7 +51,7 @@ class Subject:
 def make_subject(settings: Settings, planner: Callable[[Module], list[LayerPlan]] = checked_plans) -> Subject:
     """Load or make the model and plan its layers. Raises ModelError."""
     if settings.shape is None:
-        loaded = load_model(settings.model)
+        loaded = load_model(settings.model or BUNDLED)
         model, dtype = loaded.model, dtype_name(loaded.dtype)
         vocabulary = int(loaded.tokenizer.vocab_size)
         plans = planner(model)

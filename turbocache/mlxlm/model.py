@@ -1,7 +1,7 @@
 """Loads a model through mlx-lm in a form that suits the machine."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,7 @@ from kernels.attention.device import on_cpu
 from turbocache.machine.memory import available_memory
 from turbocache.mlxlm.group import Group
 from turbocache.mlxlm.sharding import Unshardable, shard
-
-BUNDLED = Path(__file__).parents[1] / "bundled" / "tiny-recall-4bit"
-"""A model in the package, so that a first run needs no network."""
+from turbocache.models import ModelCard, read_card
 
 _SHARE_OF_MEMORY = 0.5
 _NO_LIMIT = 1 << 20
@@ -42,15 +40,16 @@ class LoadedModel:
     dtype: mx.Dtype
     notes: tuple[str, ...]
     """What was changed at load, for people."""
+    card: ModelCard = field(default_factory=ModelCard)
 
 
-def load_model(source: str | None = None, group: Group | None = None) -> LoadedModel:
-    """Load a local directory or a Hugging Face id. None is the bundled model. Each rank of a `group` loads its share.
+def load_model(source: str | Path, group: Group | None = None) -> LoadedModel:
+    """Load a local directory or a Hugging Face id. Each rank of a `group` loads its share.
 
     On a CPU the model computes in float32, because half precision is emulated there. Quantised weights are expanded
     there if they then take at most half of the free memory. Raises ModelError.
     """
-    path, group = str(BUNDLED) if source is None else source, Group() if group is None else group
+    path, group = str(source), Group() if group is None else group
     try:
         loaded = load(path, lazy=not group.alone, return_config=True)
     except Exception as error:  # hub, file, config and weight errors have no common base
@@ -72,6 +71,7 @@ def load_model(source: str | None = None, group: Group | None = None) -> LoadedM
         max_positions=_max_positions(config, tokenizer),
         dtype=_compute_dtype(model),
         notes=tuple(notes),
+        card=read_card(Path(path)) if Path(path).is_dir() else ModelCard(origin=f"https://huggingface.co/{path}"),
     )
 
 

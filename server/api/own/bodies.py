@@ -87,6 +87,9 @@ class ModelBody(BaseModel):
     owned_by: str
     max_model_len: int
     """Longest conversation in tokens. An addition of other local servers, too."""
+    license: str | None
+    """From the card in the model's folder, like `origin`. Null if it does not say."""
+    origin: str | None
 
 
 class ModelList(BaseModel):

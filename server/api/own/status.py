@@ -20,7 +20,13 @@ open_router = api_router(keyed=False)
 
 def _model_body(model: ModelInfo) -> ModelBody:
     return ModelBody(
-        id=model.id, object="model", created=model.created, owned_by="turbocache", max_model_len=model.max_tokens
+        id=model.id,
+        object="model",
+        created=model.created,
+        owned_by="turbocache",
+        max_model_len=model.max_tokens,
+        license=model.license,
+        origin=model.origin,
     )
 
 

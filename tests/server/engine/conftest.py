@@ -11,9 +11,10 @@ from server.metrics import Metrics
 from server.settings import MemoryBudget, Settings
 from turbocache.mlxlm.model import load_model
 from turbocache.mlxlm.plan import LayerPlan
+from turbocache.models import BUNDLED
 from turbocache.store import checked_plans
 
-SETTINGS = Settings(kv_memory=MemoryBudget(bytes=64 << 20), prefill_chunk=128)
+SETTINGS = Settings(model=str(BUNDLED), kv_memory=MemoryBudget(bytes=64 << 20), prefill_chunk=128)
 
 
 @pytest.fixture(scope="session", autouse=True)

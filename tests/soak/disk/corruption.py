@@ -24,9 +24,10 @@ from tests.soak.disk.damage import Damage, draw
 from tests.soak.disk.stored import ASIDE, look
 from tests.soak.disk.talks import MAX_TOKENS, QUESTION
 from tests.soak.engines import loaded_once, sample, started
+from turbocache.models import BUNDLED
 from turbocache.storage.session_codec import SessionFiles
 
-SETTINGS = Settings(keep=16, window=64, kv_memory=MemoryBudget(bytes=256 << 20), prefill_chunk=128)
+SETTINGS = Settings(model=str(BUNDLED), keep=16, window=64, kv_memory=MemoryBudget(bytes=256 << 20), prefill_chunk=128)
 AT_ONCE = 21
 """Sessions of one server, the whole one included."""
 

@@ -27,6 +27,7 @@ from tests.soak.disk.chatting import Chatting, Tally
 from tests.soak.disk.stored import Found, Look, look
 from tests.soak.disk.talks import Talk, talks
 from tests.soak.engines import started
+from turbocache.models import BUNDLED
 from turbocache.storage.session_codec import SessionFiles
 from turbocache.storage.whole_file import PARTIAL
 
@@ -213,7 +214,9 @@ class Rounds:
 def run(times: int, seed: int, n_talks: int = 10, n_turns: int = 9, say: Callable[[str], None] = print) -> Kills:
     """Kill `times` servers. Raises AssertionError when one does not start."""
     dice, result = random.Random(seed), Kills()
-    with started(Settings(keep=KEEP, window=WINDOW, kv_memory=MemoryBudget(bytes=1 << 30))) as engine:
+    with started(
+        Settings(model=str(BUNDLED), keep=KEEP, window=WINDOW, kv_memory=MemoryBudget(bytes=1 << 30))
+    ) as engine:
         told = talks(engine, n_talks, n_turns, seed, say)
         files = SessionFiles(engine.services.runtime.model, engine.services.runtime.store)
     with tempfile.TemporaryDirectory(prefix="kills-") as place:

@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 from server.settings import Settings
 from tests.soak.fuzz.random_schemas import UNSUPPORTED, Schema, SchemaMaker
 from tests.soak.served import serving
+from turbocache.models import BUNDLED
 
 _ASK = "Tell me about the old harbour as JSON."
 _MOST_TOKENS = 1000
@@ -50,7 +51,10 @@ def run(
     """`count` schemas at this temperature, so many `together` in a batch; then schemas that must be refused."""
     result, maker, dice = Result(), SchemaMaker(seed), random.Random(seed)
     asked = [(maker.schema(), dice.randrange(1 << 30)) for _ in range(count)]
-    with serving(Settings(max_batch=together)) as served, httpx.Client(base_url=served.url, timeout=600) as http:
+    with (
+        serving(Settings(model=str(BUNDLED), max_batch=together)) as served,
+        httpx.Client(base_url=served.url, timeout=600) as http,
+    ):
         with ThreadPoolExecutor(together) as pool:
             for done, one in enumerate(pool.map(partial(_answer, http, temperature, most_tokens), asked), 1):
                 _judge(result, *one)

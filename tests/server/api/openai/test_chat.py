@@ -126,6 +126,13 @@ def test_models(serve: Serve) -> None:
     assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
 
 
+def test_a_model_s_licence_and_origin(serve: Serve) -> None:
+    [model] = serve(ScriptedEngine(license="apache-2.0", origin="org/base")).openai.models.list().data
+    assert (model.model_extra or {}) | {"license": "apache-2.0", "origin": "org/base"} == model.model_extra
+    [unknown] = serve(ScriptedEngine()).http.get("/v1/models").json()["data"]
+    assert (unknown["license"], unknown["origin"]) == (None, None)
+
+
 def test_backend_sessions_and_unknown_addresses(serve: Serve) -> None:
     server = serve(ScriptedEngine())
     server.http.post(CHAT, json=BODY)
