@@ -86,7 +86,7 @@ run: $(RUNTIME)
 	@$(FETCH_STARTER) --if-needed || true
 	$(BIN)/turbocache serve --host $(HOST) --port $(PORT)
 
-# The model of a first run. A server for which it could not be fetched serves the bundled one and says why.
+# The model of a first run. A server for which it could not be fetched takes the bundled one and says why.
 FETCH_STARTER = $(BIN)/turbocache starter --uv $(UV)
 
 starter: $(RUNTIME) | $(UV_FILE)

@@ -12,7 +12,7 @@ GIVEN := $(strip $(foreach name,HOST PORT,$(if $(filter command,$(origin $(name)
 # $(1): the prefix. A copy, so that neither `make clean` nor an edit in the checkout affects the service. It has bytecode, because the
 # service may not write it.
 OWN_ENV = rm -f '$(1)'/venv/.installed-* && UV_COMPILE_BYTECODE=1 $(MAKE) --no-print-directory env VENV='$(1)/venv' \
-	PROJECT='--reinstall-package turbocache .'
+	PROJECT='--reinstall-package turbocache .' && { '$(1)/venv/bin/turbocache' starter --if-needed --uv $(UV) || true; }
 # $(1): the action, $(2): the prefix.
 SERVICE = ACCEL='$(ACCEL)' DESTDIR='$(DESTDIR)' GIVEN='$(GIVEN)' PREFIX='$(2)' \
 	COMMAND='$(or $(SERVICE_COMMAND),$(2)/venv/bin/turbocache)' sh deploy/service.sh $(1)

