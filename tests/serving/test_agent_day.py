@@ -9,7 +9,7 @@ from tests.bench.day_ledger import Encoder, Record, share, table, worst
 from tests.bench.day_play import bytes_of_session, counters_of, last_prompts, play
 from tests.bench.day_script import KINDS, QUICK
 from tests.serving.launch import running
-from turbocache.mlxlm.model import BUNDLED
+from turbocache.models import BUNDLED
 
 TARGET = 0.05
 SEED = 0

@@ -8,7 +8,7 @@ from server.protocol import AnswerRules, TextDelta, Tool, ToolCall
 from server.text.assembler import TextAssembler, Vocabulary
 from server.text.chat_template import opening_state
 from server.text.tool_formats import tool_format
-from turbocache.mlxlm.model import BUNDLED
+from turbocache.models import BUNDLED
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import pytest
 from server import cli
 from turbocache.evaluation.run import journal_path
 from turbocache.mlxlm import model
-from turbocache.mlxlm.model import BUNDLED, LoadedModel
+from turbocache.mlxlm.model import LoadedModel
+from turbocache.models import BUNDLED
 
 SMALL = ["--context", "80", "--windows", "2", "--score-from", "40", "--keep", "4", "--window", "0", "--chunk", "50"]
 
