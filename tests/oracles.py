@@ -10,6 +10,7 @@ import numpy as np
 from kernels.codec.layout import PAGE
 from kernels.codec.rotation import Rotation
 from turbocache.cache.conditioning import CENTRE_ABOVE
+from turbocache.cache.outline import PLAIN, Outline
 from turbocache.cache.pool import PagePool
 from turbocache.cache.ring import PageRing, RingConfig
 from turbocache.cache.spec import CacheSpec
@@ -43,6 +44,28 @@ def visible_positions(position: int, keep: int, max_size: int | None) -> Array:
     if max_size is None:
         return everything
     return everything[(everything < keep) | (everything > position - (max_size - keep))]
+
+
+def visible_of(outline: Outline, position: int, ring: RingConfig) -> Array:
+    """`visible_positions` in a conversation: the first `keep`, the pages of the prefix, and the latest that fit, less
+    what is left of the turn, else of the step, of which something had to go.
+    """
+    everything = np.arange(position + 1)
+    if ring.max_size is None:
+        return everything
+    most, start = min(ring.pin_share * ring.max_size, ring.max_size - ring.window - PAGE), ring.keep
+    while start < outline.prefix and start + PAGE <= most:
+        start += PAGE
+    latest = everything[everything >= start][-(ring.max_size - start) :]
+    if position + 1 > ring.max_size:
+        block = (position - ring.keep) // PAGE
+        in_pages = [p for p in latest if p - ring.keep <= PAGE * block - ring.window]
+        half = set(in_pages[: (ring.max_size - start) // 2 + 1])
+        for beginnings in (outline.turns, outline.steps):
+            if near := [p for p in beginnings if p in half]:
+                latest = latest[latest >= min(near)]
+                break
+    return np.concatenate([everything[:start], latest])
 
 
 def quantise_row(row: Array, levels: Array, *, unbiased: bool, zooms: tuple[float, ...] = ()) -> Array:
@@ -134,7 +157,7 @@ class History:
     """One row's tokens by layer, as they were given, and how many blocks are read from pages.
 
     `bias` is added to all keys of a layer, `[n_kv_heads, key_dim]`; `centres` are what its pages hold keys without, by
-    layer, from the first page on.
+    layer, from the first page on. `outline` is what the row's ring was told.
     """
 
     keys: list[Array]
@@ -142,10 +165,7 @@ class History:
     flushed: int = 0
     bias: list[Array] | None = None
     centres: dict[int, Array] = field(default_factory=dict)
-    pinned: int = 0
-    """Positions before this are seen by every query."""
-    gone: tuple[int, int] = (0, 0)
-    """First position that no query sees, and the end of them."""
+    outline: Outline = PLAIN
 
     @classmethod
     def empty(cls, layers: Sequence[Heads]) -> "History":
@@ -268,9 +288,7 @@ class Paged:
     def expected(self, layer: int, row: int, position: int, queries: Array, floor: int) -> Array:
         """The oracle's answer for one query. `floor` is the number of blocks in pages before the step."""
         ring, history = self.spec.ring, self.rows[row]
-        at = visible_positions(position, ring.keep, ring.max_size)
-        at = np.union1d(at, np.arange(min(history.pinned, position + 1)))
-        at = at[(at < history.gone[0]) | (at >= history.gone[1])]
+        at = visible_of(history.outline, position, ring)
         keys, values = history.keys[layer][: position + 1], history.values[layer][: position + 1]
         if self.codecs is not None:
             n_blocks = self.blocks_in_pages(position, floor)
@@ -285,15 +303,6 @@ class Paged:
             here = slice(keep + PAGE * block, keep + PAGE * (block + 1))
             tokens[here] = coded(codec, tokens[here])
         return tokens
-
-    def hide(self, row: int, pinned: int, dropped: int, skip: int) -> None:
-        """Pin a row's first pages, drop some behind them, and hide the first tokens of the next one."""
-        ring, history = self.views[0].batch.rings[row], self.rows[row]
-        ring.pool.release(ring.pages[pinned : pinned + dropped])
-        ring.pages = ring.pages[:pinned] + ring.pages[pinned + dropped :]
-        ring.pinned, ring.first, ring.skip = pinned, pinned + dropped, skip
-        history.pinned = ring.config.keep + PAGE * pinned
-        history.gone = history.pinned, history.pinned + PAGE * dropped + skip
 
     def trim(self, n: int) -> None:
         """Forget the newest tokens. A page that is cut leaves its older tokens as it had them."""
@@ -314,6 +323,7 @@ class Paged:
                 row.flushed = blocks
             row.keys = [tokens[: len(tokens) - n] for tokens in row.keys]
             row.values = [tokens[: len(tokens) - n] for tokens in row.values]
+            row.outline = row.outline.before(row.offset)
             if not row.offset:
                 row.centres = {}
 

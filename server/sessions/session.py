@@ -63,7 +63,7 @@ class Session:
     def rotated(self) -> bool:
         """Whether tokens have rotated out of its caches in memory."""
         caches = [*([] if self.cache is None else [self.cache]), *(c.cache for c in self.checkpoints)]
-        return any((ring := ring_of(cache)) is not None and ring.first > 0 for cache in caches)
+        return any((ring := ring_of(cache)) is not None and ring.gone > 0 for cache in caches)
 
     def needed(self, can_go_back: bool) -> list[Checkpoint]:
         """The checkpoints to keep if the cache can't be trimmed (`can_go_back` is False, or tokens have rotated out):

@@ -144,16 +144,9 @@ class CacheBatch:
 
     def _trim_row(self, row: int, ring: PageRing, offset: int) -> None:
         blocks = max(0, ring.block(offset))
-        if blocks < ring.flushed:
-            cut = ring.pinned + blocks - ring.first
-            if offset > ring.config.keep + PAGE * blocks:
-                self._restore_block(row, ring.pages[cut], blocks)
-            ring.pool.release(ring.pages[cut:])
-            ring.pages = ring.pages[:cut]
-            ring.flushed = blocks
-        ring.offset = offset
-        if not offset:
-            ring.centre = None
+        if blocks < ring.flushed and offset > ring.config.keep + PAGE * blocks:
+            self._restore_block(row, ring.pages[blocks - ring.gone], blocks)
+        ring.cut(offset)
 
     def _restore_block(self, row: int, page: int, block: int) -> None:
         slot = self.spec.ring.keep + PAGE * block % self.spec.ring.window_slots

@@ -1,21 +1,23 @@
 """The integers of one session's cache: which tokens are sink, in pages, in the window, and which have rotated out.
 
-Positions of one session, oldest first (P = PAGE):
+Positions of one session, oldest first (P = PAGE, start = keep + P*pinned):
 
-    [0, keep)                        sink        raw, never rotates out
-    [keep, keep + P*pinned)          pinned      compressed, never rotates out, `pages[i]` holds block `i`
-    [.., keep + P*first + skip)      gone        rotated out, or hidden in the oldest page
-    [.., keep + P*flushed)           pages       compressed, `pages[pinned + i]` holds block `first + i`
-    [keep + P*flushed, offset)       window      raw, at most `window + P` tokens
+    [0, keep)                           sink      raw, never rotates out
+    [keep, start)                       pinned    compressed, never rotates out: `pages[:pinned]`
+    [start, start + P*gone)             gone      rotated out
+    [start + P*gone, keep + P*flushed)  pages     compressed: `pages[pinned:]`
+    [keep + P*flushed, offset)          window    raw, at most `window + P` tokens
 
 A token's block is `(position - keep) // P`. Only the position decides what is compressed, never how tokens arrived: a
-query in block b reads the blocks up to `b - window/P - 1` from pages and later ones raw.
+query in block b reads the blocks up to `b - window/P - 1` from pages and later ones raw. What a query sees depends on
+its position and on the conversation's `Outline` before it.
 """
 
 from dataclasses import dataclass
 
 from kernels.codec.layout import PAGE
 from turbocache.cache.conditioning import KeyCentre
+from turbocache.cache.outline import PLAIN, Outline
 from turbocache.cache.pool import PagePool
 
 
@@ -29,6 +31,8 @@ class RingConfig:
     """Tokens behind the sink that stay raw at least, a multiple of PAGE."""
     max_size: int | None = None
     """Tokens that a query sees. None disables rotation."""
+    pin_share: float = 0.5
+    """Largest part of `max_size` that sink and pinned pages take, 0 to 1. 0 pins nothing."""
 
     def __post_init__(self) -> None:
         if self.keep < 0:
@@ -54,11 +58,28 @@ class RingConfig:
     def raw_slots(self) -> int:
         return self.keep + self.window_slots
 
-    def first_visible(self, position: int) -> int:
-        """Oldest position behind the sink that a query at `position` sees."""
+    def pinned(self, outline: Outline) -> int:
+        """Pages behind the sink that never rotate out: those of the outline's prefix, as far as they fit."""
         if self.max_size is None:
-            return self.keep
-        return max(self.keep, position + 1 - (self.max_size - self.keep))
+            return 0
+        room = min(int(self.pin_share * self.max_size), self.max_size - self.window - PAGE) - self.keep
+        return max(0, min(-(-(outline.prefix - self.keep) // PAGE), room // PAGE))
+
+    def first_visible(self, position: int, pinned: int = 0, outline: Outline = PLAIN) -> int:
+        """Oldest position behind the sink and the pinned pages that a query at `position` sees.
+
+        The newest tokens that fit into `max_size` are visible, from the beginning of a turn on if less than half of
+        them are older than it, else of a step, else all of them. Tokens in the window are always visible.
+        """
+        start = self.keep + PAGE * pinned
+        if self.max_size is None:
+            return start
+        span = self.max_size - start
+        oldest = position + 1 - span
+        if oldest <= start:
+            return start
+        in_pages = self.keep + PAGE * ((position - self.keep) // PAGE) - self.window
+        return outline.next_beginning(oldest, min(oldest + span // 2, in_pages))
 
     def pages_needed(self, n_tokens: int, chunk: int = 0) -> int:
         """Most pages that a session of `n_tokens` holds at once when its prompts come in chunks of `chunk` tokens."""
@@ -75,20 +96,20 @@ class PageRing:
     mlx-lm drops batches without telling their caches, so `__del__` releases the references; `close` does so early.
     """
 
-    __slots__ = ("centre", "config", "first", "flushed", "offset", "pages", "pinned", "pool", "skip")
+    __slots__ = ("centre", "config", "flushed", "gone", "offset", "outline", "pages", "pinned", "pool")
 
     def __init__(self, config: RingConfig, pool: PagePool) -> None:
         self.config = config
         self.pool = pool
         self.offset = 0
-        self.first = 0
-        self.flushed = 0
+        self.outline = PLAIN
         self.pinned = 0
-        """Pages at the start of `pages` that never rotate out."""
-        self.skip = 0
-        """Tokens, fewer than PAGE, at the start of the first page behind them that no query sees."""
+        """Pages that never rotate out, the first ones. There may be fewer pages yet."""
+        self.gone = 0
+        """Blocks that have rotated out."""
+        self.flushed = 0
         self.pages: tuple[int, ...] = ()
-        """A new tuple after each change, so that a step compares identities."""
+        """In order of position. A new tuple after each change, so that a step compares identities."""
         self.centre: KeyCentre | None = None
         """What is subtracted from the row's keys. Set with the row's first page."""
 
@@ -99,18 +120,33 @@ class PageRing:
         """Release every page. The ring is empty afterwards."""
         pages, self.pages = self.pages, ()
         self.pool.release(pages)
-        self.offset = self.first = self.flushed = self.pinned = self.skip = 0
-        self.centre = None
+        self.offset = self.pinned = self.gone = self.flushed = 0
+        self.outline, self.centre = PLAIN, None
 
     def fork(self) -> "PageRing":
         """An independent ring on the same pages, with one more reference to each."""
         other = PageRing(self.config, self.pool)
-        other.offset, other.first, other.flushed = self.offset, self.first, self.flushed
-        other.pinned, other.skip = self.pinned, self.skip
+        other.offset, other.gone, other.flushed = self.offset, self.gone, self.flushed
+        other.outline, other.pinned = self.outline, self.pinned
         self.pool.retain(self.pages)
         other.pages = self.pages
         other.centre = self.centre
         return other
+
+    def describe(self, outline: Outline) -> int:
+        """Set the outline of the row's tokens and of those to come, unless it is empty. Returns as `rotate` does.
+
+        Pages are pinned by it only while nothing has rotated out.
+        """
+        if outline == PLAIN:
+            return 0
+        self._set_outline(outline)
+        return self.rotate()
+
+    def _set_outline(self, outline: Outline) -> None:
+        self.outline = outline
+        if not self.gone:
+            self.pinned = self.config.pinned(outline)
 
     def block(self, position: int) -> int:
         """Block of a position; negative within the sink."""
@@ -122,6 +158,11 @@ class PageRing:
         return self.config.keep + PAGE * self.flushed
 
     @property
+    def rotation_start(self) -> int:
+        """First position that can rotate out."""
+        return self.config.keep + PAGE * self.pinned
+
+    @property
     def n_raw(self) -> int:
         """Tokens in the raw sink and window."""
         return min(self.offset, self.config.keep) + max(0, self.offset - self.window_start)
@@ -129,12 +170,35 @@ class PageRing:
     @property
     def evicted(self) -> int:
         """Tokens that have rotated out so far, in whole pages."""
-        return PAGE * (self.first - self.pinned)
+        return PAGE * self.gone
+
+    def first_visible(self, position: int) -> int:
+        """Oldest position that can rotate out and that a query at `position` sees."""
+        return self.config.first_visible(position, self.pinned, self.outline)
+
+    @property
+    def skip(self) -> int:
+        """Tokens of the first page that can rotate out that the next query does not see, fewer than PAGE. 0 if a query
+        of any row would not see them, because they are further away than `max_size`.
+        """
+        oldest = self.first_visible(self.offset)
+        if oldest == self.config.first_visible(self.offset):
+            return 0
+        return max(0, oldest - self.rotation_start - self.evicted)
+
+    @property
+    def dropped(self) -> int:
+        """Tokens that the newest query did not see."""
+        return self.first_visible(self.offset - 1) - self.rotation_start if self.offset else 0
+
+    @property
+    def dropped_turns(self) -> int:
+        """Turns that the dropped tokens belong to."""
+        return self.outline.turns_dropped(self.rotation_start, self.rotation_start + self.dropped)
 
     def size(self) -> int:
-        """Tokens that the next query sees without itself, as mlx-lm's RotatingKVCache counts them."""
-        limit = self.config.max_size
-        return self.offset if limit is None else min(self.offset, limit)
+        """Tokens that the newest query saw, itself included: at most `max_size`."""
+        return self.offset - self.dropped
 
     def flushed_at(self, position: int) -> int:
         """Blocks that a query at `position` reads from pages."""
@@ -147,15 +211,23 @@ class PageRing:
 
     def rotate(self) -> int:
         """Release pages that no later query can see. Returns their number."""
-        last_hidden = self.block(self.config.first_visible(self.offset))
-        gone = min(max(0, last_hidden - self.first), len(self.pages) - self.pinned)
-        if gone:
-            pinned, end = self.pinned, self.pinned + gone
-            self.pool.release(self.pages[pinned:end])
-            self.pages = self.pages[:pinned] + self.pages[end:]
-            self.first += gone
-            self.skip = 0
-        return gone
+        hidden = self.block(self.first_visible(self.offset)) - self.pinned
+        n = min(max(0, hidden - self.gone), max(0, len(self.pages) - self.pinned))
+        if n:
+            self.pool.release(self.pages[self.pinned : self.pinned + n])
+            self.pages = self.pages[: self.pinned] + self.pages[self.pinned + n :]
+            self.gone += n
+        return n
+
+    def cut(self, offset: int) -> None:
+        """Go back to `offset` tokens. Releases the pages of blocks that are not full any more."""
+        n = min(self.flushed, max(0, self.block(offset)))
+        self.pool.release(self.pages[n - self.gone :])
+        self.pages = self.pages[: n - self.gone]
+        self.offset, self.flushed = offset, n
+        self._set_outline(self.outline.before(offset))
+        if not offset:
+            self.centre = None
 
     def is_same_after(self, offset: int) -> bool:
         """Whether going back to `offset` gives the state of a session of just these tokens."""
@@ -165,6 +237,4 @@ class PageRing:
         """Whether the ring can go back to `offset` tokens: nothing that these could see has rotated out."""
         if not 0 <= offset <= self.offset:
             return False
-        if not self.evicted and not self.skip:
-            return True
-        return self.config.keep + PAGE * self.first + self.skip <= self.config.first_visible(offset)
+        return self.gone == 0 or self.rotation_start + self.evicted <= self.first_visible(offset)

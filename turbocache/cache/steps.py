@@ -111,13 +111,13 @@ def plan_decode(rings: Sequence[PageRing], pool: PagePool, previous: RowIndex | 
     rows = RowIndex(
         tables=tuple(ring.pages for ring in rings),
         offsets=tuple(ring.offset for ring in rings),
-        first=tuple(ring.first - ring.pinned for ring in rings),
+        first=tuple(ring.gone for ring in rings),
         n_queries=1,
         keep=config.keep,
         window_slots=config.window_slots,
         max_size=config.max_size,
         previous=previous,
-        pinned=tuple(ring.pinned for ring in rings),
+        pinned=tuple(min(ring.pinned, len(ring.pages)) for ring in rings),
         skip=tuple(ring.skip for ring in rings),
     )
     for ring in rings:
@@ -177,22 +177,20 @@ def _chunk_mask(ring: PageRing, n: int, n_sink: int, flushed_before: int) -> Mas
     Blocks that the chunk compresses are in both pages and body. Each query sees the form that its position requires.
     """
     keep, window, end = ring.config.keep, ring.config.window, ring.offset
-    pages_start = keep + PAGE * ring.first
-    if ring.flushed == flushed_before and ring.config.first_visible(end - 1) <= pages_start and not ring.skip:
+    rotation_start, held = ring.rotation_start, ring.rotation_start + ring.evicted
+    if ring.flushed == flushed_before and ring.first_visible(end - 1) <= held:
         return "causal" if n > 1 else None
-    # Pinned pages count as the blocks before the first of the others: older than any boundary.
-    paged = mx.arange(pages_start - PAGE * ring.pinned, keep + PAGE * ring.flushed)
-    pinned = paged < pages_start
-    sink = mx.arange(n_sink)
+    pages_end = keep + PAGE * ring.flushed
+    pinned, rotating = mx.arange(keep, min(rotation_start, pages_end)), mx.arange(held, pages_end)
+    paged, sink = mx.concatenate([pinned, rotating]), mx.arange(n_sink)
     body = mx.arange(keep + PAGE * flushed_before, end)
     queries = mx.arange(end - n, end)[:, None]
     boundary = keep + PAGE * mx.maximum(flushed_before, (queries - keep) // PAGE - window // PAGE)
     in_pages, in_body = paged < boundary, (body >= boundary) & (body <= queries)
     if ring.config.max_size is not None:
-        oldest = queries + 1 - (ring.config.max_size - keep)
-        in_pages, in_body = in_pages & (pinned | (paged >= oldest)), in_body & (body >= oldest)
-    if ring.skip:
-        in_pages = in_pages & (pinned | (paged >= pages_start + ring.skip))
+        oldest = mx.array([ring.first_visible(position) for position in range(end - n, end)])[:, None]
+        in_pages = in_pages & ((paged >= oldest) | (paged < rotation_start))
+        in_body = in_body & ((body >= oldest) | (body < rotation_start))
     return mx.concatenate([in_pages, sink <= queries, in_body], axis=1)[None, None]
 
 

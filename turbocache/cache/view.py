@@ -174,7 +174,7 @@ class PagedKVCache:
         return max((ring.size() for ring in self._shared.batch.rings), default=0)
 
     def is_trimmable(self) -> bool:
-        return all(ring.first == 0 for ring in self._shared.batch.rings)
+        return all(ring.gone == 0 for ring in self._shared.batch.rings)
 
     def trim(self, n: int) -> int:
         """Drop the newest `n` tokens of every row, at most all of them. Returns their number."""

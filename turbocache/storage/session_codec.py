@@ -4,6 +4,7 @@ Only a server that would write the same bytes can use a file: same model and tok
 manifest names these, and any difference is refused. turbocache/storage/session_file.py has the file's format.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from kernels.codec.rotation import ROTATION_SEED
 from kernels.lanes.qjl import SKETCH_SEED, QjlShape
 from turbocache.backend import codebooks_of
 from turbocache.cache.conditioning import KeyCentre
+from turbocache.cache.outline import PLAIN, Outline
 from turbocache.cache.pool import PoolExhausted
 from turbocache.cache.view import PagedKVCache
 from turbocache.mlxlm.group import Group
@@ -28,8 +30,10 @@ from turbocache.mlxlm.prompt_cache import leaves
 from turbocache.storage.session_file import Piece, SessionFileError, open_checked, piece, read_manifest, write
 from turbocache.store import CacheStore, batch_of, ring_of
 
-VERSION = 4
+VERSION = 5
 """Version of the manifest and of the arrays' names. `LAYOUT_VERSION` covers the bytes in pages."""
+_UNPINNED = 4
+"""The version before. Its rings have no outline and no pinned pages."""
 _SAMPLES = 64
 
 
@@ -104,7 +108,7 @@ class SessionFiles:
     def _check(self, name: str, manifest: Mapping[str, Any]) -> None:
         """Raise SessionFileError unless this server writes the same bytes."""
         versions = manifest.get("version"), manifest.get("layout_version")
-        if versions != (VERSION, LAYOUT_VERSION):
+        if versions[0] not in (VERSION, _UNPINNED) or versions[1] != LAYOUT_VERSION:
             expected = f"{VERSION} with pages of layout {LAYOUT_VERSION}"
             actual = f"{versions[0]} with pages of layout {versions[1]}"
             raise SessionFileError("other_version", f"{name}: version {actual}, not {expected}")
@@ -144,7 +148,8 @@ class SessionFiles:
         record: dict[str, Any] = {"kind": state.kind, "ring": None, "native": []}
         if (batch := batch_of(state.cache)) is not None:
             ring = batch.rings[0]
-            record["ring"] = {"offset": ring.offset, "first": ring.first, "flushed": ring.flushed}
+            record["ring"] = {"offset": ring.offset, "first": ring.gone, "flushed": ring.flushed, "pinned": ring.pinned}
+            record["outline"] = dataclasses.asdict(ring.outline)
             record["pages"] = [places[page] for page in ring.pages]
             record["centred"] = None if ring.centre is None else [ring.centre.n_heads, sorted(ring.centre.means)]
             for i, raw in enumerate(batch.raw):
@@ -189,7 +194,8 @@ class SessionFiles:
             ring, pages = batch.rings[0], [page_at[place] for place in record["pages"]]
             self._store.spec.pool.retain(pages)
             ring.append_pages(pages)
-            ring.offset, ring.first, ring.flushed = (record["ring"][part] for part in ("offset", "first", "flushed"))
+            ring.offset, ring.gone, ring.flushed = (record["ring"][part] for part in ("offset", "first", "flushed"))
+            ring.pinned, ring.outline = record["ring"].get("pinned", 0), _outline(record.get("outline", {}))
             raw = []
             for i in range(len(self._store.spec.layers)):
                 raw.append((arrays[f"{name}.layer.{i}.raw.0"], arrays[f"{name}.layer.{i}.raw.1"]))
@@ -278,6 +284,10 @@ def _codebooks(store: CacheStore) -> str:
             digest.update(f"{books.keys.shape} {books.values.shape} {zooms}".encode())
             digest.update(books.keys.tobytes() + books.values.tobytes())
     return digest.hexdigest()
+
+
+def _outline(record: Mapping[str, Any]) -> Outline:
+    return Outline(record["prefix"], tuple(record["turns"]), tuple(record["steps"])) if record else PLAIN
 
 
 def _flatten(name: str, state: Any, pieces: dict[str, Piece]) -> Any:

@@ -164,7 +164,7 @@ def share_of_right_keys(batch: Paged, row: int, layer: int, history: History) ->
     got = np.array(batch.spec.layers[layer].lanes.expand(chosen, mx.float32)[0]).swapaxes(1, 2)
     right = []
     for page, read in enumerate(got):
-        start = keep + PAGE * (ring.first + page)
+        start = keep + PAGE * (ring.gone + page)
         centre = history.centre(layer, batch.spec.ring.raw_slots)
         want = coded(batch.codecs[layer][0], history.keys[layer][start : start + PAGE] - centre)
         right.append(np.isclose(read, want, atol=2e-3).all(axis=-1).mean())

@@ -111,7 +111,7 @@ class Zoo:
 
     def forward(self, i: int, lengths: list[int], padded: bool) -> None:
         views, n = self.caches[i], max(lengths)
-        before = [(r.offset, r.first, r.flushed, list(r.pages)) for r in views[0].batch.rings]
+        before = [(r.offset, r.gone, r.flushed, list(r.pages)) for r in views[0].batch.rings]
         if padded:
             for view in views:
                 view.prepare(lengths=lengths, right_padding=[n - m for m in lengths])
@@ -121,7 +121,7 @@ class Zoo:
                 view.update_and_fetch(k, v)
         except PoolExhausted:
             self.n_refused += 1
-            assert [(r.offset, r.first, r.flushed, list(r.pages)) for r in views[0].batch.rings] == before
+            assert [(r.offset, r.gone, r.flushed, list(r.pages)) for r in views[0].batch.rings] == before
         else:
             self.offsets[i] = [have + m for have, m in zip(self.offsets[i], lengths, strict=True)]
             mx.eval([view.state for view in views])

@@ -51,12 +51,12 @@ def test_what_a_ring_holds(config: RingConfig, chunks: list[int]) -> None:
         start = ring.offset
         advance(ring, n)
         assert ring.offset == start + n
-        assert len(ring.pages) == ring.flushed - ring.first
+        assert len(ring.pages) == ring.flushed - ring.gone
         assert pool.n_used == len(ring.pages)
         raw = raw_positions(ring)
         held = raw[raw >= 0]
         assert len(np.unique(held)) == len(held)
-        in_pages = np.arange(config.keep + PAGE * ring.first, config.keep + PAGE * ring.flushed)
+        in_pages = np.arange(config.keep + PAGE * ring.gone, config.keep + PAGE * ring.flushed)
         everything = np.concatenate([held, in_pages])
         assert len(np.unique(everything)) == len(everything)
         seen = visible_positions(ring.offset, config.keep, config.max_size)[:-1]
@@ -84,7 +84,7 @@ def test_pages_needed_is_enough_and_not_much_more(config: RingConfig, chunk: int
     ring = PageRing(config, pool_of(max(1, needed)))
     most = 0
     for _ in range(n_chunks):
-        before = ring.flushed - ring.first
+        before = ring.flushed - ring.gone
         flushed = ring.flushed
         advance(ring, chunk)
         most = max(most, before + ring.flushed - flushed)
@@ -143,7 +143,7 @@ def test_exhaustion_changes_nothing(chunk: int) -> None:
     rings = [PageRing(RingConfig(0, 0), pool) for _ in range(2)]
     plan_prefill(rings, [PAGE, 2 * PAGE], pool)
     blocker = pool.take(1)
-    before = [(r.offset, r.first, r.flushed, list(r.pages)) for r in rings]
+    before = [(r.offset, r.gone, r.flushed, list(r.pages)) for r in rings]
 
     def step(some: list[PageRing]) -> None:
         if chunk == 1:
@@ -153,7 +153,7 @@ def test_exhaustion_changes_nothing(chunk: int) -> None:
 
     with pytest.raises(PoolExhausted, match="2 cache pages needed, 1 of 3 free"):
         step(rings)
-    assert [(r.offset, r.first, r.flushed, list(r.pages)) for r in rings] == before
+    assert [(r.offset, r.gone, r.flushed, list(r.pages)) for r in rings] == before
     pool.check_integrity([*(r.pages for r in rings), blocker])
     step(rings[1:])
     assert rings[1].offset == 2 * PAGE + chunk

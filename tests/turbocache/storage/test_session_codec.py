@@ -22,6 +22,7 @@ from kernels.codec.layout import LAYOUT_VERSION
 from kernels.codec.rotation import ROTATION_SEED
 from kernels.lanes.expanded import ExpandedAttentionLanes
 from tests.models.tiny import build
+from turbocache.cache.outline import PLAIN, Outline
 from turbocache.cache.pool import PoolExhausted
 from turbocache.cache.ring import RingConfig
 from turbocache.codebooks.scalar import levels_for, zooms_for
@@ -99,10 +100,41 @@ def test_a_session_comes_back_the_same(
     before, after = ring_of(cache), ring_of(saved.cache)
     assert before is not None
     assert after is not None
-    assert (before.offset, before.first, before.flushed) == (after.offset, after.first, after.flushed)
+    assert (before.offset, before.gone, before.flushed) == (after.offset, after.gone, after.flushed)
     there.store.spec.check_integrity()
     for more in ([5], some(2, 150), [7], [9]):
         np.testing.assert_array_equal(there.logits(list(saved.cache), more), place.logits(cache, more))
+
+
+def test_an_outline_comes_back(bundled: LoadedModel, tiny_llama: Module, tmp_path: Path) -> None:
+    """With a checkpoint from before, which has another. The release before wrote rings without one."""
+    outline, path = Outline(150, (150, 260, 380), (200,)), tmp_path / f"a{SUFFIX}"
+    place, tokens = Place(bundled, tiny_llama, RingConfig(8, 64, 400)), some(1, 620)
+    cache = place.store.new_cache()
+    ring = ring_of(cache)
+    assert ring is not None
+    ring.describe(outline.before(300))
+    place.logits(cache, tokens[:300])
+    earlier = fork(cache)
+    ring.describe(outline)
+    place.logits(cache, tokens[300:])
+    states = [State("session", np.array(tokens), cache), State("prompt", np.array(tokens[:300]), earlier)]
+    place.files.save(path, states)
+    there = Place(bundled, tiny_llama, RingConfig(8, 64, 400))
+    for saved, state in zip(there.files.load(path), states, strict=True):
+        before, after = ring_of(state.cache), ring_of(saved.cache)
+        assert before is not None
+        assert after is not None
+        assert (before.outline, before.pinned, before.gone) == (after.outline, after.pinned, after.gone)
+        assert before.pinned == 3
+        np.testing.assert_array_equal(there.logits(list(saved.cache), [5]), place.logits(list(state.cache), [5]))
+    manifest, arrays = open_checked(path)
+    for record in manifest["states"]:
+        del record["outline"], record["ring"]["pinned"]
+    write(path, {name: piece(array) for name, array in arrays.items()}, {**manifest, "version": 4})
+    after = ring_of(there.files.load(path)[0].cache)
+    assert after is not None
+    assert (after.outline, after.pinned) == (PLAIN, 0)
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text", "falcon_h1", "deepseek_v3"])
