@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from server.errors import ContextLengthExceeded
+from turbocache.cache.outline import PLAIN, Outline
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 ToolChoice = Literal["none", "auto", "required"]
@@ -128,6 +129,8 @@ class Prompt:
     """State of the text in which the answer begins: `reasoning` inside a thought."""
     param: str = "messages"
     """Where in the request the prompt stands."""
+    outline: Outline = PLAIN
+    """Where the prefix ends and turns begin, if sessions rotate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,15 @@ class Usage:
     completion_tokens: int
     reasoning_tokens: int = 0
     """Completion tokens that belong to a thought."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What of a conversation is no longer in its session's cache."""
+
+    tokens: int = 0
+    turns: int = 0
+    """The user's turns that these tokens belong to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +331,10 @@ class Engine(Protocol):
 
         Raises server.errors.QueueFull, OutOfMemory, ContextLengthExceeded or EngineDead. Then nothing is queued.
         """
+        ...
+
+    def dropped(self, prompt: Prompt) -> Dropped:
+        """What of a prompt its answer will not see, because the session rotates."""
         ...
 
     def cancel(self, request_id: str) -> None:

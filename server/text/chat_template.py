@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from server.errors import InvalidRequest, UnsupportedField
 from server.protocol import Conversation, Prompt
 from server.text.token_memo import ChatEncoder
+from turbocache.cache.outline import PLAIN, Outline
 from turbocache.mlxlm.model import LoadedModel
 
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"})
@@ -47,10 +48,14 @@ def opening_state(tokenizer: TokenizerWrapper, prompt: Sequence[int]) -> str:
 
 
 class PromptBuilder:
-    """Applies the chat template and the tokenizer. Safe to call from any thread."""
+    """Applies the chat template and the tokenizer. Safe to call from any thread.
 
-    def __init__(self, model: LoadedModel) -> None:
+    With `outlines`, prompts say where their turns begin. This takes a second rendering.
+    """
+
+    def __init__(self, model: LoadedModel, *, outlines: bool = False) -> None:
         self._model = model
+        self._outlines = outlines
         self._encoder = ChatEncoder(model.tokenizer)
         self._template = str(model.tokenizer.chat_template) if model.tokenizer.has_chat_template else ""
 
@@ -86,7 +91,16 @@ class PromptBuilder:
         tool = conversation.messages[-1].get("role") == "tool"
         messages_end = self._encoder.messages_end(tokens)
         opening = opening_state(self._model.tokenizer, tokens)
-        return Prompt(tokens, system_end, messages_end, tool, conversation.continue_final_message, opening)
+        outline = self._outline(conversation, tokens, system_end) if self._outlines else PLAIN
+        return Prompt(
+            tokens, system_end, messages_end, tool, conversation.continue_final_message, opening, outline=outline
+        )
+
+    def _outline(self, conversation: Conversation, tokens: list[int], system_end: int) -> Outline:
+        turns, steps = self._encoder.beginnings(conversation, tokens)
+        first = conversation.messages[: 2 if conversation.messages[0]["role"] == "system" else 1][-1]
+        # Templates put tools, and system messages of their own, before the first turn.
+        return Outline(turns[0] if turns and first["role"] == "user" else system_end, turns, steps)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return list(self._model.tokenizer.encode(text, add_special_tokens=special))

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from server.protocol import Conversation
+from server.text.beginnings import Openings, beginnings, marked, openings, without_marks
 
 _MAX_CHARACTERS = 1 << 22
 """Bound on the text in the cache; its ids take about 4 MiB."""
@@ -49,6 +50,7 @@ class ChatEncoder:
         if self._boundary is not None and any(self._encode_pieces(s) != self._encode_whole(s) for s in _SAMPLES):
             self._boundary = None
         self._opening = self._answer_opening() if tokenizer.has_chat_template else []
+        self._openings = self._read_openings() if self.uses_cache else Openings()
 
     @property
     def uses_cache(self) -> bool:
@@ -58,11 +60,7 @@ class ChatEncoder:
         """Token ids of the conversation and, if it is `opened`, of the answer's opening. Exceptions of the template
         pass through.
         """
-        options: dict[str, Any] = {**conversation.options, "add_generation_prompt": conversation.add_generation_prompt}
-        if conversation.tools:
-            options["tools"] = conversation.tools
-        if conversation.continue_final_message:
-            options |= {"add_generation_prompt": False, "continue_final_message": True}
+        options = _options_of(conversation)
         with self._lock:
             return (self._encode_whole if self._boundary is None else self._encode_pieces)(
                 conversation.messages, options
@@ -90,6 +88,38 @@ class ChatEncoder:
         except TemplateError:  # the template refuses the made-up conversation, not this one
             return 0
         return _n_shared(tokens, other)
+
+    def beginnings(self, conversation: Conversation, tokens: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where turns begin in the conversation's `tokens`, and where the model goes on after results of tools. Places
+        that are not known are left out: a template may write messages that nothing sets apart.
+        """
+        if self._boundary is None or (messages := marked(conversation.messages)) is None:
+            return (), ()
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, **_options_of(conversation))
+        except (TemplateError, ValueError):  # the template refuses the marks, not this conversation
+            return (), ()
+        if (found := beginnings(messages, text, self._openings)) is None:
+            return (), ()
+        starts, n_letters, ids = dict[int, int](), 0, list[int]()
+        with self._lock:
+            for piece in self._boundary.split(without_marks(text)):
+                starts[n_letters] = len(ids)
+                n_letters += len(piece)
+                ids.extend(self._ids(piece) if piece else ())
+        if ids != tokens:
+            return (), ()
+        turns, steps = (tuple(starts[place] for place in places if place in starts) for places in found)
+        return turns, steps
+
+    def _read_openings(self) -> Openings:
+        def render(messages: list[dict[str, Any]], answer: bool) -> str:
+            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False))
+
+        try:
+            return openings(render)
+        except Exception:  # third-party code, as in `_boundary`
+            return Openings()
 
     def _answer_opening(self) -> list[int]:
         """The ids with which the template opens an answer; empty if opening one changes earlier ids."""
@@ -123,6 +153,16 @@ class ChatEncoder:
             oldest, _ = self._pieces.popitem(last=False)
             self._n_characters -= len(oldest)
         return ids
+
+
+def _options_of(conversation: Conversation) -> dict[str, Any]:
+    """What the template gets besides the messages."""
+    options: dict[str, Any] = {**conversation.options, "add_generation_prompt": conversation.add_generation_prompt}
+    if conversation.tools:
+        options["tools"] = conversation.tools
+    if conversation.continue_final_message:
+        options |= {"add_generation_prompt": False, "continue_final_message": True}
+    return options
 
 
 def _n_shared(tokens: list[int], other: list[int]) -> int:
