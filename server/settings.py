@@ -135,6 +135,13 @@ class Settings(BaseSettings):
     )
     keep: int = Field(default=64, ge=0, description="a number of tokens, 0 or more")
     window: int = Field(default=128, gt=0, multiple_of=PAGE, description="a positive multiple of 64 (tokens)")
+    pin_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="the largest part of TURBOCACHE_MAX_SIZE that the system message and the tools may keep, 0 to 1",
+    )
     kv_memory: Annotated[MemoryBudget | None, NoDecode, _from_text(parse_memory)] = _own(
         default=None,
         description="bytes (at least 1 MiB), a size such as 512MB or 4GiB, or a fraction of memory such as 0.5 or 1.0",

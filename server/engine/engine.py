@@ -24,6 +24,7 @@ from server.protocol import (
     AnswerRules,
     Conversation,
     Deliver,
+    Dropped,
     GenerationRequest,
     Grammar,
     Health,
@@ -32,6 +33,7 @@ from server.protocol import (
     SessionChange,
 )
 from server.settings import Settings
+from turbocache.cache import PAGE
 from turbocache.machine.launched import is_launched
 from turbocache.machine.memory import keep_freed_memory
 
@@ -131,6 +133,12 @@ class MlxEngine:
         self._check_alive()
         for queued in admit(requests, deliver, self.model, self._queue, self.services.budget):
             self._commands.put(queued)
+
+    def dropped(self, prompt: Prompt) -> Dropped:
+        ring, outline = self.services.runtime.store.spec.ring, prompt.outline
+        pinned = ring.pinned(outline)
+        start, end = ring.keep + PAGE * pinned, ring.first_visible(len(prompt.tokens) - 1, pinned, outline)
+        return Dropped(end - start, outline.turns_dropped(start, end))
 
     def cancel(self, request_id: str) -> None:
         self._commands.put(Cancel(request_id))

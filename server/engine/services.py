@@ -74,7 +74,7 @@ def load_services(
         disk=disk,
         registry=SessionRegistry(store, disk, clock),
         faults=FaultLog(metrics, runtime.backend.name),
-        prompts=PromptBuilder(model),
+        prompts=PromptBuilder(model, outlines=store.spec.ring.max_size is not None),
         vocabulary=vocabulary,
         tool_format=format,
         grammars=GrammarCompiler(model.tokenizer, format, vocabulary),

@@ -87,7 +87,7 @@ def load_runtime(settings: Settings, coordinator: Coordinator) -> Runtime:
     if max_size is not None and max_size >= model.max_positions:
         max_size = None  # the model's own limit is lower, so nothing rotates
     try:
-        ring = RingConfig(settings.keep, settings.window, max_size)
+        ring = RingConfig(settings.keep, settings.window, max_size, settings.pin_share)
     except ValueError as error:
         raise StartupError(f"TURBOCACHE_MAX_SIZE, TURBOCACHE_KEEP, TURBOCACHE_WINDOW: {error}.") from error
     plans = checked_plans(model.model)

@@ -9,7 +9,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import OriginNotAllowed
 
-EXPOSED = ("X-Session-ID", "X-Request-Id", "X-Turbocache-Overflow", "Retry-After")
+EXPOSED = (
+    "X-Session-ID",
+    "X-Request-Id",
+    "X-Turbocache-Overflow",
+    "X-Turbocache-Dropped-Tokens",
+    "X-Turbocache-Dropped-Turns",
+    "Retry-After",
+)
 METHODS = ("GET", "POST", "DELETE")
 _READING = ("GET", "HEAD", "OPTIONS")
 

@@ -102,8 +102,10 @@ class RequestMiddleware:
                     headers.append((b"request-id", context.request_id.encode()))
                 if context.session_name is not None:
                     headers.append((b"x-session-id", context.session_name.encode()))
-                if context.rotated:
+                if context.dropped_tokens:
                     headers.append((b"x-turbocache-overflow", b"rotate"))
+                    headers.append((b"x-turbocache-dropped-tokens", b"%d" % context.dropped_tokens))
+                    headers.append((b"x-turbocache-dropped-turns", b"%d" % context.dropped_turns))
                 message = {**message, "headers": headers}
             await send(message)
 

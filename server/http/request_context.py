@@ -25,8 +25,10 @@ class RequestContext:
     """Goes back to the client as X-Session-ID, never into the log."""
     owner: str = ""
     """Tells API keys apart."""
-    rotated: bool = False
-    """The prompt is longer than a session holds. The client sees X-Turbocache-Overflow."""
+    dropped_tokens: int = 0
+    """Tokens of the prompt that the answer does not see. The client sees X-Turbocache-Overflow and -Dropped-Tokens."""
+    dropped_turns: int = 0
+    """The user's turns that they belong to: X-Turbocache-Dropped-Turns."""
     stream: bool = False
     usage: Usage | None = None
     first_text_seconds: float | None = None

@@ -120,9 +120,11 @@ def submit(app: AppContext, requests: Sequence[GenerationRequest], context: Requ
     generation, model = Generation(app.engine, app.metrics, requests, context), app.engine.model
     try:
         for wanted in requests:
-            n_prompt = len(wanted.prompt.tokens)
-            context.rotated |= model.rotates_at is not None and n_prompt > model.rotates_at
-            model.answer_limit(n_prompt, wanted.max_tokens, wanted.prompt.param)
+            model.answer_limit(len(wanted.prompt.tokens), wanted.max_tokens, wanted.prompt.param)
+            if wanted.shares_prompt_of is None and model.rotates_at is not None:
+                dropped = app.engine.dropped(wanted.prompt)
+                context.dropped_tokens += dropped.tokens
+                context.dropped_turns += dropped.turns
         generation.submit()
     except ServerError as error:
         app.metrics.admission_refusals.labels(reason=error.code or error.type).inc()

@@ -30,6 +30,14 @@ _ANSWER_HEADERS = {
         "schema": {"type": "string", "enum": ["rotate"]},
         "description": "the prompt is longer than a session holds",
     },
+    "X-Turbocache-Dropped-Tokens": {
+        "schema": {"type": "integer", "minimum": 1},
+        "description": "tokens of the prompt that the answer does not see, with X-Turbocache-Overflow",
+    },
+    "X-Turbocache-Dropped-Turns": {
+        "schema": {"type": "integer", "minimum": 0},
+        "description": "the user's turns that these tokens belong to",
+    },
 }
 
 

@@ -43,7 +43,7 @@ export function ringPanel(row, limit) {
   if (!row?.ring) return el("p", { class: "hint" }, withoutRing(row));
   const { ring } = row;
   const shape = shapeOf(ring, limit);
-  const held = Math.min(ring.offset, ring.max_size ?? Infinity);
+  const held = row.tokens_held;
   const size = ring.max_size ?? limit;
   return [
     svg(
@@ -70,25 +70,30 @@ function words({ ring }, held, size) {
     `${count(held)} of ${count(size)} tokens held`,
     `${count(ring.sink_tokens)} in the sink`,
     plural(ring.pages, "page"),
+    ...(ring.pinned_pages ? [`${count(ring.pinned_pages)} of them pinned`] : []),
     `${count(ring.window_tokens)} in the window`,
     `${plural(ring.first_page, "page")} rotated out`,
   ];
   return `Ring: ${parts.join(", ")}`;
 }
 
-function legend({ ring }, shape, size) {
+function legend({ ring, dropped_turns }, shape, size) {
   const gone = ring.first_page * ring.page_tokens;
   const left = ring.max_size === null ? null : ring.max_size - ring.offset;
   const full = left > 0 ? `reached in ${plural(left, "token")}` : "new tokens replace the oldest ones here";
   const rotation = left === null ? "none: the model's limit comes first" : full;
   const grouped = shape.perSegment > 1 ? ` (a segment is ${shape.perSegment})` : "";
-  const pages = `${count(ring.pages)} of ${ring.page_tokens} tokens, compressed, the newer the stronger${grouped}`;
+  const rotating = ring.pages - ring.pinned_pages;
+  const pages = `${count(rotating)} of ${ring.page_tokens} tokens, compressed, the newer the stronger${grouped}`;
+  const pinned = `${plural(ring.pinned_pages, "page")}: the system message and the tools, never rotated out`;
+  const turns = dropped_turns ? ` of ${plural(dropped_turns, "turn")}` : "";
   const entries = [
     ["sink", "Sink", `${plural(ring.sink_tokens, "token")}, raw, never rotated out`],
-    ["page", "Pages", ring.pages ? pages : "none yet"],
+    ...(ring.pinned_pages ? [["pinned", "Pinned", pinned]] : []),
+    ["page", "Pages", rotating ? pages : "none yet"],
     ["window", "Window", `${plural(ring.window_tokens, "token")}, raw, the newest`],
     ["point", "Rotation point", rotation],
-    ["gone", "Rotated out", `${plural(ring.first_page, "page")}, ${plural(gone, "token")}`],
+    ["gone", "Rotated out", `${plural(ring.first_page, "page")}, ${plural(gone, "token")}${turns}`],
     ["seen", "Seen in all", plural(ring.offset, "token")],
   ];
   return el(

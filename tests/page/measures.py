@@ -54,13 +54,15 @@ def rings() -> list[dict[str, Any]]:
         size = draw.choice([None, 320, 512, 4096, 40_960])
         offset = draw.randint(0, draw.choice([40, 300, 2000, 100_000]))
         flushed = max(0, (offset - keep - window) // 64)
-        first = 0 if size is None else max(0, (max(keep, offset + 1 - (size - keep)) - keep) // 64)
-        first = min(first, flushed)
+        pinned = min(flushed, draw.choice([0, 0, 1, 20]), 0 if size is None else (size - keep - window - 64) // 64)
+        kept = keep + 64 * pinned
+        first = 0 if size is None else max(0, (max(kept, offset + 1 - (size - kept)) - kept) // 64)
+        first = min(first, flushed - pinned)
         raw = max(0, offset - keep - 64 * flushed)
         found.append(
             {
                 "offset": offset, "sink_tokens": min(offset, keep), "first_page": first, "pages": flushed - first,
-                "page_tokens": 64, "window_tokens": raw, "max_size": size,
+                "pinned_pages": pinned, "page_tokens": 64, "window_tokens": raw, "max_size": size,
             }
         )  # fmt: skip
     return found

@@ -12,6 +12,7 @@ from server.protocol import (
     AnswerRules,
     Conversation,
     Deliver,
+    Dropped,
     Event,
     Finished,
     GenerationRequest,
@@ -128,6 +129,10 @@ class ScriptedEngine:
     def constrain(self, rules: AnswerRules, prompt: Prompt) -> Grammar | None:
         self.rules.append(rules)
         return None
+
+    def dropped(self, prompt: Prompt) -> Dropped:
+        rotates_at = self._model.rotates_at
+        return Dropped() if rotates_at is None else Dropped(max(0, len(prompt.tokens) - rotates_at), 1)
 
     def submit(self, requests: Sequence[GenerationRequest], deliver: Deliver) -> None:
         if self.submit_error is not None:

@@ -34,8 +34,10 @@ class SessionRing(BaseModel):
     """Tokens ever seen."""
     sink_tokens: int
     first_page: int
-    """Number of the oldest page. As many pages have rotated out."""
+    """As many pages have rotated out."""
     pages: int
+    pinned_pages: int
+    """The first of the pages, which never rotate out: the system message and the tools."""
     page_tokens: int
     """Tokens per page."""
     window_tokens: int
@@ -58,8 +60,12 @@ class SessionBody(BaseModel):
     """Null unless a cache is in memory and not in use."""
     saved: bool
     rotations: int
+    pinned_tokens: int | None
+    """The first tokens, which are never dropped. Null without a compressed cache in memory, like the following ones."""
+    dropped_tokens: int | None
+    dropped_turns: int | None
+    """The user's turns that the dropped tokens belong to."""
     ring: SessionRing | None
-    """Null without a compressed cache in memory, like `centred_heads`."""
     centred_heads: int | None
     checkpoints: int
     turns: int

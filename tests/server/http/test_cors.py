@@ -10,7 +10,8 @@ from tests.server.conftest import BODY, CHAT, Serve, error_of
 from tests.server.scripted_engine import ScriptedEngine
 
 PAGE = "http://localhost:3000"
-EXPOSED = {"x-session-id", "x-request-id", "x-turbocache-overflow", "retry-after"}
+DROPPED = {"x-turbocache-overflow", "x-turbocache-dropped-tokens", "x-turbocache-dropped-turns"}
+EXPOSED = {"x-session-id", "x-request-id", "retry-after", *DROPPED}
 
 
 def preflight(http: httpx.Client, origin: str) -> httpx.Response:

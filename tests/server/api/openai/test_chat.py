@@ -235,6 +235,12 @@ def test_no_logprobs_unless_asked_for(serve: Serve) -> None:
 
 @pytest.mark.parametrize("body", [BODY, STREAM])
 def test_a_conversation_that_rotates_is_told_so(serve: Serve, body: dict[str, Any]) -> None:
-    assert serve(ScriptedEngine(rotates_at=7)).http.post(CHAT, json=body).headers["x-turbocache-overflow"] == "rotate"
+    headers = serve(ScriptedEngine(rotates_at=5)).http.post(CHAT, json=body).headers
+    told = {name: value for name, value in headers.items() if name.startswith("x-turbocache")}
+    assert told == {
+        "x-turbocache-overflow": "rotate",
+        "x-turbocache-dropped-tokens": "3",
+        "x-turbocache-dropped-turns": "1",
+    }
     assert "x-turbocache-overflow" not in serve(ScriptedEngine(rotates_at=8)).http.post(CHAT, json=body).headers
     assert "x-turbocache-overflow" not in serve(ScriptedEngine()).http.post(CHAT, json=body).headers
