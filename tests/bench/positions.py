@@ -86,7 +86,8 @@ def read(loaded: LoadedModel, cache: Any, tokens: Sequence[int]) -> mx.array:
     for chunk in chunks[:-1]:
         mx.eval(loaded.model.model(chunk, cache=cache))  # no logits
     logits = loaded.model(chunks[-1], cache=cache)[0].astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    logprobs: mx.array = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return logprobs
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Sums:
     n: int = 0
 
     def add(self, own: mx.array, fresh: mx.array, following: Sequence[int]) -> None:
-        self.loss -= float(own[mx.arange(len(following)), mx.array(following)].sum())
+        self.loss -= float(own[mx.arange(len(following)), mx.array(list(following))].sum())
         self.divergence += float((mx.exp(fresh) * (fresh - own)).sum())
         self.same += int((own.argmax(axis=-1) == fresh.argmax(axis=-1)).sum())
         self.n += len(following)
