@@ -71,16 +71,25 @@ def visible_of(outline: Outline, position: int, ring: RingConfig) -> Array:
 def quantise_row(row: Array, levels: Array, *, unbiased: bool, zooms: tuple[float, ...] = ()) -> Array:
     """What a rotated row `[dim]` is read back as, by the definition (TurboQuant's codes of levels of N(0, 1); EDEN's or
     the least-squares scale). Of the row and the row times each of `zooms` the one is coded whose levels point most the
-    row's way.
+    row's way. From 32 levels on, the row is stretched until its largest coordinate lies half a step beyond the last.
     """
     row, levels = row.astype(np.float64), levels.astype(np.float64)
     rms = np.sqrt((row**2).mean())
     if rms == 0:
         return np.zeros_like(row)
-    tried = [levels[np.abs(zoom * row[:, None] / rms - levels).argmin(axis=1)] for zoom in (1.0, *zooms)]
+    tries = (stretch(row[None] / rms, levels).item(),) if levels.size >= 32 else (1.0, *zooms)
+    tried = [levels[np.abs(zoom * row[:, None] / rms - levels).argmin(axis=1)] for zoom in tries]
     read: Array = max(tried, key=lambda read: float((read @ row) / np.linalg.norm(read)))
     scale = (row @ row) / (read @ row) if unbiased else (read @ row) / (read @ read)
     return float(np.float16(min(scale, 65504.0))) * read
+
+
+def stretch(units: Array, levels: Array) -> Array:
+    """The factor of each row `[n, dim]` for a grid of at least 32 levels: `[n, 1]`, or 1 for smaller codebooks."""
+    if levels.ndim > 1 or levels.size < 32:
+        return np.ones((len(units), 1))
+    end = (3 * levels[-1] - levels[-2]) / 2
+    return end / np.maximum(np.abs(units).max(axis=1, keepdims=True), 1e-30)
 
 
 def quantise_page(rows: Array, table: Array, *, unbiased: bool, zooms: tuple[float, ...] = ()) -> Array:

@@ -17,7 +17,7 @@ from kernels.codec.layout import PAGE
 from kernels.codec.rotation import Rotation
 from kernels.fused.kernel_text import Language, kernel
 from kernels.fused.profiles import PROFILES, Profile, choose_profile
-from kernels.fused.step import THREADS, StepLauncher, code_constants
+from kernels.fused.step import MAX_TABLE_BITS, THREADS, StepLauncher, code_constants
 from kernels.lanes.base import (
     AttentionPath,
     ChunkInputs,
@@ -33,7 +33,7 @@ from kernels.lanes.base import (
 
 LOG2_E = 1.4426950408889634
 
-_BITS = (2, 2.5, 3, 3.5, 4, 8)
+_BITS = (2, 2.5, 3, 3.5, 4, 5, 6, 8)
 _SLICE = 16
 """Tokens per threadgroup of the kernel expand."""
 
@@ -180,7 +180,7 @@ class FusedLanes(Lanes):
             tables = [
                 pair_table(levels).view(np.uint32).ravel()
                 for bits, levels in ((s.key_bits, books.keys), (s.value_bits, books.values))
-                if bits != 8
+                if bits <= MAX_TABLE_BITS
             ]
             floats = np.concatenate([[scale * LOG2_E, 0, 0, 0], *signs]).astype(np.float32)
             self._constants[scale] = resident(mx.array(np.concatenate([floats.view(np.uint32), *tables])))

@@ -21,6 +21,9 @@ MAX_SPLITS = max(profile.max_splits for profile in PROFILES.values())
 MAX_QUERIES = 8
 """Most query tokens per row in one step."""
 
+MAX_TABLE_BITS = 4
+"""Codes of more bits have equally spaced levels, which kernels compute (sources/shapes.h)."""
+
 _TILE = 8
 _AT_FIRST = -1
 """Every word of a new workspace: the start of its counters, and NaN in a part that was not written."""
@@ -173,7 +176,8 @@ class StepLauncher:
         if self._language == "metal":
             return 1  # the output takes a register for each of 8 queries and 8 dims
         s = self._shape
-        tables = sum(128 << int(2 * bits) for bits in {s.key_bits, s.value_bits} if bits != 8) * (1 + self._two_tables)
+        widths = {bits for bits in (s.key_bits, s.value_bits) if bits <= MAX_TABLE_BITS}
+        tables = sum(128 << int(2 * bits) for bits in widths) * (1 + self._two_tables)
         output = 4 * (WARPS if s.value_dim <= 128 else 2) * _TILE * (s.value_dim + 4)
         by_memory = (_SHARED_BYTES - 8 * WARPS * _TILE - max(tables, output)) // (6 * _TILE * s.key_dim)
         return max(1, min(by_memory, 256 // s.value_dim))

@@ -11,6 +11,7 @@ Page bytes, for each KV head:
     scales        key scales and value scales `[PAGE]` in float16
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import ClassVar
@@ -21,6 +22,7 @@ import numpy as np
 from kernels.attention.device import on_cpu
 from kernels.attention.page_tables import PageIndex
 from kernels.attention.softmax import causal_mask, normalise, product, softmax_weights
+from kernels.codec.codes import range_end
 from kernels.codec.layout import PAGE, pack, words_for
 from kernels.codec.rotation import Rotation
 from kernels.lanes.base import (
@@ -56,6 +58,7 @@ class _Grid:
             raise ValueError("the packed lanes need equally spaced levels")
         self.step, self.low, self.n_levels = float(steps.mean()), float(levels[0]), len(levels)
         self.bits = self.n_levels.bit_length() - 1
+        self.range_end = range_end(levels)
 
     def nearest(self, units: mx.array) -> tuple[mx.array, mx.array]:
         """Coordinates to codes and levels by rounding, in a tenth of a search's time."""
@@ -73,10 +76,7 @@ class _Grid:
         Uses MLX's quantised product, except on the CPU, where MLX decodes the codes again for every row of `x`.
         """
         if on_cpu():
-            if 8 % bits == 0:
-                return self._product_of_bytes(x, words, bits)
-            groups = (*words.shape[:-1], words.shape[-1] * 32 // bits // group)
-            return product(x, mx.dequantize(words, *self.affine(groups, x.dtype), group_size=group, bits=bits))
+            return self._product_of_bytes(x, words, bits) if 8 % bits == 0 else self._product_of_codes(x, words, bits)
         groups = (*words.shape[:-1], words.shape[-1] * 32 // bits // group)
         scales, biases = self.affine(groups, x.dtype)
         return mx.quantized_matmul(x, words, scales, biases, transpose=False, group_size=group, bits=bits)
@@ -95,6 +95,35 @@ class _Grid:
             codes.append(here if above is None else here - (1 << bits) * above)
             above = here
         return mx.stack(codes[::-1], axis=-1).flatten(-2) if len(codes) > 1 else codes[0]
+
+    def _product_of_codes(self, x: mx.array, words: mx.array, bits: int) -> mx.array:
+        """The same product for codes that cross bytes.
+
+        n codes fill n_bytes bytes. The k-th codes of all groups are one factor, so each code is read from at most two
+        arrays of bytes, in order.
+        """
+        n_bytes = math.lcm(bits, 8) // 8
+        in_bytes = words.view(mx.uint8)
+        codes = _crossing_codes(bits)(*(in_bytes[..., i::n_bytes] for i in range(n_bytes)))
+        return mx.stack([product(x * self.step, c) for c in codes], axis=-1).flatten(-2)
+
+
+@cache
+def _crossing_codes(bits: int) -> Callable[..., tuple[mx.array, ...]]:
+    """The i-th bytes of all groups, for each i, to their k-th codes as float32, centred on 0, for each k."""
+
+    def read(*in_bytes: mx.array) -> tuple[mx.array, ...]:
+        codes = []
+        for first in range(0, 8 * len(in_bytes), bits):
+            byte, shift = divmod(first, 8)
+            code = mx.right_shift(in_bytes[byte], mx.array(shift, dtype=mx.uint8))
+            if shift + bits > 8:
+                code = code | mx.left_shift(in_bytes[byte + 1], mx.array(8 - shift, dtype=mx.uint8))
+            codes.append((code & ((1 << bits) - 1)).astype(mx.float32) - ((1 << bits) - 1) / 2)
+        return tuple(codes)
+
+    compiled: Callable[..., tuple[mx.array, ...]] = mx.compile(read, shapeless=True)
+    return compiled
 
 
 @cache
@@ -144,8 +173,12 @@ class PackedLanes(Lanes):
 
     def encode(self, keys: mx.array, values: mx.array) -> Pages:
         keys, values = self._key_rotation.apply(keys), self._value_rotation.apply(values)
-        key_codes, key_scales = quantise(keys, self._keys.nearest, unbiased=True, zooms=self._zooms[0])
-        value_codes, value_scales = quantise(values, self._values.nearest, unbiased=False, zooms=self._zooms[1])
+        key_codes, key_scales = quantise(
+            keys, self._keys.nearest, unbiased=True, zooms=self._zooms[0], end=self._keys.range_end
+        )
+        value_codes, value_scales = quantise(
+            values, self._values.nearest, unbiased=False, zooms=self._zooms[1], end=self._values.range_end
+        )
         value_codes = mx.pad(value_codes, [(0, 0)] * (value_codes.ndim - 1) + [(0, self._value_pad)])
         return (
             pack(key_codes.swapaxes(-1, -2), self._keys.bits),

@@ -7,8 +7,9 @@ x' = a * levels[c], then rotated back. The levels are those of N(0, 1), because 
     keys:    a = |x|^2 / <r, x>          so that <x', x> = |x|^2: inner products have no bias (EDEN, arXiv 2604.18555)
     values:  a = <r, x> / <r, r>         the least-squares scale
 
-If codebooks have zooms z, encoding tries u and each z u, and keeps the c whose r has the smallest angle with u. Reading
-does not change, because a does not depend on z.
+If codebooks have zooms z, encoding tries u and each z u, and keeps the c whose r has the smallest angle with u. From 5
+bits on, levels are equally spaced and z = range_end(levels) / max |u_i|. Reading does not change, because a does not
+depend on z.
 
 Page bytes, layout 2 (kernels/codec/layout.py has the bit streams), for each KV head:
 
@@ -38,20 +39,23 @@ _FLOAT16_MAX = 65504.0
 
 
 def quantise(
-    rows: mx.array, nearest: Nearest, *, unbiased: bool, zooms: Sequence[float] = ()
+    rows: mx.array, nearest: Nearest, *, unbiased: bool, zooms: Sequence[float] = (), end: float | None = None
 ) -> tuple[mx.array, mx.array]:
     """Rotated rows `[..., dim]` to codes of the nearest entries (uint32, in the order of `nearest`) and float16 scales
     `[...]`.
 
-    `unbiased` selects the key scale, else the value scale. A zero row gets scale 0. A row with NaN or infinity gets a
-    NaN or clamped scale and affects no other row. A scale is about the root mean square of its row. Its relative error
-    is float16's: at most 2**-11 for scales above 6e-5.
+    `unbiased` selects the key scale, else the value scale. `end` is the codebook's `range_end`. A zero row gets scale
+    0. A row with NaN or infinity gets a NaN or clamped scale and affects no other row. A scale is about the root mean
+    square of its row. Its relative error is float16's: at most 2**-11 for scales above 6e-5.
     """
     rows = rows.astype(mx.float32)
     norms = mx.linalg.norm(rows, axis=-1, keepdims=True)
     # Divide first: times the root of the dimension, the largest rows would overflow float32.
     units = rows / mx.maximum(norms, 1e-30) * math.sqrt(rows.shape[-1])
-    codes, levels = nearest(units * _best_zoom(units, zooms, nearest) if zooms else units)
+    if end is not None:
+        codes, levels = nearest(units * (end / mx.maximum(mx.abs(units).max(axis=-1, keepdims=True), 1e-30)))
+    else:
+        codes, levels = nearest(units * _best_zoom(units, zooms, nearest) if zooms else units)
     along = (levels * units).sum(axis=-1)
     scales = rows.shape[-1] / along if unbiased else along / mx.square(levels).sum(axis=-1)
     norms = norms.squeeze(-1)
@@ -97,9 +101,13 @@ class ReferenceLanes(Lanes):
 
     def encode(self, keys: mx.array, values: mx.array) -> Pages:
         keys, values = self._key_rotation.apply(keys), self._value_rotation.apply(values)
-        key_codes, key_scales = quantise(keys, self._keys.nearest, unbiased=True, zooms=self._zooms[0])
+        key_codes, key_scales = quantise(
+            keys, self._keys.nearest, unbiased=True, zooms=self._zooms[0], end=self._keys.range_end
+        )
         down = down_columns(self._values.nearest)
-        value_codes, value_scales = quantise(values, down, unbiased=False, zooms=self._zooms[1])
+        value_codes, value_scales = quantise(
+            values, down, unbiased=False, zooms=self._zooms[1], end=self._values.range_end
+        )
         return self._keys.pack(key_codes), self._values.pack(value_codes), key_scales, value_scales
 
     def expand(self, pages: Pages, dtype: mx.Dtype) -> Pair:

@@ -18,6 +18,8 @@ from turbocache.codebooks.pair import PAIR_BITS, normal_density, pair_levels
 from turbocache.codebooks.scalar_tables import LLOYD_MAX, UNIFORM_STEP
 
 MAX_BITS = 8
+GRID_BITS = 5
+"""From this width on every kind is the same grid, and encoding fits each row to it (kernels/codec/codes.py)."""
 
 
 def _upper(x: np.ndarray) -> np.ndarray:
@@ -114,11 +116,13 @@ def uniform_step(bits: int) -> float:
 
 
 def grid_step(bits: int) -> float:
-    """`UNIFORM_STEP` rounded so that every level (c - (2**bits - 1) / 2) * step is a float16.
+    """The spacing of equally spaced levels, such that every level (c - (2**bits - 1) / 2) * step is a float16.
 
-    A level's count of half steps has `bits` binary digits, which leaves 11 - `bits` for the step. The rounding raises
-    the distortion by 0.01 % up to 5 bits and by at most 1.2 %.
+    From `GRID_BITS` on the cells cover -4 to 4. Below, it is `UNIFORM_STEP`, rounded: a level's count of half steps has
+    `bits` binary digits, which leaves 11 - `bits` for the step. That raises the distortion by 0.01 %.
     """
+    if bits >= GRID_BITS:
+        return math.ldexp(8, -bits)
     mantissa, exponent = math.frexp(UNIFORM_STEP[bits])
     digits = 1 << (11 - bits)
     return math.ldexp(round(mantissa * digits) / digits, exponent)
@@ -128,17 +132,17 @@ def zooms_for(kind: CodebookKind, bits: float) -> tuple[float, ...]:
     """Factors other than 1 that encoding tries on a row for equally spaced levels (kernels/lanes/reference.py).
 
     Such levels fit a row best if they end where its coordinates end. At 4 bits this lowers the mean squared error of
-    Gaussian rows by 9 % (128 coordinates) or 15 % (64). At 8 bits the gain is below float32's precision.
+    Gaussian rows by 9 % (128 coordinates) or 15 % (64). From `GRID_BITS` on, encoding fits the row's range instead.
     """
-    return (0.8, 0.9, 1.1, 1.2) if kind == "uniform" and bits < MAX_BITS else ()
+    return (0.8, 0.9, 1.1, 1.2) if kind == "uniform" and bits < GRID_BITS else ()
 
 
 @cache
 def levels_for(kind: CodebookKind, bits: float) -> np.ndarray:
     """Sorted levels of N(0, 1), float32 `[2**bits]`, float16-exact, read-only, or `pair_levels` for kinds with pairs.
 
-    At 8 bits all kinds are the grid, which needs no table. Raises ValueError for bits without a codebook and for the
-    kind `none` (see `CodebookKind`).
+    From `GRID_BITS` on all kinds are the grid, which needs no table. Raises ValueError for bits without a codebook and
+    for the kind `none` (see `CodebookKind`).
     """
     if bits in PAIR_BITS and (kind == "pair" or (kind == "lloyd_max" and bits % 1)):
         return pair_levels(bits)
@@ -148,7 +152,7 @@ def levels_for(kind: CodebookKind, bits: float) -> np.ndarray:
             f"and pairs of {', '.join(f'{b:g}' for b in PAIR_BITS)}"
         )
     whole = int(bits)
-    if kind != "uniform" and whole < MAX_BITS:
+    if kind != "uniform" and whole < GRID_BITS:
         half = np.array(LLOYD_MAX[whole])
     else:
         half = (np.arange(1 << (whole - 1)) + 0.5) * grid_step(whole)
@@ -161,14 +165,14 @@ def _print_tables() -> None:
     print('"""Frozen codebooks for N(0, 1), made by `python -m turbocache.codebooks.scalar`."""\n')
     print("# Positive half of the Lloyd-Max levels by bits; the other half mirrors it.")
     print("LLOYD_MAX: dict[int, tuple[float, ...]] = {")
-    for bits in range(1, MAX_BITS):  # 8 bits are the grid
+    for bits in range(1, GRID_BITS):
         print(f"    {bits}: (")
         for level in lloyd_max(bits):
             print(f"        {level:.12f},")
         print("    ),")
     print("}\n\n# Spacing of the best equally spaced levels by bits.")
     print("UNIFORM_STEP: dict[int, float] = {")
-    for bits in range(1, MAX_BITS + 1):
+    for bits in range(1, GRID_BITS):
         print(f"    {bits}: {uniform_step(bits):.12f},")
     print("}")
 

@@ -36,8 +36,8 @@ if (begin < end) {
     for (int i = 0; i < 8; i++) {
       // At least float16's smallest number: a row of zeros then adds nothing, but still counts. NaN stays NaN.
       const float scale = value_log[i] < 5.9e-8f ? 5.9e-8f : value_log[i];
-      value_log[i] = log2_fast(VP == 16 ? BYTE_STEP * scale : scale);
-      if (KP == 16) key_scale[i] *= BYTE_STEP;
+      value_log[i] = log2_fast(IS_GRID(VP) ? GRID_STEP(VP) * scale : scale);
+      if (IS_GRID(KP)) key_scale[i] *= GRID_STEP(KP);
       value_inverse[i] = exp2_fast(-value_log[i]);
     }
     if (b == skip_page) {

@@ -282,6 +282,7 @@ kernel_fn uint code_at(const device uint* stream, int index) {
 // Element `e` (0 or 1) of a pair code, in units of the row's scale.
 template <int PB>
 kernel_fn float level_of(uint code, int e, const device half* table) {
-  if (PB == 16) return (float(e == 0 ? code & 255u : code >> 8) - 127.5f) * BYTE_STEP;
+  if (IS_GRID(PB))
+    return (float(e == 0 ? code & uint(LAST_CODE(PB)) : code >> (PB / 2)) - 0.5f * LAST_CODE(PB)) * GRID_STEP(PB);
   return float(table[2 * code + e]);
 }

@@ -3,10 +3,10 @@
 // Code of coordinate x (levels of N(0, 1)) among the 2**(PB / 2) sorted levels of a scalar code, and its level.
 template <int PB>
 kernel_fn uint nearest_scalar(float x, const device half* table, thread float& level) {
-  if (PB == 16) {
-    const float at = clamp(x / BYTE_STEP + 127.5f, 0.0f, 255.0f);
+  if (IS_GRID(PB)) {
+    const float at = clamp(x / GRID_STEP(PB) + 0.5f * LAST_CODE(PB), 0.0f, float(LAST_CODE(PB)));
     const uint code = at == at ? uint(ceil(at - 0.5f)) : 0u; // ties go to the lower code, as below
-    level = (float(code) - 127.5f) * BYTE_STEP;
+    level = (float(code) - 0.5f * LAST_CODE(PB)) * GRID_STEP(PB);
     return code;
   }
   // Codes below 2**bits of a pair table are the pairs (level, lowest level). Ties go to the lower code.
@@ -27,7 +27,7 @@ kernel_fn void nearest_pairs(
   float least[N];
   PRAGMA_UNROLL
   for (int k = 0; k < N; k++) least[k] = 1e30f, best[k] = 0u;
-  for (uint code = 0u; code < (1u << (PB & 15)); code++) {
+  for (uint code = 0u; code < uint(TABLE_PAIRS(PB)); code++) {
     const float level_x = levels[2 * code], level_y = levels[2 * code + 1];
     PRAGMA_UNROLL
     for (int k = 0; k < N; k++) {
@@ -41,6 +41,11 @@ kernel_fn float or_zero(float x) { return x - x == 0.0f ? x : 0.0f; }
 
 kernel_fn float simd_total(float x) {
   for (int mask = 1; mask < 32; mask <<= 1) x += shuffle_xor(x, mask);
+  return x;
+}
+
+kernel_fn float simd_highest(float x) {
+  for (int mask = 1; mask < 32; mask <<= 1) x = max(x, shuffle_xor(x, mask));
   return x;
 }
 
@@ -72,7 +77,16 @@ kernel_fn void encode_page(
     }
     float along[2] = {0.0f, 0.0f}, squared[2] = {0.0f, 0.0f};
     const float root = sqrt(float(D));
-    const float unit[2] = {root / max(norm[0], 1e-30f), root / max(norm[1], 1e-30f)};
+    float unit[2] = {root / max(norm[0], 1e-30f), root / max(norm[1], 1e-30f)}, zoom[2] = {1.0f, 1.0f};
+    if (IS_GRID(PB)) { // the largest coordinate lies at the end of the range
+      for (int e = 0; e < 2; e++) {
+        float highest = 0.0f;
+        for (int d = int(lane); d < D; d += 32) highest = max(highest, fabs(or_zero(rows[e * D + d] * unit[e])));
+        highest = simd_highest(highest);
+        if (highest > 0.0f) zoom[e] = RANGE_END / highest;
+        unit[e] *= zoom[e];
+      }
+    }
     for (int first = 0; first < D; first += 32 * AT_ONCE) {
       float x[AT_ONCE], y[AT_ONCE];
       uint code[AT_ONCE];
@@ -108,7 +122,7 @@ kernel_fn void encode_page(
     }
     for (int e = 0; e < 2; e++) {
       const float ru = simd_total(along[e]), rr = simd_total(squared[e]);
-      const float scale = KEYS ? norm[e] * root / ru : norm[e] / root * ru / rr;
+      const float scale = KEYS ? norm[e] * root * zoom[e] / ru : norm[e] / root * ru / (rr * zoom[e]);
       if (lane == 0) scales[2 * t + e] = half(norm[e] == 0.0f ? 0.0f : min_keeping_nan(scale, 65504.0f));
     }
     barrier_simd();

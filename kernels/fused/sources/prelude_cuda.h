@@ -120,11 +120,14 @@ kernel_fn uint pack_half2(float low, float high) {
 }
 
 #if defined(__CUDA_ARCH__)
+kernel_fn uint minus_half2(uint x, uint y) {
+  uint out;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(x), "r"(y));
+  return out;
+}
 kernel_fn uint bytes_to_half2(uint word, uint selector) {
   // Bytes b become 256 + b (there the mantissa's unit is 1/4). Minus 383.5 that is exactly b - 127.5.
-  uint spread = __byte_perm(word, 0, selector) * 4u + 0x5c005c00u, out;
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(spread), "r"(0x5dfe5dfeu));
-  return out;
+  return minus_half2(__byte_perm(word, 0, selector) * 4u + 0x5c005c00u, 0x5dfe5dfeu);
 }
 // D += A B: A 16x16 row-major, B 16x8 column-major, float16 with float32 sums.
 kernel_fn void multiply_add(float* d, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
@@ -139,6 +142,9 @@ kernel_fn uint transpose8x8(uint x) {
 }
 #else
 // The same in plain C++, to run this text without a GPU.
+kernel_fn uint minus_half2(uint x, uint y) {
+  return pack_half2(half_bits(x & 0xffffu) - half_bits(y & 0xffffu), half_bits(x >> 16) - half_bits(y >> 16));
+}
 kernel_fn uint bytes_to_half2(uint word, uint selector) {
   uint low = (word >> (8 * (selector & 15u))) & 255u, high = (word >> (8 * ((selector >> 8) & 15u))) & 255u;
   return pack_half2((float)low - 127.5f, (float)high - 127.5f);
@@ -165,12 +171,12 @@ kernel_fn uint transpose8x8(uint x) {
 
 // --- tables of pair codes: one copy for each of the 32 banks, so that look-ups never conflict ---
 
-#define TABLE_WORDS(PB) ((PB) == 16 ? 0 : 32 << ((PB) == 16 ? 0 : (PB)))
+#define TABLE_WORDS(PB) (32 * TABLE_PAIRS(PB))
 
 template <int PB, int THREADS>
 kernel_fn void fill_table(uint* table, const __half* levels, uint thread_index) {
-  if constexpr (PB < 16) {
-    constexpr int n = 1 << PB;
+  if constexpr (!IS_GRID(PB)) {
+    constexpr int n = TABLE_PAIRS(PB);
 #pragma unroll
     for (int i = 0; i < n; i += THREADS) {
       const uint entry = i + thread_index;
@@ -208,13 +214,26 @@ kernel_fn LaneTable lane_table(const uint* table, uint lane) { return {table + l
 kernel_fn uint look_up(LaneTable table, uint code) { return table.base[32u * code]; }
 #endif
 
-// Pair `index` of a lane's aligned code stream, as two half values; 8-bit codes are in units of BYTE_STEP. The index must be
-// constant after loops are unrolled.
+// The 32 bits of a lane's stream in which stream bit `at` comes to lie at bit TO. Lower bits may be anything.
+template <int TO, int BITS>
+kernel_fn uint shifted(const uint* words, int at) {
+  const int word = at / 32, shift = at % 32 - TO;
+  if (shift < 0) return words[word] << -shift;
+  return at % 32 + BITS > 32 ? __funnelshift_r(words[word], words[word + 1], shift) : words[word] >> shift;
+}
+
+// Pair `index` of a lane's aligned code stream, as two half values; codes of a grid are in units of GRID_STEP. The index must
+// be constant after loops are unrolled.
 template <int PB>
 kernel_fn uint pair_at(const uint* words, int index, LaneTable table) {
   const int word = index * PB / 32, at = index * PB % 32;
   if constexpr (PB == 16) {
     return bytes_to_half2(words[word], at == 0 ? 0x4140u : 0x4342u);
+  } else if constexpr (IS_GRID(PB)) {
+    // A code c becomes 256 + c, as above.
+    constexpr uint last = LAST_CODE(PB);
+    const uint low = shifted<2, PB / 2>(words, index * PB), high = shifted<18, PB / 2>(words, index * PB + PB / 2);
+    return minus_half2((low & (last << 2)) | (high & (last << 18)) | 0x5c005c00u, 0x5c005c00u + 0x20002u * last);
   } else if constexpr (PB == 8) {
     return look_up(table, __byte_perm(words[word], 0u, 0x4440u + at / 8));
   } else {

@@ -43,23 +43,23 @@ kernel_fn void load4_fresh(const device float* p, thread float* x) { load4(p, x)
 // --- tables of pair codes ---
 
 typedef half2 table_word;
-#define TABLE_WORDS(PB) ((PB) == 16 ? 0 : 1 << ((PB) == 16 ? 0 : (PB)))
+#define TABLE_WORDS(PB) TABLE_PAIRS(PB)
 
 template <int PB, int THREADS>
 kernel_fn void fill_table(TG(table_word) table, const device half* levels, uint thread_index) {
-  if (PB < 16) {
-    for (uint i = thread_index; i < (1u << (PB & 15)); i += THREADS) table[i] = half2(levels[2 * i], levels[2 * i + 1]);
-  }
+  for (uint i = thread_index; i < uint(TABLE_PAIRS(PB)); i += THREADS)
+    table[i] = half2(levels[2 * i], levels[2 * i + 1]);
 }
 
-// Pair `index` of a lane's aligned code stream; 8-bit codes are in units of BYTE_STEP. The index must be constant after loops
-// are unrolled.
+// Pair `index` of a lane's aligned code stream; codes of a grid are in units of GRID_STEP. The index must be constant after
+// loops are unrolled.
 template <int PB>
 kernel_fn float2 pair_at(const thread uint* words, int index, TG(const table_word) table) {
   const int word = index * PB / 32, at = index * PB % 32;
   uint code = words[word] >> at;
   if (32 % PB != 0 && at + PB > 32) code |= words[word + 1] << (32 - at);
-  if (PB == 16) return float2(float(code & 255u), float((code >> 8) & 255u)) - 127.5f;
+  constexpr uint last = LAST_CODE(PB);
+  if (IS_GRID(PB)) return float2(float(code & last), float((code >> (PB / 2)) & last)) - 0.5f * last;
   return float2(table[code & ((1u << PB) - 1u)]);
 }
 

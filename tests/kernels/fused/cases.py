@@ -69,6 +69,8 @@ SETTINGS = (
     Setting("k3.5v3.5", 3.5, 3.5, 256, 256, n_kv_heads=1, dtype=mx.bfloat16, max_size=4 + 64, has_sinks=True),
     Setting("k3v2", 3, 2, 192, 128, n_kv_heads=1, n_repeats=16, n_queries=2),
     Setting("k4v8", 4, 8, 64, 80, n_repeats=1, dtype=mx.float32, keep=0),
+    Setting("k6v4", 6, 4, 128, 64, n_kv_heads=1, n_repeats=3),
+    Setting("k5v6", 5, 6, 80, 96, n_kv_heads=1, n_repeats=2, dtype=mx.bfloat16, n_queries=2),
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 

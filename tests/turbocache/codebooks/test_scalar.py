@@ -10,13 +10,22 @@ from kernels.codec.rotation import Rotation
 from kernels.lanes.base import CodebookKind, LaneShape
 from turbocache.backend import make_lanes
 from turbocache.codebooks.pair import PAIR_BITS, pair_distortion, pair_levels
-from turbocache.codebooks.scalar import MAX_BITS, gaussian_distortion, grid_step, levels_for, lloyd_max, uniform_step
+from turbocache.codebooks.scalar import (
+    GRID_BITS,
+    MAX_BITS,
+    gaussian_distortion,
+    grid_step,
+    levels_for,
+    lloyd_max,
+    uniform_step,
+)
 from turbocache.codebooks.scalar_tables import LLOYD_MAX, UNIFORM_STEP
 
 PUBLISHED = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
 """Mean squared error of the best scalar quantiser of N(0, 1) (Max 1960; TurboQuant, arXiv 2504.19874)."""
 
 ALL_BITS = range(1, MAX_BITS + 1)
+TABLE_BITS = range(1, GRID_BITS)
 
 
 def density(x: float) -> float:
@@ -46,15 +55,14 @@ def unit_levels(kind: str, bits: int) -> np.ndarray:
     return levels_for(kind, bits).astype(np.float64)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("bits", TABLE_BITS)
 def test_frozen_tables_are_what_the_code_computes(bits: int) -> None:
-    if bits < MAX_BITS:
-        np.testing.assert_allclose(LLOYD_MAX[bits], lloyd_max(bits), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(LLOYD_MAX[bits], lloyd_max(bits), rtol=0, atol=1e-10)
     # The distortion is flat around its minimum, so a search by value finds the place to half the digits only.
     assert UNIFORM_STEP[bits] == pytest.approx(uniform_step(bits), rel=1e-6)
 
 
-@pytest.mark.parametrize("bits", range(1, MAX_BITS))
+@pytest.mark.parametrize("bits", TABLE_BITS)
 def test_lloyd_max_satisfies_both_of_its_conditions(bits: int) -> None:
     """Each level is the mean of its cell under the density, by quadrature."""
     half = np.array(LLOYD_MAX[bits])
@@ -66,7 +74,7 @@ def test_lloyd_max_satisfies_both_of_its_conditions(bits: int) -> None:
         assert level == pytest.approx(first / mass, abs=2e-6)
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("bits", TABLE_BITS)
 def test_uniform_step_is_the_best_one(bits: int) -> None:
     grid = np.arange(1 << bits) - ((1 << bits) - 1) / 2
     best = integrated_distortion(grid * UNIFORM_STEP[bits])
@@ -74,7 +82,7 @@ def test_uniform_step_is_the_best_one(bits: int) -> None:
         assert integrated_distortion(grid * UNIFORM_STEP[bits] * factor) > best
     # Rounding to float16 costs next to nothing.
     assert best <= integrated_distortion(unit_levels("uniform", bits)) * (1 + 1e-9)
-    assert integrated_distortion(unit_levels("uniform", bits)) < best * (1.0002 if bits < 6 else 1.012)
+    assert integrated_distortion(unit_levels("uniform", bits)) < best * 1.0002
 
 
 @pytest.mark.parametrize("kind", ["lloyd_max", "uniform"])
@@ -89,7 +97,7 @@ def test_distortion_is_the_published_one(bits: int, published: float) -> None:
     assert gaussian_distortion(unit_levels("lloyd_max", bits)) == pytest.approx(published, rel=1e-3)
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("bits", TABLE_BITS)
 def test_the_uniform_codebook_is_worse_but_not_by_much(bits: int) -> None:
     best, uniform = (gaussian_distortion(unit_levels(kind, bits)) for kind in ("lloyd_max", "uniform"))
     assert best <= uniform <= best * (1 + 0.17 * (bits - 1)) + 1e-12
@@ -120,6 +128,22 @@ def test_rotated_vectors_have_the_published_distortion(bits: int) -> None:
     cosine = (values * exact).sum(axis=-1) / np.sqrt((values**2).sum(axis=-1) * squared)
     assert error_of(values) == pytest.approx((1 - cosine**2).mean(), rel=0.003)
     assert error_of(keys) == pytest.approx((1 / cosine**2 - 1).mean(), rel=0.003)
+
+
+@pytest.mark.parametrize("backend", ["reference", "packed"])
+@pytest.mark.parametrize(("bits", "most"), [(5, 0.00275), (6, 0.00069), (8, 0.000044)])
+def test_a_grid_that_fits_the_row_is_as_good_as_lloyd_max(backend: str, bits: int, most: float) -> None:
+    """Values of 128 dims, random: the error of the best fixed levels is 0.0025 at 5 bits and 0.00064 at 6."""
+    rng = np.random.default_rng(bits)
+    rows = rng.normal(size=(8, 2, PAGE, 128)) * 3
+    lanes = make_lanes(backend, LaneShape(2, 2, 128, 128, bits, bits))
+    tokens = mx.array(rows.astype(np.float32))
+    read = np.array(lanes.expand(lanes.encode(tokens, tokens), mx.float32)[1]).astype(np.float64)
+    error = (((read - rows) ** 2).sum(axis=-1) / (rows**2).sum(axis=-1)).mean()
+    assert error < most
+    if bits < 8:
+        half = lloyd_max(bits)
+        assert error < 1.1 * gaussian_distortion(np.concatenate([-half[::-1], half]))
 
 
 def mean_ratio(read: np.ndarray, keys: np.ndarray, queries: np.ndarray) -> tuple[float, float]:
@@ -200,7 +224,7 @@ def test_levels_are_sorted_symmetric_float16_and_cannot_be_changed(kind: str, bi
     assert (np.diff(levels) > 0).all()
     np.testing.assert_array_equal(levels, -levels[::-1])
     np.testing.assert_array_equal(levels, levels.astype(np.float16))
-    if kind == "uniform" or bits == MAX_BITS:
+    if kind == "uniform" or bits >= GRID_BITS:
         np.testing.assert_array_equal(levels, (np.arange(1 << bits) - ((1 << bits) - 1) / 2) * grid_step(bits))
     with pytest.raises(ValueError, match="read-only"):
         levels[0] = 0
