@@ -44,11 +44,11 @@ class Case:
 
 def cases() -> Iterator[Case]:
     base = LaneShape(8, 2, 128, 128, 4, 4)
-    for bits in ((4, 4), (8, 4), (8, 8), (3, 3), (2, 2), (3.5, 3.5), (2.5, 2.5), (4, 2.5)):
+    for bits in ((4, 4), (6, 4), (5, 6), (8, 4), (8, 8), (3, 3), (2, 2), (3.5, 3.5), (2.5, 2.5), (4, 2.5)):
         for dtype in TYPES:
             yield Case(replace(base, key_bits=bits[0], value_bits=bits[1]), dtype)
     for dims in ((64, 64), (80, 80), (96, 96), (192, 128), (256, 256), (128, 64)):
-        for bits in ((4, 4), (8, 4), (3.5, 2)):
+        for bits in ((4, 4), (6, 4), (5, 5), (8, 4), (3.5, 2)):
             yield Case(LaneShape(8, 2, *dims, *bits))
     for heads in ((4, 4), (12, 1), (32, 1), (16, 2)):
         yield Case(LaneShape(*heads, 128, 128, 4, 4))

@@ -2,7 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernels.codec.codes import nearest_level
+from kernels.codec.codes import nearest_level, range_end
 from kernels.codec.layout import PAGE
 from kernels.codec.rotation import Rotation
 from kernels.lanes.base import Codebooks, LaneShape
@@ -30,7 +30,8 @@ def rows_of(dim: int, n: int = 512) -> np.ndarray:
 def test_quantise_follows_the_definition(bits: int, dim: int, unbiased: bool) -> None:
     levels = levels_for("lloyd_max", bits)
     rows = rows_of(dim)
-    codes, scales = quantise(mx.array(rows), nearest_level(mx.array(levels)), unbiased=unbiased)
+    search = nearest_level(mx.array(levels))
+    codes, scales = quantise(mx.array(rows), search, unbiased=unbiased, end=range_end(levels))
     assert codes.dtype == mx.uint32
     assert scales.dtype == mx.float16
     got = levels[np.array(codes)] * np.array(scales).astype(np.float64)[:, None]
@@ -154,7 +155,8 @@ def test_pages_are_laid_out_as_documented(key_bits: int, value_bits: int) -> Non
         tokens, (key_words, value_words), (key_scales, value_scales), (key_bits, value_bits), strict=True
     ):
         rotated, levels = Rotation(x.shape[-1]).apply(x), levels_for("lloyd_max", bits)
-        codes, want = quantise(rotated, nearest_level(mx.array(levels)), unbiased=words is key_words)
+        search = nearest_level(mx.array(levels))
+        codes, want = quantise(rotated, search, unbiased=words is key_words, end=range_end(levels))
         np.testing.assert_array_equal(scales, np.array(want))
         streams = np.array(codes) if words is key_words else np.array(codes).swapaxes(-1, -2)
         for page, head, i in ((0, 0, 0), (1, 1, 7), (1, 0, 63), (0, 1, streams.shape[2] - 1)):
