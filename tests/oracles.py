@@ -88,8 +88,8 @@ def stretch(units: Array, levels: Array) -> Array:
     """The factor of each row `[n, dim]` for a grid of at least 32 levels: `[n, 1]`, or 1 for smaller codebooks."""
     if levels.ndim > 1 or levels.size < 32:
         return np.ones((len(units), 1))
-    end = (3 * levels[-1] - levels[-2]) / 2
-    return end / np.maximum(np.abs(units).max(axis=1, keepdims=True), 1e-30)
+    end = float(3 * levels[-1] - levels[-2]) / 2
+    return np.asarray(end / np.maximum(np.abs(units).max(axis=1, keepdims=True), 1e-30))
 
 
 def quantise_page(rows: Array, table: Array, *, unbiased: bool, zooms: tuple[float, ...] = ()) -> Array:

@@ -48,7 +48,7 @@ def _from_name(name: str) -> Preset:
 
 
 _NAMES = (
-    *("k8v8", "k8v4", "k8v3", "k4v4", QJL_PRESET, "k4v3", "turbo3_5", "k4v2_5"),
+    *("k8v8", "k8v4", "k8v3", "k6v4", "k5v4", "k4v4", QJL_PRESET, "k4v3", "turbo3_5", "k4v2_5"),
     *("turbo3", "k3v3", "k3_5v2_5", "k4v2", "turbo2_5", "k2v2"),
 )
 PRESETS = {"off": Preset("off", None, None), **{name: _from_name(name) for name in _NAMES}}
