@@ -12,6 +12,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from server.errors import InvalidRequest, UnsupportedField
 from server.protocol import Conversation, Prompt
 from server.text.token_memo import ChatEncoder
+from server.text.tool_formats import template_knows_tools
+from server.text.tool_prompt import tools_as_text
 from turbocache.cache.outline import PLAIN, Outline
 from turbocache.mlxlm.model import LoadedModel
 
@@ -57,6 +59,7 @@ class PromptBuilder:
         self._model = model
         self._outlines = outlines
         self._encoder = ChatEncoder(model.tokenizer)
+        self._knows_tools = template_knows_tools(model.tokenizer)
         self._template = str(model.tokenizer.chat_template) if model.tokenizer.has_chat_template else ""
 
     @functools.cached_property
@@ -71,7 +74,10 @@ class PromptBuilder:
         """
         if not self._model.tokenizer.has_chat_template:
             raise InvalidRequest(f"The model {self._model.id} has no chat template.", param="messages")
+        tool = conversation.messages[-1].get("role") == "tool"
         conversation = replace(conversation, options=self._options(conversation))
+        if not self._knows_tools:
+            conversation = tools_as_text(conversation)
         try:
             tokens = self._encoder.encode(conversation)
             system_end = self._encoder.system_end(conversation, tokens)
@@ -88,7 +94,6 @@ class PromptBuilder:
             ) from error
         if not tokens:
             raise InvalidRequest("The model's chat template makes no prompt of these messages.", param="messages")
-        tool = conversation.messages[-1].get("role") == "tool"
         messages_end = self._encoder.messages_end(tokens)
         opening = opening_state(self._model.tokenizer, tokens)
         outline = self._outline(conversation, tokens, system_end) if self._outlines else PLAIN

@@ -92,7 +92,11 @@ class GrammarCompiler:
         open. Raises InvalidRequest and UnsupportedField; see `server.protocol.Engine.constrain`.
         """
         if rules.tools and self._format is None:
-            raise UnsupportedField("The model's chat template knows no tools, so it can't call any.", param="tools")
+            raise UnsupportedField(
+                "The model's chat template knows no tools and takes no system message that describes them. Models with "
+                "tools are, among others, Qwen3, Llama 3.1 and later, Mistral and GLM.",
+                param="tools",
+            )
         strict = any(tool.strict for tool in rules.tools)
         free = rules.tool_choice == "auto" and rules.allowed_tools is None and not strict
         if rules.schema is None and (free or not rules.tools):

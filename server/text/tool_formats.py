@@ -13,6 +13,9 @@ from typing import Any
 import mlx_lm.tool_parsers
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from server.protocol import Conversation
+from server.text.tool_prompt import tools_as_text
+
 _NAMES = ("get_city_weather", "find_next_train")
 _ARGUMENTS = {"destination": "Oslo-S", "n_days": 37}
 _TOOLS = [
@@ -98,9 +101,18 @@ def _call(parsed: Any) -> Call:
     return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False), id if isinstance(id, str) else None)
 
 
+def template_knows_tools(tokenizer: TokenizerWrapper) -> bool:
+    """Whether mlx-lm knows the model's calls, or the chat template shows a sample tool or a sample call. Otherwise the
+    model gets tools, calls and results through `tools_as_text`.
+    """
+    if not tokenizer.has_chat_template or tokenizer.has_tool_calling:
+        return True
+    return any(_NAMES[0] in (_rendered(tokenizer, Conversation(talk, _TOOLS)) or "") for talk in ([_USER], _called(1)))
+
+
 def tool_format(tokenizer: TokenizerWrapper) -> ToolFormat | None:
     """The format of a model's calls: the one that mlx-lm gives for the model, else the first whose parser reads back
-    what the chat template writes. None for models without tools.
+    what the chat template writes, or what `tools_as_text` writes in its place. None for models without tools.
     """
     if not tokenizer.has_chat_template:
         return None
@@ -139,19 +151,32 @@ def _between_marks(format: ToolFormat, text: str) -> str | None:
 
 
 def _template_text(tokenizer: TokenizerWrapper, n_calls: int) -> str | None:
-    """The template's text of an answer that calls the first `n_calls` sample tools. None if the template refuses."""
+    """The text of an answer that calls the first `n_calls` sample tools, as the model sees it in a conversation. None
+    if the template refuses.
+    """
+    show = (lambda talk: talk) if template_knows_tools(tokenizer) else tools_as_text
+    prompt, whole = (_rendered(tokenizer, show(Conversation(talk, _TOOLS))) for talk in ([_USER], _called(n_calls)))
+    return None if prompt is None or whole is None or not whole.startswith(prompt) else whole[len(prompt) :]
+
+
+def _called(n_calls: int) -> list[dict[str, Any]]:
+    """A conversation that ends with calls of the first `n_calls` sample tools."""
     calls = [
         {"id": _ID, "type": "function", "function": {"name": name, "arguments": _ARGUMENTS}}
         for name in _NAMES[:n_calls]
     ]
-    answer = {"role": "assistant", "content": "", "tool_calls": calls}
-    options = {"tools": _TOOLS, "add_generation_prompt": False, "tokenize": False}
+    return [_USER, {"role": "assistant", "content": "", "tool_calls": calls}]
+
+
+def _rendered(tokenizer: TokenizerWrapper, conversation: Conversation) -> str | None:
+    """The template's text, without an opening of an answer. None if the template refuses."""
+    options: dict[str, Any] = {"tools": conversation.tools} if conversation.tools else {}
     try:
-        prompt: str = tokenizer.apply_chat_template([_USER], **options)
-        whole: str = tokenizer.apply_chat_template([_USER, answer], **options)
+        return str(
+            tokenizer.apply_chat_template(conversation.messages, add_generation_prompt=False, tokenize=False, **options)
+        )
     except Exception:  # templates are third-party code; one that can't write calls has no call format
         return None
-    return whole[len(prompt) :] if whole.startswith(prompt) else None
 
 
 def _call_shape(tokenizer: TokenizerWrapper, call: str) -> CallShape | None:

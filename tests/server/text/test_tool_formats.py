@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import json_tools, mistral
 
-from server.text.tool_formats import Call, CallShape, ParameterShape, ToolFormat, tool_format
+from server.text.tool_formats import Call, CallShape, ParameterShape, ToolFormat, template_knows_tools, tool_format
 from turbocache.mlxlm.model import LoadedModel
 
 _TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
@@ -55,6 +55,7 @@ NUMBERED = (
     + _END
 )
 SILENT = _TURNS + _END
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + SILENT
 
 
 def with_template(bundled: LoadedModel, template: str | None) -> TokenizerWrapper:
@@ -86,8 +87,23 @@ def test_what_a_template_writes_tells(bundled: LoadedModel, template: str, name:
     assert (found.name, found.shape) == (name, shape)
 
 
-@pytest.mark.parametrize("template", [SILENT, None, "{{ raise_exception('no') }}"])
-def test_models_that_know_no_tools(bundled: LoadedModel, template: str | None) -> None:
+def test_a_template_that_knows_no_tools_gets_them_as_text(bundled: LoadedModel) -> None:
+    found = tool_format(with_template(bundled, SILENT))
+    assert found is not None
+    assert found.name == "json_tools"
+    assert found.shape == CallShape('<tool_call>{"name": "', '", "arguments": ', "}</tool_call>", "\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "knows"), [(SILENT, False), (HERMES, True), (SILENT + "{{ tools }}", True), (NO_SYSTEM, False)]
+)
+def test_whether_a_template_knows_tools(bundled: LoadedModel, template: str, knows: bool) -> None:
+    assert template_knows_tools(with_template(bundled, template)) is knows
+    assert template_knows_tools(bundled.tokenizer)
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, None, "{{ raise_exception('no') }}"])
+def test_models_that_can_have_no_tools(bundled: LoadedModel, template: str | None) -> None:
     assert tool_format(with_template(bundled, template)) is None
 
 
