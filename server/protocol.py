@@ -275,6 +275,8 @@ class ModelInfo:
     license: str | None = None
     """From the model's card, like `origin`. None: not known."""
     origin: str | None = None
+    sampling: SamplingParams = SamplingParams()
+    """What a request gets where it says nothing."""
 
     def answer_limit(self, n_prompt: int, max_tokens: int | None, param: str) -> int:
         """Most tokens that the answer may have. Raises ContextLengthExceeded, also when not one new token fits."""

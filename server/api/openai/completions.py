@@ -83,7 +83,7 @@ async def completions(request: Request, wanted: CompletionRequest) -> Response:
             request_id=f"{context.request_id}.{i}" if i else context.request_id,
             prompt=prompt,
             max_tokens=wanted.max_tokens or DEFAULT_TOKENS,
-            sampling=wanted.sampling(),
+            sampling=wanted.sampling(app.engine.model.sampling),
             stop=wanted.stop_texts,
             session=session,
             owner=context.owner,

@@ -1,6 +1,6 @@
 """Fields that chat and text completions share: sampling, stop strings, streaming."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, Tag, model_validator
@@ -10,6 +10,9 @@ from server.errors import InvalidRequest
 from server.http.session_name import KEY_PATTERN, MAX_LENGTH
 from server.http.wire import Condition, ModelName, NonEmpty, Wire, by_kind, given, is_true, needs, of_model, only
 from server.protocol import SamplingParams
+
+_USUAL = SamplingParams()
+"""OpenAI's and Anthropic's defaults."""
 
 
 class StreamOptions(Wire):
@@ -37,12 +40,12 @@ AnswerTokens = Annotated[int, Field(ge=1), of_model("answer")]
 class Sampling(Wire):
     """A body whose sampling fields have the names of `SamplingParams`."""
 
-    def sampling(self) -> SamplingParams:
-        """The given values. The defaults of `SamplingParams` are OpenAI's and Anthropic's."""
+    def sampling(self, defaults: SamplingParams = _USUAL) -> SamplingParams:
+        """The given values, and the model's `defaults` for the others."""
         given: dict[str, Any] = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)}
         if (bias := given["logit_bias"]) is not None:
             given["logit_bias"] = tuple(sorted((int(token), value) for token, value in bias.items()))
-        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+        return replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
 
 class SampledRequest(Sampling):

@@ -28,7 +28,7 @@ from server.http.respond import check_model, json_response, prepare_prompt, resp
 from server.http.routing import api_router, generates, raises
 from server.http.session_name import name_session
 from server.http.wire import only
-from server.protocol import AnswerRules, Conversation, GenerationRequest, Grammar, Prompt
+from server.protocol import AnswerRules, Conversation, GenerationRequest, Grammar, Prompt, SamplingParams
 
 router = api_router(RESPONSES_PATH)
 
@@ -73,12 +73,15 @@ async def create_response(request: Request, asked: ResponsesRequest) -> Response
 
     with _renamed_errors():
         rules, prompt, grammar = await _prepare(request, asked, [*_items(earlier), *new])
-    renderer = ResponseRenderer(_blank(asked, rules, context, app.engine.model.id), asked.wants_logprobs, keep)
+    sampling = asked.sampling(app.engine.model.sampling)
+    renderer = ResponseRenderer(
+        _blank(asked, sampling, rules, context, app.engine.model.id), asked.wants_logprobs, keep
+    )
     wanted = GenerationRequest(
         request_id=context.request_id,
         prompt=prompt,
         max_tokens=asked.max_output_tokens,
-        sampling=asked.sampling(),
+        sampling=sampling,
         session=session,
         owner=context.owner,
         logprobs=(asked.top_logprobs or 0) if asked.wants_logprobs else None,
@@ -194,9 +197,11 @@ def _renamed_errors() -> Iterator[None]:
         raise
 
 
-def _blank(asked: ResponsesRequest, rules: AnswerRules, context: RequestContext, model: str) -> ResponseBody:
+def _blank(
+    asked: ResponsesRequest, sampling: SamplingParams, rules: AnswerRules, context: RequestContext, model: str
+) -> ResponseBody:
     """The response before any output: the request's fields and their defaults."""
-    sampling, choice, reasoning = asked.sampling(), asked.tool_choice, asked.reasoning
+    choice, reasoning = asked.tool_choice, asked.reasoning
     tools = [
         {
             "type": "function",

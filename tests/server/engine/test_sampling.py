@@ -2,13 +2,14 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from server.engine.engine import MlxEngine
-from server.engine.sampling import processors_for, seeded_sampler, top_tokens
+from server.engine.sampling import processors_for, seeded_sampler, suggested_sampling, top_tokens
 from server.errors import InvalidRequest
 from server.protocol import SamplingParams
 from tests.server.engine.answers import GREEDY, Answer
@@ -23,6 +24,22 @@ def processed(params: SamplingParams, prompt: list[int], answer: list[int], logi
     for processor in processors_for(params, len(prompt)):
         out = processor(mx.array([*prompt, *answer]), out)
     return np.array(out[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "sampling"),
+    [
+        ({}, SamplingParams()),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}, SamplingParams(0.6, 0.95, 20)),
+        ({"do_sample": False, "temperature": 0.6, "frequency_penalty": 0.2}, SamplingParams(0, frequency_penalty=0.2)),
+        ({"temperature": 1, "min_p": 0.1}, SamplingParams(1, min_p=0.1)),
+        ({"repetition_penalty": 1.05}, SamplingParams(repetition_penalty=1.05)),
+        ({"temperature": 3, "top_p": 0, "top_k": 2.5, "min_p": "0.1", "repetition_penalty": True}, SamplingParams()),
+        ({"temperature": None, "top_k": None, "eos_token_id": [2], "max_new_tokens": 5}, SamplingParams()),
+    ],
+)
+def test_what_a_generation_config_suggests(config: dict[str, Any], sampling: SamplingParams) -> None:
+    assert suggested_sampling(config) == sampling
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,20 @@ def test_models(serve: Serve) -> None:
     assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
 
 
+def test_what_a_request_leaves_open_is_the_model_s_suggestion(serve: Serve) -> None:
+    server = serve(ScriptedEngine(sampling=SamplingParams(temperature=0.3, top_p=0.9, frequency_penalty=0.2)))
+    for path, body in (
+        (CHAT, BODY),
+        ("/v1/completions", {"model": "default", "prompt": "a"}),
+        ("/v1/messages", {**BODY, "max_tokens": 3}),
+        ("/v1/responses", {"model": "default", "input": "a"}),
+    ):
+        answer = server.http.post(path, json={**body, "top_p": 0.5})
+        assert answer.status_code == 200
+        assert server.engine.requests[-1].sampling == SamplingParams(0.3, 0.5, frequency_penalty=0.2), path
+    assert (answer.json()["temperature"], answer.json()["top_p"]) == (0.3, 0.5)
+
+
 def test_a_model_s_licence_and_origin(serve: Serve) -> None:
     [model] = serve(ScriptedEngine(license="apache-2.0", origin="org/base")).openai.models.list().data
     assert (model.model_extra or {}) | {"license": "apache-2.0", "origin": "org/base"} == model.model_extra
