@@ -14,6 +14,7 @@ from turbocache.backends import one_of
 from turbocache.benchmark import command as benchmark
 from turbocache.evaluation import command as evaluation
 from turbocache.models import STARTER, default_model
+from turbocache.presets import DEFAULT_PRESET
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     probe = commands.add_parser("probe", help="test the backends on this machine and show which one is chosen and why")
     for flag, kind, setting, default, meaning in (
         ("--model", str, "MODEL", None, "a local directory or a Hugging Face id"),
-        ("--preset", str, "KV_PRESET", "k4v4", "cache preset to probe for"),
+        ("--preset", str, "KV_PRESET", DEFAULT_PRESET, "cache preset to probe for"),
         ("--protect", int, "KV_PROTECT", "0", "layers at each end of the model that are stored at 8 bits"),
         ("--backend", str, "BACKEND", "auto", one_of()),
     ):

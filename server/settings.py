@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from server.errors import StartupError
 from turbocache.backends import CHOICES
 from turbocache.cache import PAGE
+from turbocache.presets import DEFAULT_PRESET
 
 PREFIX = "TURBOCACHE_"
 # Read when the package turbocache is imported, before any .env file.
@@ -117,7 +118,7 @@ class Settings(BaseSettings):
 
     model: str | None = Field(default=None, description="a local path or a Hugging Face id (unset: the default model)")
     backend: str = Field(default="auto", pattern=f"^({'|'.join(CHOICES)})$", description=f"one of {', '.join(CHOICES)}")
-    kv_preset: str = Field(default="k4v4", min_length=1, description="a cache preset such as off, k8v4 or k4v4")
+    kv_preset: str = Field(default=DEFAULT_PRESET, min_length=1, description="a cache preset such as off, k6v4 or k4v4")
     kv_condition: Literal["auto", "off"] = Field(
         default="auto", description="auto (keys are centred where their mean dominates) or off"
     )

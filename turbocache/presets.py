@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 PROTECTED_BITS = 8
-DEFAULT_PRESET = "k4v4"
+DEFAULT_PRESET = "k6v4"
 QJL_PRESET = "k4v4_qjl"
 """Keys have the two-stage code of kernels/lanes/qjl.py. For comparisons, on the reference backend only."""
 
@@ -49,7 +49,7 @@ def _from_name(name: str) -> Preset:
 
 _NAMES = (
     *("k8v8", "k8v4", "k8v3", "k6v4", "k5v4", "k4v4", QJL_PRESET, "k4v3", "turbo3_5", "k4v2_5"),
-    *("turbo3", "k3v3", "k3_5v2_5", "k4v2", "turbo2_5", "k2v2"),
+    *("turbo3", "k3v3", "k3_5v2_5", "k4v2", "turbo2_5", "k3v2", "k2v2"),
 )
 PRESETS = {"off": Preset("off", None, None), **{name: _from_name(name) for name in _NAMES}}
 """By name, from most bits to fewest. `turbo3` and `k3v3` are the same."""

@@ -60,7 +60,7 @@ def test_protected_layers_are_checked_as_well(
     monkeypatch.setenv("TURBOCACHE_KV_PROTECT", "2")
     assert cli.main(["probe", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    for width in ("k4v4", "k8v8"):
+    for width in ("k6v4", "k8v8"):
         assert any(width in check["check"] for check in answer["checks"])
     assert "the first and last 2 of 8 layers are stored at 8 bits" in answer["reason"]
     assert cli.main(["probe", "--protect", "-1"]) == 1

@@ -39,7 +39,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, **values: str) -> str:
 
 def test_defaults() -> None:
     settings = load_settings()
-    assert (settings.model, settings.backend, settings.kv_preset, settings.max_size) == (None, "auto", "k4v4", None)
+    assert (settings.model, settings.backend, settings.kv_preset, settings.max_size) == (None, "auto", "k6v4", None)
     assert (settings.kv_condition, settings.kv_protect) == ("auto", 0)
     assert (settings.keep, settings.window, settings.max_batch, settings.queue_limit) == (64, 128, 8, 64)
     assert (settings.kv_memory, settings.api_keys, settings.session_dir, settings.blas) == (None, (), None, None)
@@ -227,5 +227,5 @@ def test_a_group_shares_every_setting_that_is_not_marked_as_a_process_s_own() ->
 
     shared = shared_settings(More())
     assert shared["new"] == 3
-    assert shared["kv_preset"] == "k4v4"
+    assert shared["kv_preset"] == "k6v4"
     assert not shared.keys() & {"api_keys", "kv_memory", "session_dir", "rank_address"}

@@ -111,11 +111,11 @@ def test_the_status_pages_tell_what_runs(server: Server) -> None:
     assert backend["requested"] == "auto"
     assert backend["reason"]
     assert any(check["passed"] for check in backend["checks"])
-    assert backend["preset"] == "k4v4"
+    assert backend["preset"] == "k6v4"
     assert len(backend["layers"]) == 8
     assert backend["blas"]["name"]
     models = server.client().models.list().data
     assert [model.id for model in models] == ["tiny-recall-4bit"]
     log = server.log.read_text()
-    for said in ("model tiny-recall-4bit", "backend ", "cache preset k4v4", "memory budget", "Uvicorn running on"):
+    for said in ("model tiny-recall-4bit", "backend ", "cache preset k6v4", "memory budget", "Uvicorn running on"):
         assert said in log

@@ -8,11 +8,12 @@ from typing import Any
 from turbocache.benchmark.report import SCHEMA, markdown, size
 from turbocache.benchmark.settings import BenchmarkError
 from turbocache.documents import write_text
-from turbocache.presets import DEFAULT_PRESET
 
 FILE = "bench.json"
 PAGE = "README.md"
-_COMPARED = ("kv", "quantized-4", DEFAULT_PRESET)
+_PRESET = "k4v4"
+"""The preset that every run has."""
+_COMPARED = ("kv", "quantized-4", _PRESET)
 _BEGIN, _END = "<!-- matrix: made by turbocache bench --matrix -->", "<!-- end of matrix -->"
 _HEADS = (
     "device",
@@ -69,12 +70,12 @@ def _row(results: dict[str, Any], folder: str) -> str:
     """A run's row, at the longest context at which full precision and the default preset ran."""
     machine, model = results["machine"], results["model"]
     ran = {(case["contender"], case["context"]): case for case in results["cases"] if "unavailable" not in case}
-    both = [n for name, n in ran if name == DEFAULT_PRESET and ("kv", n) in ran]
+    both = [n for name, n in ran if name == _PRESET and ("kv", n) in ran]
     device = f"{machine['device']}, {machine['cores']} cores, {machine['system']}"
-    backend = results["backends"].get(DEFAULT_PRESET, {}).get("name", "none")
+    backend = results["backends"].get(_PRESET, {}).get("name", "none")
     cells = [device, f"{model['id']}, {model['dtype']}"]
     if not both:
-        cells += [f"{DEFAULT_PRESET} or KVCache did not run", *[""] * 4]
+        cells += [f"{_PRESET} or KVCache did not run", *[""] * 4]
     else:
         context = max(both)
         cases = [ran.get((name, context)) for name in _COMPARED]

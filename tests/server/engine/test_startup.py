@@ -16,10 +16,10 @@ def test_protection_and_conditioning_reach_the_layers() -> None:
         make_settings(backend="packed", kv_memory=BUDGET, kv_protect=1, kv_condition="off"), Coordinator()
     )
     widths = [layer.lanes.shape.widths for layer in runtime.store.spec.layers]
-    assert widths == ["k8v8", *["k4v4"] * (len(widths) - 2), "k8v8"]
+    assert widths == ["k8v8", *["k6v4"] * (len(widths) - 2), "k8v8"]
     assert {layer.centre_above for layer in runtime.store.spec.layers} == {None}
     said = [layer["reason"] for layer in runtime.report()["layers"]]
-    assert [("protected: k8v8 instead of k4v4" in reason) for reason in said] == [w == "k8v8" for w in widths]
+    assert [("protected: k8v8 instead of k6v4" in reason) for reason in said] == [w == "k8v8" for w in widths]
     assert all("conditioning of keys is switched off" in reason for reason in said)
     plain = load_runtime(make_settings(backend="packed", kv_memory=BUDGET), Coordinator())
     assert None not in {layer.centre_above for layer in plain.store.spec.layers}
