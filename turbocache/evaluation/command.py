@@ -9,6 +9,9 @@ from typing import Any
 from turbocache.backends import one_of
 
 _DEFAULT_BACKEND = "reference"
+_DEFAULT_WINDOWS = 3
+_DEFAULT_LENGTHS = (250, 500)
+"""Of long answers."""
 
 
 def add_to(commands: Any) -> None:
@@ -22,12 +25,14 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--presets",
         type=names_of,
-        default=("all",),
         help="rows, separated by commas: presets, mlx-lm-BITS, mlx-vlm-BITS, full; or the groups presets, mlx-lm, "
-        "mlx-vlm, all (default all). PRESET:BACKEND, PRESET@KEEP/WINDOW and PRESET@KEEP/WINDOW/SIZE set one row's own",
+        "mlx-vlm, all (default all; with --suite off, the default preset, and 8 and 4 bits of mlx-lm). PRESET:BACKEND, "
+        "PRESET@KEEP/WINDOW and PRESET@KEEP/WINDOW/SIZE set one row's own",
     )
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window (default %(default)s)")
-    parser.add_argument("--windows", type=int, default=3, help="windows from the start of the text; 0 for needles only")
+    parser.add_argument(
+        "--windows", type=int, help="windows from the start of the text (default 3, with --suite 0); 0 for needles only"
+    )
     parser.add_argument("--score-from", type=int, default=0, help="first position that is scored (default %(default)s)")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a forward pass (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of needles made from the text (default %(default)s)")
@@ -49,6 +54,25 @@ def add_to(commands: Any) -> None:
         "--trials",
         type=integers_of,
         help="needles for each depth: one number, or one for each of --lengths (default: 5 made ones, or all of files)",
+    )
+    parser.add_argument(
+        "--suite",
+        type=names_of,
+        default=(),
+        metavar="NAMES",
+        help="what users see break: drift, facts, sums, arguments, cycles, separated by commas, or all",
+    )
+    parser.add_argument(
+        "--suite-trials", type=int, default=1, help="documents, and pairs of long answers (default %(default)s)"
+    )
+    parser.add_argument(
+        "--suite-context", type=int, default=1024, help="tokens of a suite's documents (default %(default)s)"
+    )
+    parser.add_argument(
+        "--answer-lengths",
+        type=integers_of,
+        default=_DEFAULT_LENGTHS,
+        help="lengths at which drift compares answers (default 250,500)",
     )
     parser.add_argument("--markdown", type=Path, help="file for a page of results")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="folder for figures; needs turbocache[plots]")
@@ -83,6 +107,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from turbocache.evaluation.text import read_text
     from turbocache.mlxlm.model import load_model
 
+    complete(options)
     settings = _settings(options)
     read_text(settings.text)  # checked before the model, which takes longer to load
     work = prepare(load_model(options.model), settings)
@@ -99,6 +124,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     write_text(options.json, as_json(results))
     print(report.table(rows))
     return _write_pages(options, results)
+
+
+def complete(options: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on `--suite`."""
+    from turbocache.presets import DEFAULT_PRESET
+
+    if options.presets is None:
+        options.presets = ("off", DEFAULT_PRESET, "mlx-lm-8", "mlx-lm-4") if options.suite else ("all",)
+    if options.windows is None:
+        options.windows = 0 if options.suite else _DEFAULT_WINDOWS
 
 
 def _write_pages(options: argparse.Namespace, results: dict[str, Any]) -> int:
@@ -123,23 +158,39 @@ def _write_pages(options: argparse.Namespace, results: dict[str, Any]) -> int:
 def _settings(options: argparse.Namespace) -> Any:
     from turbocache.evaluation.settings import Settings
 
-    same = ("text", "context", "windows", "score_from", "chunk", "seed", "backend", "lengths", "depths", "trials")
+    same = ["text", "context", "windows", "score_from", "chunk", "seed", "backend", "lengths", "depths", "trials"]
+    same += ["suite_trials", "suite_context", "answer_lengths"]
     given = {name: getattr(options, name) for name in ("keep", "window") if getattr(options, name) is not None}
     needles = None if options.needles is None else tuple(options.needles)
-    return Settings(rows=options.presets, needles=needles, **{name: getattr(options, name) for name in same}, **given)
+    return Settings(
+        rows=options.presets,
+        needles=needles,
+        suites=options.suite,
+        **{name: getattr(options, name) for name in same},
+        **given,
+    )
 
 
 def command_line(options: argparse.Namespace) -> str:
     """The command line that repeats this run. Files have no folder."""
     words = ["turbocache", "eval", Path(options.model).name if Path(options.model).exists() else options.model]
-    plain = {"context": 2048, "windows": 3, "score_from": 0, "chunk": 512, "seed": 0, "backend": _DEFAULT_BACKEND}
+    plain: dict[str, Any] = {"context": 2048, "windows": 0 if options.suite else _DEFAULT_WINDOWS}
+    plain |= {
+        "score_from": 0,
+        "chunk": 512,
+        "seed": 0,
+        "backend": _DEFAULT_BACKEND,
+        "suite_trials": 1,
+        "suite_context": 1024,
+    }
     words += ["--text", options.text.name, "--presets", ",".join(options.presets)]
     for name, default in plain.items():
         if getattr(options, name) != default:
             words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    for name in ("keep", "window", "lengths", "trials"):
-        if getattr(options, name):
-            words += [f"--{name}", ",".join(str(value) for value in getattr(options, name))]
+    for name in ("keep", "window", "lengths", "trials", "suite", "answer_lengths"):
+        given = getattr(options, name)
+        if given and given != _DEFAULT_LENGTHS:
+            words += [f"--{name.replace('_', '-')}", ",".join(str(value) for value in given)]
     if options.needles is not None:
         words += ["--needles", *(path.name for path in options.needles)]
         words += ["--depths", ",".join(f"{depth:g}" for depth in options.depths)] if not options.needles else []

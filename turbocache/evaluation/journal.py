@@ -1,11 +1,19 @@
-"""A file of results, one line each, so that a killed run can continue."""
+"""A file of results, one line each, so that a killed run can continue, and the progress that a person sees."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from turbocache.evaluation.settings import EvaluationError
+
+
+class Progress(Protocol):
+    """A progress bar: a description of the current part, and the number of new tokens."""
+
+    def set_description(self, desc: str, refresh: bool) -> object: ...
+
+    def update(self, n: int, /) -> object: ...
 
 
 class Journal:

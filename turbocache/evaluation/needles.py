@@ -13,6 +13,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from turbocache.evaluation.settings import EvaluationError
+from turbocache.evaluation.text import prompt_tokens
 from turbocache.mlxlm.prompt_cache import PromptCache
 from turbocache.store import evaluate
 
@@ -22,8 +23,33 @@ ANSWER_TOKENS = 48
 OTHER = "other"
 """The context of prompts outside a grid of lengths and depths."""
 
-_FIRST = ("amber", "brave", "calm", "dusty", "early", "fancy", "gentle", "hollow", "ivory", "jolly", "lively", "mellow")
-_SECOND = ("anchor", "bridge", "candle", "desert", "engine", "forest", "garden", "harbor", "island", "jacket", "mirror")
+FIRST_WORDS = (
+    "amber",
+    "brave",
+    "calm",
+    "dusty",
+    "early",
+    "fancy",
+    "gentle",
+    "hollow",
+    "ivory",
+    "jolly",
+    "lively",
+    "mellow",
+)
+SECOND_WORDS = (
+    "anchor",
+    "bridge",
+    "candle",
+    "desert",
+    "engine",
+    "forest",
+    "garden",
+    "harbor",
+    "island",
+    "jacket",
+    "mirror",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +124,7 @@ def make_needles(
 def _hidden(
     tokenizer: TokenizerWrapper, hay: list[int], length: int, depth: float, chance: random.Random, name: str
 ) -> Needle:
-    key = f"{chance.choice(_FIRST)} {chance.choice(_SECOND)}"
+    key = f"{chance.choice(FIRST_WORDS)} {chance.choice(SECOND_WORDS)}"
     number = str(chance.randrange(1_000_000, 10_000_000))
     start = chance.randrange(len(hay) - length + 1)
 
@@ -124,11 +150,8 @@ def _hidden(
 
 
 def _prompt(tokenizer: TokenizerWrapper, messages: list[dict[str, str]], begun: str = "") -> list[int]:
-    """Tokens of a chat, with the model's turn next. Without a chat template: the contents and `begun`."""
-    if tokenizer.has_chat_template:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    return list(tokenizer.encode("\n".join(message["content"] for message in messages) + begun))
+    """Tokens of a chat, with the model's turn next. A model without a chat template continues `begun`."""
+    return prompt_tokens(tokenizer, messages, "" if tokenizer.has_chat_template else begun)
 
 
 def ask(model: Module, tokenizer: TokenizerWrapper, cache: PromptCache, needle: Needle, chunk: int) -> bool:

@@ -8,6 +8,8 @@ from kernels.probe.verdict import dtype_name
 from turbocache.documents import inline, machine, versions
 from turbocache.evaluation.rows import FULL, is_foreign
 from turbocache.evaluation.run import Work
+from turbocache.evaluation.suites.registry import suite_cells, weaknesses
+from turbocache.evaluation.suites.suite import LEAST
 
 _COLUMNS = (
     ("stored_bits", "bits", ".2f"),
@@ -27,6 +29,16 @@ slots of what is allocated), by values of a full-precision cache. *bits, half*: 
 half precision, whose raw tokens and scales take half of the bytes. *KLD*: KL divergence of the next token's
 distribution from the full-precision cache's, over the whole vocabulary, in nats. *top-1*: how often the most likely
 token is the same."""
+
+_SUITES_LEGEND = f"""\
+Suites, each against full precision. *drift*: long greedy answers that never end by themselves. *first*: tokens before
+the first that differs, median of the answers; *equal N*: tokens that are the same in the same place, of the first N;
+*loops N*: answers whose last tokens before N are half repetition; *KLD* and *top-1* along full precision's answer.
+*facts*: numbers recalled, several in one answer. *sums*, *numbers*, *identifiers*, *URLs*: right to the last character.
+*arguments*: of a tool call, copied exactly, free and under a grammar. *nats*: what a token of the right answers loses
+in log-probability, and in brackets by how much it moves either way. *cycles*: KLD of the next tokens after ten times of
+growing, forking, editing, spilling and restoring, from a fresh prefill of the same tokens over the same cache, with all
+tokens kept and while rotating. A model is too small for a suite if full precision has under {LEAST:.0%} of it right."""
 
 
 def document(work: Work, rows: Sequence[dict[str, Any]], command: str) -> dict[str, Any]:
@@ -51,6 +63,8 @@ def document(work: Work, rows: Sequence[dict[str, Any]], command: str) -> dict[s
         "keep": list(settings.keep),
         "window": list(settings.window),
         "needles": None if settings.needles is None else [path.name for path in settings.needles] or "from the text",
+        "suites": [run.suite.name for run in work.suites],
+        **{name: getattr(settings, name) for name in ("suite_trials", "suite_context") if work.suites},
         "versions": versions(),
         "machine": machine(),
     }
@@ -61,14 +75,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     columns = [column for column in _COLUMNS if any(column[0] in row for row in rows)]
     lengths = sorted({length for row in rows for length in row.get("needle", ())}, key=_length)
     standard = next((row.get("kld_mean") for row in rows if row["preset"] == _STANDARD), None)
+    suite_heads, of_suites = suite_cells(rows)
     heads = [
         "preset",
         *(head for _, head, _ in columns),
         *([f"KLD / {_STANDARD}"] if standard else []),
         *(f"needle {length}" for length in lengths),
+        *suite_heads,
     ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
+    for row, suites in zip(rows, of_suites, strict=True):
         if "unavailable" in row:
             lines.append(f"| {row['preset']} | does not run: {inline(row['unavailable'])}" + " |" * (len(heads) - 1))
             continue
@@ -76,9 +92,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if standard:
             kld = row.get("kld_mean")
             cells.append(_cell(None if kld is None else kld / standard, ".3f"))
-        cells += [_needle_cell(row, length) for length in lengths]
+        cells += [*(_needle_cell(row, length) for length in lengths), *suites]
         lines.append(f"| {row['preset']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    notes = [f"- {line}." for line in weaknesses(rows)]
+    return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
 def markdown(results: dict[str, Any], images: Sequence[str] = ()) -> str:
@@ -96,6 +113,8 @@ def markdown(results: dict[str, Any], images: Sequence[str] = ()) -> str:
         f"Python {host['python']}. Seed {results['seed']}."
     )
     parts += [table(results["rows"]), _LEGEND]
+    if results.get("suites"):
+        parts.append(_SUITES_LEGEND)
     compared = comparisons(results["rows"])
     if compared:
         parts.append("At no more bits (half):\n\n" + "\n".join(f"- {line}" for line in compared))

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 from mlx.nn.layers.base import Module
 from mlx_lm.generate import maybe_quantize_kv_cache
@@ -58,6 +58,15 @@ class OpenCache:
     layers: PromptCache
     stored: Callable[[], Stored]
     """Counts its bytes."""
+    store: CacheStore | None = None
+    """What made it, None for another project's cache."""
+
+
+class Opener(Protocol):
+    """Makes empty caches."""
+
+    def __call__(self, n_tokens: int, n_forks: int = 0) -> OpenCache:
+        """A cache for `n_tokens`, with pages for as many tokens in each of its forks. Raises RowUnavailable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +76,12 @@ class Row:
     name: str
     key: str
     """Names everything that its results depend on, with backend and sizes."""
-    open: Callable[[int], OpenCache]
-    """Makes an empty cache for a number of tokens. Raises RowUnavailable."""
+    open: Opener
     foreign: bool = False
     """Whether the cache is another project's."""
     note: str = ""
+    rotating: Callable[[int], Opener] | None = None
+    """Opens caches that rotate at a number of tokens, or at the least that is possible. None for others' caches."""
 
 
 def expand_names(settings: Settings) -> list[str]:
@@ -94,7 +104,7 @@ def expand_names(settings: Settings) -> list[str]:
 
 def full_precision(model: Module) -> Row:
     """The row that is the reference for all others."""
-    return Row(FULL, FULL, lambda _: _foreign(make_prompt_cache(model)))
+    return Row(FULL, FULL, lambda n_tokens, n_forks=0: _foreign(make_prompt_cache(model)))
 
 
 class RowMaker:
@@ -113,24 +123,31 @@ class RowMaker:
             return self._paged(name, *parsed)
         whose, bits, whole = _foreign_bits(name) or ("", 0.0, False)
         if whose == "mlx-lm":
-            return Row(name, name, lambda _: self._mlx_lm(int(bits)), foreign=True)
-        return Row(name, name, lambda _: self._mlx_vlm(bits, whole), foreign=True)
+            return Row(name, name, lambda n_tokens, n_forks=0: self._mlx_lm(int(bits)), foreign=True)
+        return Row(name, name, lambda n_tokens, n_forks=0: self._mlx_vlm(bits, whole), foreign=True)
 
     def _paged(self, name: str, preset: Preset, backend: str | None, ring: RingConfig | None) -> Row:
         settings = self._settings
         chosen = self._backend(backend or settings.backend, preset)
         ring = ring or RingConfig(settings.keep[0], settings.window[0])
 
-        def open_cache(n_tokens: int) -> OpenCache:
-            pages = max(1, ring.pages_needed(n_tokens, settings.chunk))
-            store = CacheStore(self._model, self._plans, preset, chosen, ring, pages)
-            layers = store.new_cache()
-            return OpenCache(layers, lambda: paged_bytes(store, layers))
+        def opener(sizes: RingConfig) -> Opener:
+            def open_cache(n_tokens: int, n_forks: int = 0) -> OpenCache:
+                pages = max(1, (1 + n_forks) * sizes.pages_needed(n_tokens, settings.chunk))
+                store = CacheStore(self._model, self._plans, preset, chosen, sizes, pages)
+                layers = store.new_cache()
+                return OpenCache(layers, lambda: paged_bytes(store, layers), store)
+
+            return open_cache
+
+        def rotating(max_size: int) -> Opener:
+            return opener(replace(ring, max_size=max(max_size, ring.smallest_max_size)))
 
         rotates = "" if ring.max_size is None else f", of {ring.max_size} tokens"
         note = f"backend {chosen.name}, sink {ring.keep}, window {ring.window}{rotates}: {chosen.reason}"
         sizes = f"{ring.keep}/{ring.window}" + ("" if ring.max_size is None else f"/{ring.max_size}")
-        return Row(name, f"{re.split('[:@]', name)[0]}:{chosen.name}@{sizes}", open_cache, note=note)
+        key = f"{re.split('[:@]', name)[0]}:{chosen.name}@{sizes}"
+        return Row(name, key, opener(ring), note=note, rotating=rotating)
 
     def _choose(self, backend: str, preset: Preset) -> Backend:
         try:
@@ -156,6 +173,18 @@ class RowMaker:
         last = len(layers) - 1 if len(layers) > 2 and not whole else None
         layers = [make_layer() if type(layer) is KVCache and i != last else layer for i, layer in enumerate(layers)]
         return _foreign(layers)
+
+
+def result_or_reason(row: Row, measure: Callable[[], Any]) -> Any:
+    """The result, or a row's reason for having none. Errors of this project's own caches are raised."""
+    try:
+        return measure()
+    except RowUnavailable as reason:
+        return {"unavailable": str(reason)}
+    except Exception as error:
+        if not row.foreign:
+            raise
+        return {"unavailable": f"{type(error).__name__}: {error}"}
 
 
 def _foreign(layers: PromptCache) -> OpenCache:

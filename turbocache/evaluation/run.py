@@ -1,10 +1,10 @@
 """Runs every row over every window and needle, and records each result at once."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,25 +12,19 @@ import numpy as np
 from kernels.probe.verdict import dtype_name
 from turbocache.documents import versions
 from turbocache.evaluation.divergence import TokenScores, summary
-from turbocache.evaluation.journal import Journal
+from turbocache.evaluation.journal import Journal, Progress
 from turbocache.evaluation.needles import ANSWER_TOKENS, Needle, ask, load_needles, make_needles, recall
-from turbocache.evaluation.rows import FULL, OpenCache, Row, RowMaker, RowUnavailable, expand_names, full_precision
+from turbocache.evaluation.rows import FULL, OpenCache, Row, RowMaker, expand_names, full_precision, result_or_reason
 from turbocache.evaluation.settings import EvaluationError, Settings
 from turbocache.evaluation.storage import n_values
+from turbocache.evaluation.suites.registry import SuiteRun, suites_of
+from turbocache.evaluation.suites.suite import Material
 from turbocache.evaluation.text import Reading, ReferenceLogits, cut_windows, read_text
 from turbocache.mlxlm.model import LoadedModel, parameter_nbytes
 from turbocache.store import checked_plans
 
 DEFAULT_LENGTHS = (512, 1024, 2048, 4096)
 DEFAULT_TRIALS = 5
-
-
-class Progress(Protocol):
-    """A progress bar: a description of the current part, and the number of new tokens."""
-
-    def set_description(self, desc: str, refresh: bool) -> object: ...
-
-    def update(self, n: int, /) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +37,15 @@ class Work:
     rows: list[Row]
     windows: list[list[int]]
     needles: list[Needle]
+    suites: list[SuiteRun]
+
+    @property
+    def full(self) -> Row:
+        return full_precision(self.loaded.model)
+
+    @property
+    def others(self) -> list[Row]:
+        return [row for row in self.rows if row.name != FULL]
 
     @property
     def reading(self) -> Reading:
@@ -64,8 +67,9 @@ class Work:
         have = set(done)
         tokens = 0
         for i, window in enumerate(self.windows):
-            left = sum(_text_key(i, row.key) not in have for row in self.rows if row.name != FULL)
+            left = sum(_text_key(i, row.key) not in have for row in self.others)
             tokens += len(window) * (left + 1) if left or _text_key(i, FULL) not in have else 0
+        tokens += sum(suite.todo(self.others, self.full, have) for suite in self.suites)
         return tokens + sum(
             len(needle.ids) for needle in self.needles for row in self.rows if _needle_key(needle, row) not in have
         )
@@ -82,7 +86,20 @@ def prepare(loaded: LoadedModel, settings: Settings) -> Work:
     windows = cut_windows(loaded.tokenizer, text, settings.context, settings.windows)
     needles = _needles(loaded, settings, text)
     maker = RowMaker(loaded.model, checked_plans(loaded.model), settings)
-    return Work(loaded, settings, text, [maker.row(name) for name in names], windows, needles)
+    rows = [maker.row(name) for name in names]
+    return Work(loaded, settings, text, rows, windows, needles, _suites(loaded, settings, text))
+
+
+def _suites(loaded: LoadedModel, settings: Settings, text: str) -> list[SuiteRun]:
+    if not settings.suites:
+        return []
+    if settings.suite_context > loaded.max_positions:
+        raise EvaluationError(
+            f"--suite-context {settings.suite_context} is longer than the {loaded.max_positions} positions of the model"
+        )
+    hay = list(loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    material = Material(loaded, hay, settings)
+    return [SuiteRun(suite, suite.make(material)) for suite in suites_of(settings)]
 
 
 def _needles(loaded: LoadedModel, settings: Settings, text: str) -> list[Needle]:
@@ -131,20 +148,20 @@ def run(work: Work, journal: Journal, progress: Progress) -> list[dict[str, Any]
     for needle in work.needles:
         for row in work.rows:
             _ask(work, needle, row, journal, progress)
-    full = full_precision(work.loaded.model)
-    others = [row for row in work.rows if row.name != FULL]
-    first = [full] if work.windows or len(others) < len(work.rows) else []
-    return [table_row(work, row, journal.results) for row in [*first, *others]]
+    for suite in work.suites:
+        suite.run(work.others, work.full, journal, progress)
+    has_full = work.windows or work.suites or len(work.others) < len(work.rows)
+    return [table_row(work, row, journal.results) for row in [*([work.full] if has_full else []), *work.others]]
 
 
 def _read_window(work: Work, i: int, journal: Journal, progress: Progress) -> None:
     """Read one window in full precision, then with every row, so that one window's logits are kept at a time."""
-    rows = [row for row in work.rows if row.name != FULL and _text_key(i, row.key) not in journal.results]
+    rows = [row for row in work.others if _text_key(i, row.key) not in journal.results]
     if not rows and _text_key(i, FULL) in journal.results:
         return
     window, model = work.windows[i], work.loaded.model
     progress.set_description(f"window {i + 1}/{len(work.windows)} {FULL}", refresh=False)
-    opened = full_precision(model).open(len(window))
+    opened = work.full.open(len(window))
     with ReferenceLogits(model, opened.layers, window, work.reading) as reference:
         values = n_values(opened.layers)
         if _text_key(i, FULL) not in journal.results:
@@ -163,19 +180,7 @@ def _text_of(work: Work, row: Row, window: list[int], reference: ReferenceLogits
         scores = reference.judge_cache(work.loaded.model, opened.layers, window, work.reading)
         return _text_result(scores, opened, values)
 
-    return _result_or_reason(row, measure)
-
-
-def _result_or_reason(row: Row, measure: Callable[[], Any]) -> Any:
-    """The result, or a row's reason for having none. Errors of this project's own caches are raised."""
-    try:
-        return measure()
-    except RowUnavailable as reason:
-        return {"unavailable": str(reason)}
-    except Exception as error:
-        if not row.foreign:
-            raise
-        return {"unavailable": f"{type(error).__name__}: {error}"}
+    return result_or_reason(row, measure)
 
 
 def _text_result(scores: TokenScores, opened: OpenCache, values: int) -> dict[str, Any]:
@@ -200,7 +205,7 @@ def _ask(work: Work, needle: Needle, row: Row, journal: Journal, progress: Progr
         opened = row.open(len(needle.ids) + ANSWER_TOKENS)
         return ask(work.loaded.model, work.loaded.tokenizer, opened.layers, needle, work.settings.chunk)
 
-    journal.record(key, _result_or_reason(row, measure))
+    journal.record(key, result_or_reason(row, measure))
     progress.update(len(needle.ids))
 
 
@@ -215,6 +220,8 @@ def table_row(work: Work, row: Row, results: dict[str, Any]) -> dict[str, Any]:
         for r in [*windows, *(result for _, result in asked)]
         if isinstance(r, dict) and "unavailable" in r
     ]
+    suites = {run.suite.name: run.figures(row, work.full, results) for run in work.suites}
+    reasons += [figures["unavailable"] for figures in suites.values() if "unavailable" in figures]
     line: dict[str, Any] = {"preset": row.name, "note": row.note}
     if reasons:
         return line | {"unavailable": reasons[0]}
@@ -228,6 +235,10 @@ def table_row(work: Work, row: Row, results: dict[str, Any]) -> dict[str, Any]:
         outcomes.setdefault((needle.context, needle.depth), []).append(bool(correct))
     if outcomes:
         line["needle"], line["needle_cells"] = recall(outcomes)
+    if suites:
+        sizes = ("stored_bits", "stored_bits_half")
+        line |= {name: suites["drift"][name] for name in sizes if "drift" in suites and not windows}
+        line["suites"] = suites
     return {
         name: None if isinstance(value, float) and not np.isfinite(value) else value for name, value in line.items()
     }

@@ -10,6 +10,12 @@ class EvaluationError(Exception):
     """The evaluation can't run as asked. The message is one sentence for the user."""
 
 
+_LEAST = {
+    **{"context": 2, "windows": 0, "chunk": 1, "score_from": 0},
+    **{"suite_trials": 1, "suite_context": 1, "answer_lengths": 8},
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Sizes are in tokens. Raises EvaluationError for invalid values."""
@@ -34,10 +40,21 @@ class Settings:
     trials: tuple[int, ...] | None = None
     """Needles for each length and depth: one number, or one for each of `lengths`."""
 
+    suites: tuple[str, ...] = ()
+    """Names of suites as typed (`suites/registry.py`)."""
+    suite_trials: int = 1
+    """Documents of each suite. Every trial has two long answers."""
+    suite_context: int = 1024
+    """Tokens of a document with a question."""
+    answer_lengths: tuple[int, ...] = (250, 500)
+    """Lengths at which long answers are compared."""
+
     def __post_init__(self) -> None:
-        for name, least in (("context", 2), ("windows", 0), ("chunk", 1), ("score_from", 0)):
-            if (value := getattr(self, name)) < least:
-                raise EvaluationError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        for name, least in _LEAST.items():
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if value < least:
+                    raise EvaluationError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         if self.score_from >= self.context:
             raise EvaluationError(
                 f"--score-from {self.score_from} leaves nothing to score in a context of {self.context} tokens"

@@ -44,6 +44,17 @@ def cut_windows(tokenizer: TokenizerWrapper, text: str, context: int, n_windows:
     return [prefix + ids[i * step : (i + 1) * step + 1] for i in range(n_windows)]
 
 
+def prompt_tokens(tokenizer: TokenizerWrapper, messages: Sequence[dict[str, str]], opening: str = "") -> list[int]:
+    """Tokens of a chat, with the model's turn next, which begins with `opening` without its leading white space.
+
+    Without a chat template: the messages' contents, one a line, and `opening` as it is.
+    """
+    if tokenizer.has_chat_template:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return list(tokenizer.encode(text + opening.lstrip(), add_special_tokens=False, verbose=False))
+    return list(tokenizer.encode("\n".join(message["content"] for message in messages) + opening, verbose=False))
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """How a window is read."""

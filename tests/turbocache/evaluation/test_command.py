@@ -1,5 +1,6 @@
 """The command as a person types it: files, resuming after a kill, and one sentence for what can't be."""
 
+import argparse
 import json
 import os
 import signal
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 
 from server import cli
+from turbocache.evaluation import command
 from turbocache.evaluation.run import journal_path
 from turbocache.mlxlm import model
 from turbocache.mlxlm.model import LoadedModel
 from turbocache.models import BUNDLED
+from turbocache.presets import DEFAULT_PRESET
 
 SMALL = ["--context", "80", "--windows", "2", "--score-from", "40", "--keep", "4", "--window", "0", "--chunk", "50"]
 
@@ -52,6 +55,38 @@ def test_numbers_come_as_json_markdown_and_plots(
     assert capsys.readouterr().out.strip() in page
     assert "![plots/kld.png](plots/kld.png)" in page
     assert (tmp_path / "plots" / "needles.svg").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("loaded")
+def test_suites_are_columns_of_the_table(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    more = ["--suite", "drift", "--answer-lengths", "8,12", "--presets", "k4v4", "--windows", "0"]
+    assert cli.main(arguments(text, out, *more, "--markdown", str(tmp_path / "out.md"))) == 0
+    told = json.loads(out.read_text())
+    assert [row["preset"] for row in told["rows"]] == ["full", "k4v4"]
+    assert told["rows"][0]["suites"]["drift"]["equal"] == {"8": 1.0, "12": 1.0}
+    assert told["suites"] == ["drift"]
+    assert "--suite drift --answer-lengths 8,12" in told["command"]
+    page = (tmp_path / "out.md").read_text()
+    assert capsys.readouterr().out.strip() in page
+    assert "| preset | bits | bits, half | drift: first | equal 8 | equal 12 | loops 8 |" in page
+    assert "*drift*: long greedy answers" in page
+
+
+def test_suites_have_rows_and_windows_of_their_own() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_to(parser.add_subparsers())
+    plain, suites = (
+        parser.parse_args(["eval", "m", "--text", "t", "--json", "j", *more]) for more in ([], ["--suite", "all"])
+    )
+    for options in (plain, suites):
+        command.complete(options)
+    assert (plain.presets, plain.windows) == (("all",), 3)
+    assert (suites.presets, suites.windows) == (("off", DEFAULT_PRESET, "mlx-lm-8", "mlx-lm-4"), 0)
+    assert command.command_line(suites) == (
+        f"turbocache eval m --text t --presets off,{DEFAULT_PRESET},mlx-lm-8,mlx-lm-4 --suite all --json j"
+    )
 
 
 @pytest.mark.usefixtures("loaded")
@@ -140,6 +175,8 @@ def test_a_killed_run_goes_on_where_it_was(
             ["--needles", "--lengths", "64,128", "--trials", "1,2,3"],
             "--trials has 3 numbers: give one, or one for each",
         ),
+        (["--suite", "facts,songs"], "unknown suite 'songs'; there are all, drift, facts, sums, arguments, cycles"),
+        (["--suite", "drift", "--answer-lengths", "4"], "--answer-lengths must be at least 8, not 4"),
         (["--needles", "absent.jsonl"], "can't read the needles 'absent.jsonl'"),
         (["--json", "/dev/null/out.json"], "can't make the folder of '/dev/null/out.json'"),
     ],

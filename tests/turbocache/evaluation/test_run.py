@@ -46,7 +46,7 @@ def test_what_is_done_is_not_done_again(bundled: LoadedModel, text: Path, tmp_pa
 def test_faults_of_others_are_reasons_and_faults_of_this_project_are_faults(
     bundled: LoadedModel, text: Path, tmp_path: Path
 ) -> None:
-    def failing(n_tokens: int) -> OpenCache:
+    def failing(n_tokens: int, n_forks: int = 0) -> OpenCache:
         raise ValueError("the last dimension must be divisible by 64")
 
     settings = Settings(text, ("mlx-lm-4",), context=40, windows=1, needles=(), lengths=(120,), trials=(1,))
