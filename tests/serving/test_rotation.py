@@ -14,11 +14,15 @@ def test_a_long_conversation_goes_on_in_flat_memory_and_keeps_its_sink(small_ser
     # The fact lies in the 64 sink tokens, everything after it rotates out.
     for turn in range(10):
         last = turn == 9
-        answer = client.chat.completions.create(
+        raw = client.chat.completions.with_raw_response.create(
             model="default", messages=messages, temperature=0, max_tokens=30, extra_body={"prompt_cache_key": "long"}
         )
-        row = small_server.sessions()["long"]
-        assert row["tokens_held"] == min(row["tokens_seen"], 512)
+        answer, row = raw.parse(), small_server.sessions()["long"]
+        assert row["tokens_held"] == row["tokens_seen"] - row["dropped_tokens"] <= 512
+        assert row["tokens_held"] > 512 - 300 or row["tokens_seen"] < 512  # turns go whole, and no more of them
+        told = int(raw.headers.get("x-turbocache-dropped-tokens", 0))
+        assert 0 <= row["dropped_tokens"] - told <= 300
+        assert int(raw.headers.get("x-turbocache-dropped-turns", 0)) <= row["dropped_turns"] < turn + 1
         assert row["centred_heads"] == 0
         sizes.append(small_server.cache_bytes())
         rotations.append(small_server.metric("rotations_total"))
