@@ -6,6 +6,7 @@ prompt. A turn begins with the text that opens a message of the user in a sample
 answer.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ def beginnings(messages: Messages, text: str, opens: Openings) -> tuple[list[int
     """
     roles = [str(message.get("role")) for message in messages]
     wanted = [(_USER if role == "user" else _TOOL, i) for i, role in enumerate(roles) if role in ("user", "tool")]
-    places = [(i, letter) for i, letter in enumerate(text) if letter in (_USER, _TOOL)]
+    places = [(found.start(), found[0]) for found in re.finditer(f"[{_USER}{_TOOL}]", text)]
     if [mark for mark, _ in wanted] != [letter for _, letter in places]:
         return None
     plain, turns, steps = without_marks(text), list[int](), list[int]()

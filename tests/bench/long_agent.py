@@ -24,14 +24,11 @@ from openai.types.chat import ChatCompletionMessage
 from tests.serving.launch import Server, running
 
 TOOLS = {
-    "open_gate_marble": ("gate", "side"),
-    "move_pallet_orchid": ("pallet", "row"),
-    "print_label_harbour": ("label", "text"),
-    "book_truck_velvet": ("truck", "day"),
-    "check_scale_falcon": ("scale", "place"),
-    "count_crates_amber": ("crates", "shelf"),
-    "find_driver_copper": ("driver", "city"),
-    "close_valve_cedar": ("valve", "floor"),
+    "convertHarvest": ("harvest", "lantern"),
+    "check_velvet_transfer": ("velvet", "orbit"),
+    "play_meadow_quadratic": ("meadow", "tone"),
+    "getCitadel": ("citadel", "bridge"),
+    "book_marble_voyage": ("marble", "pilot"),
 }
 """Name, what it is about, and its argument."""
 VALUES = ("Oslo", "Lisbon", "4471", "Friday", "north", "Marble", "Harbour", "17")
@@ -79,7 +76,7 @@ class Agent:
                 "type": "function",
                 "function": {
                     "name": name,
-                    "description": f"{name.replace('_', ' ').capitalize()} and return the result.",
+                    "description": f"Use this for the {thing}.",
                     "parameters": {
                         "type": "object",
                         "properties": {argument: {"type": "string", "description": f"the {argument} of the {thing}"}},
@@ -100,7 +97,7 @@ class Agent:
 
     def _call_a_tool(self, turn: int) -> None:
         name, value = self._random.choice(list(TOOLS)), self._random.choice(VALUES)
-        verb, (thing, argument) = name.partition("_")[0], TOOLS[name]
+        verb, (thing, argument) = re.split("[_A-Z]", name)[0], TOOLS[name]
         answer, rotated = self._ask(f"Can you {verb} the {thing}, using {value} as the {argument}.")
         written = answer.content or "".join(
             call.function.name for call in answer.tool_calls or [] if call.type == "function"
@@ -109,7 +106,7 @@ class Agent:
         call = {"name": name, "arguments": json.dumps({argument: value})}
         self._messages += [
             {"role": "assistant", "tool_calls": [{"id": f"call-{turn}", "type": "function", "function": call}]},
-            {"role": "tool", "tool_call_id": f"call-{turn}", "content": " ".join(self._random.choices(NOTES, k=8))},
+            {"role": "tool", "tool_call_id": f"call-{turn}", "content": " ".join(self._random.choices(NOTES, k=4))},
             {"role": "assistant", "content": "Done."},
         ]
 
