@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from server.text.tool_prompt import RESULT_START
+
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[list[dict[str, Any]], bool], str]
 """Applies the chat template to messages, with or without the opening of an answer."""
@@ -47,7 +49,7 @@ def marked(messages: Messages) -> list[dict[str, Any]] | None:
     """
     made = []
     for message in messages:
-        content, mark = message.get("content"), {"user": _USER, "tool": _TOOL}.get(str(message.get("role")))
+        content, mark = message.get("content"), _mark_of(message)
         if isinstance(content, str):
             if _USER in content or _TOOL in content:
                 return None
@@ -56,6 +58,13 @@ def marked(messages: Messages) -> list[dict[str, Any]] | None:
                 message = {**message, "content": content[: len(content) - len(rest)] + mark + rest}
         made.append(dict(message))
     return made
+
+
+def _mark_of(message: Mapping[str, Any]) -> str | None:
+    role, content = message.get("role"), message.get("content")
+    if role == "user" and isinstance(content, str) and without_marks(content).startswith(RESULT_START):
+        return _TOOL
+    return {"user": _USER, "tool": _TOOL}.get(str(role))
 
 
 def without_marks(text: str) -> str:
@@ -67,8 +76,8 @@ def beginnings(messages: Messages, text: str, opens: Openings) -> tuple[list[int
 
     None if the text has not one mark for each message, in their order.
     """
-    roles = [str(message.get("role")) for message in messages]
-    wanted = [(_USER if role == "user" else _TOOL, i) for i, role in enumerate(roles) if role in ("user", "tool")]
+    marks = [_mark_of(message) for message in messages]
+    wanted = [(mark, i) for i, mark in enumerate(marks) if mark is not None]
     places = [(found.start(), found[0]) for found in re.finditer(f"[{_USER}{_TOOL}]", text)]
     if [mark for mark, _ in wanted] != [letter for _, letter in places]:
         return None
@@ -76,7 +85,7 @@ def beginnings(messages: Messages, text: str, opens: Openings) -> tuple[list[int
     at = [place - n for n, (place, _) in enumerate(places)]
     for n, (mark, i) in enumerate(wanted):
         end = at[n + 1] if n + 1 < len(at) else len(plain)
-        if mark == _USER and (i == 0 or roles[i - 1] != "user") and opens.user:
+        if mark == _USER and (i == 0 or marks[i - 1] != _USER) and opens.user:
             begins = plain.rfind(opens.user, 0, at[n])
             if begins >= 0 and not plain[begins + len(opens.user) : at[n]].strip():
                 turns.append(begins)

@@ -18,6 +18,10 @@ _FOOT = (
 )
 
 
+RESULT_START = "<tool_response>"
+"""Messages of the user that begin so are results of tools, here and in templates that write results so."""
+
+
 def tools_as_text(conversation: Conversation) -> Conversation:
     """The same conversation for a template that shows neither tools nor calls nor results.
 
@@ -48,7 +52,7 @@ def _results_as_users(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]
     follows = False
     for message in messages:
         if is_result := message["role"] == "tool":
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
+            text = f"{RESULT_START}\n{message['content']}\n</tool_response>"
             if follows:
                 found[-1]["content"] += f"\n{text}"
             else:

@@ -52,6 +52,28 @@ def test_a_turn_holds_its_calls_and_results(bundled: LoadedModel) -> None:
     assert steps[-1] == prompt.messages_end
 
 
+def test_results_that_are_written_as_messages_of_the_user_begin_no_turn(
+    bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a template without tools."""
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    opening = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    monkeypatch.setattr(bundled.tokenizer._tokenizer, "chat_template", template + opening)
+    prompt = PromptBuilder(bundled, outlines=True).build(
+        Conversation([SYSTEM, ASK, LOOK, SEEN, SEEN, SAY, ASK, LOOK, SEEN], TOOLS)
+    )
+    text = bundled.tokenizer.decode(prompt.tokens)
+
+    def place(part: str, n: int) -> int:
+        """Tokens before the n-th time that a part comes."""
+        return len(bundled.tokenizer.encode(part.join(text.split(part)[:n])))
+
+    asked, answer = f"<|im_start|>user\n{ASK['content']}", "<|im_start|>assistant\n"
+    assert prompt.outline == Outline(
+        place(asked, 1), (place(asked, 1), place(asked, 2)), (place(answer, 2), place(answer, 4))
+    )
+
+
 def test_the_prefix_ends_where_the_first_turn_begins(bundled: LoadedModel) -> None:
     builder = PromptBuilder(bundled, outlines=True)
     for messages, tools in (([SYSTEM, ASK], []), ([ASK, SAY, ASK], TOOLS), ([SYSTEM, ASK], TOOLS)):
