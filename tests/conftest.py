@@ -100,9 +100,30 @@ def tiny_qwen3() -> Module:
     )
 
 
+def build_gemma(window: int) -> Module:
+    """Two layers with a sliding window and one without, random float32 weights, vocabulary 97."""
+    return _random_weights(
+        gemma3_text.Model(
+            gemma3_text.ModelArgs(
+                model_type="gemma3_text",
+                hidden_size=64,
+                num_hidden_layers=3,
+                intermediate_size=96,
+                num_attention_heads=4,
+                head_dim=64,
+                rms_norm_eps=1e-6,
+                vocab_size=97,
+                num_key_value_heads=2,
+                sliding_window=window,
+                sliding_window_pattern=3,
+            )
+        )
+    )
+
+
 @pytest.fixture(scope="session")
 def gemma() -> Module:
-    """Sliding-window layers with a full-attention layer at every second place."""
+    """Short sliding-window layers with a full-attention layer at every second place."""
     mx.random.seed(3)
     model = gemma3_text.Model(
         gemma3_text.ModelArgs(

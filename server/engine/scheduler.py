@@ -50,8 +50,9 @@ class Scheduler:
         return Generator(self._services.runtime.model, settings.max_batch, settings.prefill_chunk)
 
     def result(self) -> bytes:
-        """The tokens of the last step and the sizes of pool and queue. Equal on all ranks of a group."""
-        return repr((self._tokens, self._store.spec.pool.n_used, len(list(self._queue)))).encode()
+        """The tokens of the last step and the sizes of pools and queue. Equal on all ranks of a group."""
+        used = [spec.pool.n_used for spec in self._store.specs]
+        return repr((self._tokens, used, len(list(self._queue)))).encode()
 
     def _running(self) -> list[tuple[RunningRequest, PageRing | None]]:
         """The requests in the batch, and their rings."""

@@ -57,7 +57,13 @@ class Runtime:
         """The JSON of GET /v1/backend."""
         ring, library = self.store.spec.ring, blas.prefer_fast()
         layers = [
-            {"index": i, "cache": plan.kind, "compressed": plan.compressed, "reason": self.store.reason(i)}
+            {
+                "index": i,
+                "cache": plan.kind,
+                "compressed": plan.compressed,
+                "reason": self.store.reason(i),
+                **self.store.layer_sizes(i),
+            }
             for i, plan in enumerate(self.store.plans)
         ]
         return {

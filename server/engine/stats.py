@@ -1,6 +1,7 @@
 """The state of cache and sessions as metrics and JSON rows."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -10,9 +11,10 @@ from server.engine.services import Services
 from server.sessions.session import Session
 from turbocache.cache import PAGE
 from turbocache.cache.ring import PageRing
+from turbocache.cache.spec import CacheSpec
 from turbocache.machine.memory import device_memory, memory_in_use
 from turbocache.mlxlm.seam import native_calls
-from turbocache.store import native_nbytes, ring_of
+from turbocache.store import batches_of, native_nbytes, pages_nbytes, pages_of, ring_of
 
 _EVERY_SECONDS = 0.25
 
@@ -45,7 +47,7 @@ class Stats:
         self._device_memory = device_memory()
         self._paths = self._attention_paths()
         self._refreshed = 0.0
-        backend, spec = runtime.backend, runtime.store.spec
+        backend, specs = runtime.backend, runtime.store.specs
         metrics.backend_info.labels(
             requested=backend.requested, active=backend.name, reason=backend.code, profile=backend.profile
         ).set(1)
@@ -58,7 +60,8 @@ class Stats:
         n_compressed = sum(plan.compressed for plan in runtime.store.plans)
         metrics.layers.labels(storage="compressed").set(n_compressed)
         metrics.layers.labels(storage="native").set(len(runtime.store.plans) - n_compressed)
-        metrics.compression_ratio.labels(of="page").set(_ratio(spec.fp16_page_nbytes, spec.pool.page_nbytes))
+        pages, fp16 = (sum(n) for n in zip(*((s.pool.page_nbytes, s.fp16_page_nbytes) for s in specs), strict=True))
+        metrics.compression_ratio.labels(of="page").set(_ratio(fp16, pages))
         metrics.group_ranks.set(self._coordinator.group.size)
         for label, passed in backend.passed().items():
             metrics.probe_check.labels(check=label).set(passed)
@@ -82,7 +85,7 @@ class Stats:
         m.pages_free.set(spec.pool.n_free)
         m.pages_capacity.set(spec.pool.capacity)
         sessions = list(self._registry)
-        m.raw_shadow_bytes.set(sum(batch.shadow_nbytes for batch in spec.live))
+        m.raw_shadow_bytes.set(sum(batch.shadow_nbytes for s in self._runtime.store.specs for batch in s.live))
         spilled = sum(session.spilled for session in sessions)
         m.sessions.labels(state="resident").set(len(sessions) - len(running) - spilled)
         m.sessions.labels(state="spilled").set(spilled)
@@ -108,10 +111,11 @@ class Stats:
 
     def _refresh_memory(self, sessions: Sequence[Session], resting: int) -> None:
         """The bytes of this rank and the last known ones of the others. Shared pages count once."""
-        m, spec = self._metrics, self._runtime.store.spec
-        rings = [ring for batch in spec.live for ring in batch.rings]
-        pages, fp16 = spec.pool.n_used * spec.pool.page_nbytes, spec.fp16_nbytes(rings)
-        sink, window = (len(rings) * n * spec.raw_token_nbytes for n in (spec.ring.keep, spec.ring.window_slots))
+        m, pages, sink, window, fp16 = self._metrics, 0, 0, 0, 0
+        for spec in self._runtime.store.specs:
+            raw = len(spec.rings) * spec.raw_token_nbytes
+            pages, fp16 = pages + spec.pool.n_used * spec.pool.page_nbytes, fp16 + spec.fp16_nbytes()
+            sink, window = sink + raw * spec.ring.keep, window + raw * spec.ring.window_slots
         recurrent = sum(native_nbytes(session.cache or ()) for session in sessions)
         promised = self._budget.promised
         self.memory = {
@@ -133,8 +137,11 @@ class Stats:
                 family.labels(kind=kind, rank=rank).set(nbytes)
 
     def _attention_paths(self) -> dict[str, int]:
-        counted: dict[str, int] = dict(self._runtime.store.spec.paths.totals.items())
-        return counted | {"native": native_calls()}
+        counted = Counter({"native": native_calls()})
+        for spec in self._runtime.store.specs:
+            for path, n in spec.paths.totals.items():
+                counted[path] += n
+        return counted
 
     def _status(self, n_running: int, n_waiting: int, resting: int) -> dict[str, Any]:
         """The JSON of GET /v1/status."""
@@ -195,22 +202,22 @@ class Stats:
         known, nbytes = self._counted.get(session.key, (None, {}))
         if known == version:
             return nbytes
-        spec, cache, ring = self._runtime.store.spec, session.cache or [], ring_of(session.cache or ())
-        pages = set() if ring is None else set(ring.pages)
-        raw = 0 if ring is None else spec.raw_token_nbytes
+        cache, specs = session.cache or [], [batch.spec for batch in batches_of(session.cache or ())]
+        pages = pages_of(cache)
         nbytes = {
-            "pages": len(pages) * spec.pool.page_nbytes,
-            "sink": spec.ring.keep * raw,
-            "window": spec.ring.window_slots * raw,
+            "pages": pages_nbytes(pages),
+            "sink": sum(spec.ring.keep * spec.raw_token_nbytes for spec in specs),
+            "window": sum(spec.ring.window_slots * spec.raw_token_nbytes for spec in specs),
             "recurrent": native_nbytes(cache),
         }
-        others, held = set[int](), 0
+        others: dict[CacheSpec, set[int]] = {}
+        nbytes["checkpoints"] = 0
         for kept in session.checkpoints:
-            held += self._runtime.store.held_nbytes(kept.cache)
-            if (theirs := ring_of(kept.cache)) is not None:
-                held -= len(theirs.pages) * spec.pool.page_nbytes
-                others.update(theirs.pages)
-        nbytes["checkpoints"] = held + len(others - pages) * spec.pool.page_nbytes
+            theirs = pages_of(kept.cache)
+            nbytes["checkpoints"] += self._runtime.store.held_nbytes(kept.cache) - pages_nbytes(theirs)
+            for spec, owned in theirs.items():
+                others.setdefault(spec, set()).update(owned - pages.get(spec, set()))
+        nbytes["checkpoints"] += pages_nbytes(others)
         self._counted[session.key] = version, nbytes
         return nbytes
 

@@ -30,7 +30,7 @@ from turbocache.evaluation.text import cut_windows, read_text
 from turbocache.mlxlm.model import LoadedModel, load_model
 from turbocache.mlxlm.plan import plan_layers
 from turbocache.presets import PRESETS
-from turbocache.store import CacheStore, batch_of
+from turbocache.store import CacheStore, batches_of
 
 PREFIX, RECENT, NEW = 256, 640, 128
 """Tokens that stay, the newest tokens that are kept, and the tokens that are scored."""
@@ -64,8 +64,7 @@ def turned(keys: mx.array, by: int, theta: float) -> mx.array:
 
 def kept_tokens(store: CacheStore, cache: list[Any], layer: int, positions: np.ndarray) -> tuple[mx.array, mx.array]:
     """Keys and values at `positions`, which the session holds."""
-    batch = batch_of(cache)
-    assert batch is not None
+    batch = batches_of(cache)[0]
     ring, spec = batch.rings[0], store.spec
     table, lanes = mx.array([list(ring.pages)]), spec.layers[layer].lanes
     paged = gather_expanded(lanes.expand, spec.pool.pages(layer), table, spec.layers[layer].dtype)
@@ -113,8 +112,7 @@ def measure(
     ring = RingConfig(64, 128, PREFIX + RECENT + NEW)
     store = CacheStore(loaded.model, plan_layers(loaded.model), PRESETS["off"], "reference", ring, n_pages=200)
     cache, theta = store.new_cache(), float(loaded.model.args.rope_theta)
-    batch = batch_of(cache)
-    assert batch is not None
+    batch = batches_of(cache)[0]
     batch.rings[0].describe(Outline(PREFIX))
     seen = 0
     for dropped in sorted(drops):

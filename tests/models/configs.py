@@ -32,9 +32,9 @@ COMMON: Config = {
     "n_positions": 4096,
     "n_ctx": 4096,
     "n_inner": 96,
-    # sliding windows: shorter than the prompts of the checks
-    "sliding_window": 64,
-    "sliding_window_size": 64,
+    # sliding windows: long enough for pages, shorter than the prompts of the checks
+    "sliding_window": 256,
+    "sliding_window_size": 256,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     # latent attention
     "kv_lora_rank": 32,

@@ -45,6 +45,14 @@ class RingConfig:
                 f"not {self.max_size}"
             )
 
+    def of_sliding(self, window: int) -> "RingConfig | None":
+        """Sizes for layers whose queries see the last `window` tokens, in a session with these sizes.
+
+        At most a quarter of what is seen stays raw at least. None if the window is less than two pages longer.
+        """
+        raw = min(self.window, max(PAGE, window // 4 // PAGE * PAGE))
+        return None if window < raw + 2 * PAGE else RingConfig(0, raw, window)
+
     @property
     def smallest_max_size(self) -> int:
         return self.keep + self.window + PAGE

@@ -1,9 +1,13 @@
-"""What all sessions of a process share: sizes, the page pool, how each layer is stored, and what is counted."""
+"""What all sessions of a process share: sizes, the page pool, how each layer is stored, and what is counted.
+
+Layers with plain attention have one spec. So have the layers of each sliding window, because they keep other tokens.
+"""
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Protocol
 
 import mlx.core as mx
@@ -52,15 +56,33 @@ class CompressedLayer:
     centre_above: float | None = None
     """Threshold for centring a head's keys (turbocache/cache/conditioning.py). None disables centring."""
 
+    @property
+    def n_values(self) -> int:
+        """Numbers in one token's keys and values."""
+        shape = self.lanes.shape
+        return shape.n_kv_heads * (shape.key_dim + shape.value_dim)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of a raw token."""
+        return self.n_values * self.dtype.size
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of a page."""
+        return sum(prod(shape) * dtype.size for shape, dtype in self.lanes.page_arrays())
+
 
 @dataclass(eq=False, slots=True)
 class CacheSpec:
-    """What all sessions of a process share. Only the counts change after it is made."""
+    """What all sessions share of layers that keep the same tokens. Only the counts change after it is made."""
 
     ring: RingConfig
     """Sizes of each session's ring."""
     pool: PagePool
     layers: tuple[CompressedLayer, ...]
+    sliding: bool = False
+    """Whether the layers have a sliding window, of `ring.max_size` tokens."""
     rotated_pages: int = 0
     """Pages that rotated out of all rings since the start."""
     live: "weakref.WeakSet[LiveBatch]" = field(default_factory=weakref.WeakSet)
@@ -73,16 +95,21 @@ class CacheSpec:
     @property
     def raw_token_nbytes(self) -> int:
         """Bytes of one raw token over all layers."""
-        return sum(_token_values(layer) * layer.dtype.size for layer in self.layers)
+        return sum(layer.token_nbytes for layer in self.layers)
 
     @property
     def fp16_page_nbytes(self) -> int:
         """Bytes of a page's tokens over all layers in a float16 cache, for comparison."""
-        return PAGE * sum(_token_values(layer) * mx.float16.size for layer in self.layers)
+        return PAGE * sum(layer.n_values * mx.float16.size for layer in self.layers)
 
-    def fp16_nbytes(self, rings: Iterable[PageRing]) -> int:
-        """Bytes in a float16 cache of all tokens in pages (shared pages once) and of the raw tokens of `rings`."""
-        n_raw = sum(ring.n_raw for ring in rings)
+    @property
+    def rings(self) -> list[PageRing]:
+        """Of all sessions, checkpoints and rows."""
+        return [ring for batch in self.live for ring in batch.rings]
+
+    def fp16_nbytes(self) -> int:
+        """Bytes in a float16 cache of all tokens in pages (shared pages once) and of the raw tokens of all rings."""
+        n_raw = sum(ring.n_raw for ring in self.rings)
         return (self.pool.n_used * PAGE + n_raw) * self.fp16_page_nbytes // PAGE
 
     @property
@@ -98,10 +125,4 @@ class CacheSpec:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page's count equals its number of owners among the live batches."""
-        self.pool.check_integrity(ring.pages for batch in self.live for ring in batch.rings)
-
-
-def _token_values(layer: CompressedLayer) -> int:
-    """Numbers in one token's keys and values."""
-    shape = layer.lanes.shape
-    return shape.n_kv_heads * (shape.key_dim + shape.value_dim)
+        self.pool.check_integrity(ring.pages for ring in self.rings)

@@ -1,8 +1,8 @@
 """What mlx-lm sees: one cache object per attention layer, all of them views of one `CacheBatch`.
 
-mlx-lm treats a prompt cache as a list of independent layer caches. Here the layers share page lists. So the view of the
-first compressed layer (the leader) changes rows and steps for all layers, and the others follow. This relies on one
-thing: mlx-lm visits the layers in order in every operation.
+mlx-lm treats a prompt cache as a list of independent layer caches. Here the layers of a spec share page lists. So the
+view of a spec's first layer (the leader) changes rows and steps for all its layers, and the others follow. This relies
+on one thing: mlx-lm visits the layers in order in every operation.
 """
 
 import weakref
@@ -105,7 +105,7 @@ class PagedKVCache:
 
     @classmethod
     def layers(cls, spec: CacheSpec) -> list["PagedKVCache"]:
-        """The compressed layers of a new, empty session of one row."""
+        """The layers of a spec in a new, empty session of one row."""
         shared = _Shared(CacheBatch(spec))
         return [cls(shared, layer) for layer in range(len(spec.layers))]
 
@@ -142,12 +142,13 @@ class PagedKVCache:
         return pending, pending
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
-        """Tell the model that attention is causal; the cache masks by itself.
+        """Tell the model that attention is causal; the cache masks by itself, with its own window if it has one.
 
-        Raises ValueError for a sliding window or a mask as an array, which this cache does not support.
+        Raises ValueError for another window or a mask as an array, which this cache does not support.
         """
-        if window_size is not None or return_array:
-            raise ValueError("a paged cache serves plain causal attention only")
+        spec = self._shared.batch.spec
+        if return_array or window_size not in (None, spec.ring.max_size if spec.sliding else None):
+            raise ValueError("a paged cache serves causal attention only, with the window that it is made for")
         return "causal" if N > 1 else None
 
     @property

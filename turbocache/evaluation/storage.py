@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from turbocache.cache.spec import CacheSpec
 from turbocache.mlxlm.prompt_cache import PromptCache
-from turbocache.store import CacheStore, native_nbytes, ring_of
+from turbocache.store import CacheStore, batches_of, beside_pages, native_nbytes
 
 _HALF = 2
 
@@ -23,22 +24,19 @@ class Stored:
 
 def paged_bytes(store: CacheStore, cache: PromptCache) -> Stored:
     """Bytes of a session of this project: pages, sink, window, and the layers with mlx-lm's caches."""
-    total, native = store.held_nbytes(cache), native_nbytes(cache)
-    ring = ring_of(cache)
-    pages = 0 if ring is None else len(ring.pages) * store.spec.pool.page_nbytes
-    raw = total - native - pages
-    # Codes and scales do not depend on the model's dtype. Pages of `off` hold raw tokens.
-    in_model_dtype = raw if store.preset.compressed else raw + pages
-    saved = _share_saved(store) * in_model_dtype + native - _halved(_arrays(cache))
+    total = store.held_nbytes(cache)
+    saved = float(native_nbytes(cache) - _halved(_arrays(cache)))
+    for batch in batches_of(cache):
+        # Codes and scales do not depend on the model's dtype. Pages of `off` hold raw tokens.
+        pages = 0 if store.preset.compressed else len(batch.rings[0].pages) * batch.spec.pool.page_nbytes
+        saved += _share_saved(batch.spec) * (beside_pages(batch) + pages)
     return Stored(total, total - round(saved))
 
 
-def _share_saved(store: CacheStore) -> float:
+def _share_saved(spec: CacheSpec) -> float:
     """The share of a raw token's bytes that half precision saves."""
-    shapes = [(layer.lanes.shape, layer.dtype.size) for layer in store.spec.layers]
-    values = [(shape.n_kv_heads * (shape.key_dim + shape.value_dim), size) for shape, size in shapes]
-    nbytes = sum(count * size for count, size in values)
-    return sum(count * max(0, size - _HALF) for count, size in values) / nbytes if nbytes else 0.0
+    halved = sum(layer.n_values * min(_HALF, layer.dtype.size) for layer in spec.layers)
+    return 1 - halved / spec.raw_token_nbytes
 
 
 def foreign_bytes(cache: PromptCache) -> Stored:

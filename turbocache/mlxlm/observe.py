@@ -1,8 +1,8 @@
 """Observes how a model uses its caches: runs a few tokens through it.
 
-Each plain `KVCache` is replaced by one that returns handles, as the paged cache does. Only mlx-lm's shared attention
-can open them. A model that uses a handle in another way raises. It runs again with real arrays in that cache, and that
-cache is not compressed. Nothing is evaluated, so this costs a few graphs.
+Each plain `KVCache`, and each `RotatingKVCache` without a sink, is replaced by one that returns handles, as the paged
+cache does. Only mlx-lm's shared attention can open them. A model that uses a handle in another way raises. It runs
+again with real arrays in that cache, and that cache is not compressed. Nothing is evaluated, so it costs a few graphs.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from turbocache.cache.view import PagedKVCache
 from turbocache.mlxlm import seam
@@ -21,6 +21,7 @@ PASSES = (5, 1, 3)
 """Tokens of each pass: a prompt, a decode step, a second chunk. Models may use another mask in each."""
 
 WINDOW = "the layer has a sliding window, and no cache that is made for one"
+OTHER_WINDOW = "the layer's mask has another window than its cache"
 SERVES_OTHERS = "its mask serves layers with mlx-lm's own cache as well"
 OWN_ATTENTION = "the layer's attention does not pass through mlx-lm's shared one"
 CHANGED_KEYS = "keys or values are computed with between cache and attention, as in latent attention"
@@ -59,10 +60,12 @@ class _NamedMask(str):
 
 
 class WatchedCache:
-    """mlx-lm's `KVCache` with notes of how the model uses it."""
+    """mlx-lm's `KVCache` or `RotatingKVCache` with notes of how the model uses it."""
 
-    def __init__(self, watch: "_Watch", opaque: bool) -> None:
-        self.native: Any = KVCache()
+    def __init__(self, watch: "_Watch", opaque: bool, native: Any) -> None:
+        self.native = native
+        self.window: int | None = getattr(native, "max_size", None)
+        """Tokens that a query sees if it is a sliding window."""
         self.opaque = opaque
         """Whether the model gets handles instead of arrays."""
         self.reason: str | None = None
@@ -81,7 +84,7 @@ class WatchedCache:
         self._watch = watch
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """As `KVCache`. An opaque cache returns handles for keys and values."""
+        """As mlx-lm's. An opaque cache returns handles for keys and values."""
         self.new = keys, values
         self._watch.updates.append(self)
         arrays = self.native.update_and_fetch(keys, values)
@@ -91,15 +94,16 @@ class WatchedCache:
         return self.handles
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        """As `KVCache`, in an object whose use can be recognised."""
+        """As mlx-lm's, in an object whose use can be recognised."""
         self.makes_masks = True
         mask = self.native.make_mask(N, return_array=return_array, window_size=window_size)
         if isinstance(mask, str):
             mask = _NamedMask(mask)
+        window = self.window if window_size is None else window_size
         if mask is not None:
-            self._watch.masks.append(_Mask(mask, self, window_size is not None))
-        if window_size is not None:
-            self.mask_reason = WINDOW
+            self._watch.masks.append(_Mask(mask, self, window))
+        if window != self.window:
+            self.mask_reason = WINDOW if self.window is None else OTHER_WINDOW
         elif return_array:
             self.mask_reason = "the model wants its mask as an array"
         return mask
@@ -119,7 +123,7 @@ class WatchedCache:
 class _Mask:
     mask: Any
     source: WatchedCache
-    windowed: bool
+    window: int | None
 
 
 @dataclass
@@ -160,21 +164,23 @@ def _note(leaf: WatchedCache, call: seam.AttentionCall, made: _Mask | None) -> N
         leaf.refuse(f"its attention has the option {', '.join(call.options)}")
     if made is not None:
         leaf.mask_sources.append(made.source)
-        if made.windowed:
-            leaf.refuse(WINDOW)
+        if made.window != leaf.window:
+            leaf.refuse(WINDOW if leaf.window is None else OTHER_WINDOW)
     elif isinstance(call.mask, mx.array):
         leaf.refuse("its mask is the model's own (a window, chunks or biases)")
     elif call.mask is None and n_tokens > 1:
         leaf.refuse("its attention is not causal")
+    elif leaf.window is not None and n_tokens > 1:
+        leaf.refuse(OTHER_WINDOW)
 
 
 def watched_leaves(model: Module) -> list[Any]:
-    """The leaves of a prompt cache after a few tokens, each plain `KVCache` watched. Raises the model's own errors."""
+    """The leaves of a prompt cache after a few tokens, watched if pages may serve them. Raises the model's errors."""
     transparent: set[int] = set()
     while True:
         watch, native = _Watch(), make_prompt_cache(model)
         watched = [
-            WatchedCache(watch, i not in transparent) if type(leaf) is KVCache else leaf
+            WatchedCache(watch, i not in transparent, leaf) if _may_be_paged(leaf) else leaf
             for i, leaf in enumerate(leaves(native))
         ]
         try:
@@ -190,6 +196,10 @@ def watched_leaves(model: Module) -> list[Any]:
         else:
             _judge([leaf for leaf in watched if isinstance(leaf, WatchedCache)])
             return watched
+
+
+def _may_be_paged(leaf: Any) -> bool:
+    return type(leaf) is KVCache or (type(leaf) is RotatingKVCache and leaf.keep == 0)
 
 
 def _forward(model: Module, cache: PromptCache, n_tokens: int, watch: _Watch) -> None:

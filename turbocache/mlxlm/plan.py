@@ -8,8 +8,12 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
+from kernels.codec.layout import PAGE
 from turbocache.mlxlm.observe import PASSES, WatchedCache, watched_leaves
 from turbocache.mlxlm.prompt_cache import leaves
+
+LEAST_WINDOW = 2 * PAGE
+"""Shorter sliding windows are never compressed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,11 @@ class LayerGeometry:
     """Of the keys."""
     sinks: bool = False
     """Whether the softmax has attention sinks."""
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of a raw token."""
+        return self.n_kv_heads * (self.key_dim + self.value_dim) * self.dtype.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +49,7 @@ class LayerPlan:
     token_nbytes: int = 0
     """Bytes of mlx-lm's own cache for each token it holds."""
     max_tokens: int | None = None
-    """Tokens that mlx-lm's own cache holds at most."""
+    """Tokens that mlx-lm's own cache holds at most. In a compressed layer, the sliding window: what a query sees."""
 
     def native_nbytes(self, n_tokens: int) -> int:
         """Bytes of mlx-lm's own cache after `n_tokens`. 0 for a compressed layer."""
@@ -53,12 +62,25 @@ class LayerPlan:
     def compressed(self) -> bool:
         return self.geometry is not None
 
+    @property
+    def window(self) -> int | None:
+        """The sliding window of a compressed layer."""
+        return self.max_tokens if self.compressed else None
+
+    def native(self, reason: str) -> "LayerPlan":
+        """The plan with mlx-lm's own cache."""
+        if (g := self.geometry) is None:
+            return self
+        kind = "KVCache" if self.max_tokens is None else "RotatingKVCache"
+        return LayerPlan(kind, None, reason, 0, g.token_nbytes, self.max_tokens)
+
 
 def plan_layers(model: Module) -> list[LayerPlan]:
     """Run a few tokens through the model and observe how it uses its caches (turbocache/mlxlm/observe.py).
 
     Returns one plan for each leaf of the model's prompt cache, in order. A plain `KVCache` under mlx-lm's shared causal
-    attention is compressed. Others keep mlx-lm's own cache. If the model can't run, its error is the reason.
+    attention is compressed, and a `RotatingKVCache` without a sink under the same with its window. Others keep mlx-lm's
+    own cache. If the model can't run, its error is the reason.
     """
     try:
         watched = watched_leaves(model)
@@ -69,13 +91,7 @@ def plan_layers(model: Module) -> list[LayerPlan]:
 
 def all_native(plans: Sequence[LayerPlan], reason: str) -> list[LayerPlan]:
     """The same plans without a compressed layer, for one reason."""
-
-    def native(plan: LayerPlan) -> LayerPlan:
-        if (g := plan.geometry) is None:
-            return plan
-        return LayerPlan("KVCache", None, reason, 0, g.n_kv_heads * (g.key_dim + g.value_dim) * g.dtype.size)
-
-    return [native(plan) for plan in plans]
+    return [plan.native(reason) for plan in plans]
 
 
 def _watched(cache: WatchedCache) -> LayerPlan:
@@ -83,7 +99,10 @@ def _watched(cache: WatchedCache) -> LayerPlan:
         return _native(cache.native, cache.reason or "")
     keys, values = cache.new
     geometry = LayerGeometry(cache.n_heads, keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, cache.sinks)
-    return LayerPlan("PagedKVCache", geometry, "plain attention")
+    if cache.window is None:
+        return LayerPlan("PagedKVCache", geometry, "plain attention")
+    plan = LayerPlan("PagedKVCache", geometry, f"sliding window of {cache.window} tokens", max_tokens=cache.window)
+    return plan if cache.window >= LEAST_WINDOW else plan.native(too_small(cache.window))
 
 
 def _unwatched(model: Module, error: str) -> list[LayerPlan]:
@@ -109,8 +128,13 @@ def _native(cache: Any, reason: str) -> LayerPlan:
     return LayerPlan(kind, None, reason, token_nbytes=-(-cache.nbytes // slots), max_tokens=limit)
 
 
+def too_small(window: int) -> str:
+    """Why layers with a sliding window keep mlx-lm's own cache."""
+    return f"a sliding window of {window} tokens is too small for pages to pay"
+
+
 _REASONS = {
-    "RotatingKVCache": "sliding window: mlx-lm's own cache holds no more than the window",
+    "RotatingKVCache": "a sliding window with a sink: mlx-lm's own cache holds no more than the window",
     "ArraysCache": "recurrent state: the same size at any length",
     "ChunkedKVCache": "chunked attention: mlx-lm's own cache holds no more than the chunk",
 }

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,15 +21,17 @@ from kernels.codec.layout import LAYOUT_VERSION
 from kernels.codec.rotation import ROTATION_SEED
 from kernels.lanes.qjl import SKETCH_SEED, QjlShape
 from turbocache.backend import codebooks_of
+from turbocache.cache.batch import CacheBatch
 from turbocache.cache.conditioning import KeyCentre
 from turbocache.cache.outline import PLAIN, Outline
 from turbocache.cache.pool import PoolExhausted
+from turbocache.cache.spec import CacheSpec, CompressedLayer
 from turbocache.cache.view import PagedKVCache
 from turbocache.mlxlm.group import Group
 from turbocache.mlxlm.model import LoadedModel
 from turbocache.mlxlm.prompt_cache import leaves
 from turbocache.storage.session_file import Piece, SessionFileError, open_checked, piece, read_manifest, write
-from turbocache.store import CacheStore, batch_of, ring_of
+from turbocache.store import CacheStore, batches_of
 
 VERSION = 5
 """Version of the manifest and of the arrays' names. `LAYOUT_VERSION` covers the bytes in pages."""
@@ -73,16 +76,17 @@ class SessionFiles:
 
         Writes a page once that several states hold. `peek` returns `about`. Raises OSError.
         """
-        rings = [ring for state in states if (ring := ring_of(state.cache)) is not None]
-        pages = list(dict.fromkeys(page for ring in rings for page in ring.pages))
-        pieces, places = self._page_pieces(pages), {page: i for i, page in enumerate(pages)}
+        pieces: dict[str, Piece] = {}
+        pages = [_page_pieces(_of(s), spec, states, pieces) for s, spec in enumerate(self._store.specs)]
+        places = [{page: i for i, page in enumerate(owned)} for owned in pages]
         records = [self._state_pieces(f"state.{n}", state, places, pieces) for n, state in enumerate(states)]
         tokens = np.ascontiguousarray(states[0].tokens, dtype=np.int32).tobytes()
         manifest = {
             **self._made_by,
             "about": dict(about or {}),
             "tokens": hashlib.sha256(tokens).hexdigest(),
-            "n_pages": len(pages),
+            "n_pages": len(pages[0]),
+            "n_sliding_pages": [len(owned) for owned in pages[1:]],
             "states": records,
         }
         return write(path, pieces, manifest)
@@ -94,12 +98,12 @@ class SessionFiles:
         """
         manifest, arrays = open_checked(path)
         self._check(path.name, manifest)
-        records = manifest["states"]
+        records, n_pages = manifest["states"], [manifest["n_pages"], *manifest.get("n_sliding_pages", ())]
         try:
             try:
-                return self._states(records, manifest["n_pages"], arrays)
+                return self._states(records, n_pages, arrays)
             except PoolExhausted:
-                return self._states(records[:1], manifest["n_pages"], arrays)
+                return self._states(records[:1], n_pages, arrays)
         except PoolExhausted:
             raise
         except RuntimeError as error:  # MLX reads the file here
@@ -129,83 +133,46 @@ class SessionFiles:
         """`tokens_of` a file of this model."""
         return tokens_of(path, self.model)
 
-    def _page_pieces(self, pages: list[int]) -> dict[str, Piece]:
-        pool, pieces, index = self._store.spec.pool, {}, mx.array(pages, dtype=mx.int32)
-        for i in range(len(self._store.spec.layers)):
-            for k, array in enumerate(pool.pages(i)):
-
-                def gathered(layer: int = i, part: int = k) -> mx.array:
-                    return mx.take(pool.pages(layer)[part], index, axis=0)
-
-                pieces[f"layer.{i}.pages.{k}"] = Piece((len(pages), *array.shape[1:]), array.dtype, gathered)
-        return pieces
-
     def _state_pieces(
-        self, name: str, state: State, places: Mapping[int, int], pieces: dict[str, Piece]
+        self, name: str, state: State, places: Sequence[Mapping[int, int]], pieces: dict[str, Piece]
     ) -> dict[str, Any]:
-        """The manifest's record of a state. Adds its arrays to `pieces`. `places`: a page's index in the file."""
+        """The manifest's record of a state. Adds its arrays to `pieces`. `places`: each page's index, by spec."""
         pieces[f"{name}.tokens"] = piece(mx.array(np.asarray(state.tokens, dtype=np.int32)))
-        record: dict[str, Any] = {"kind": state.kind, "ring": None, "native": []}
-        if (batch := batch_of(state.cache)) is not None:
-            ring = batch.rings[0]
-            record["ring"] = {"offset": ring.offset, "first": ring.gone, "flushed": ring.flushed, "pinned": ring.pinned}
-            record["outline"] = dataclasses.asdict(ring.outline)
-            record["pages"] = [places[page] for page in ring.pages]
-            record["centred"] = None if ring.centre is None else [ring.centre.n_heads, sorted(ring.centre.means)]
-            for i, raw in enumerate(batch.raw):
-                for k, array in enumerate(raw):
-                    pieces[f"{name}.layer.{i}.raw.{k}"] = piece(array)
-                if ring.centre is not None and i in ring.centre.means:
-                    pieces[f"{name}.layer.{i}.centre"] = piece(ring.centre.means[i])
+        batches = {batch.spec: batch for batch in batches_of(state.cache)}
+        record: dict[str, Any] = {"kind": state.kind, "ring": None, "sliding": [], "native": []}
+        for s, spec in enumerate(self._store.specs):
+            part = _ring_pieces(f"{name}.{_of(s)}", batches[spec], places[s], pieces) if spec in batches else {}
+            if s:
+                record["sliding"].append(part)
+            else:
+                record |= part
         for i, leaf in enumerate(leaves(state.cache)):
             if not isinstance(leaf, PagedKVCache):
                 flat = None if leaf.empty() else _flatten(f"{name}.native.{i}", leaf.state, pieces)
                 record["native"].append(flat)
         return record
 
-    def _states(self, records: Sequence[dict[str, Any]], n_pages: int, arrays: Mapping[str, mx.array]) -> list[State]:
-        pool = self._store.spec.pool
-        places = sorted({place for record in records for place in record.get("pages", ())})
-        pages = pool.take(len(places))
-        try:
-            self._write_pages(pages, places, n_pages, arrays)
-            page_at = dict(zip(places, pages, strict=True))
+    def _states(
+        self, records: Sequence[dict[str, Any]], n_pages: Sequence[int], arrays: Mapping[str, mx.array]
+    ) -> list[State]:
+        with ExitStack() as taken:
+            page_at = []
+            for s, spec in enumerate(self._store.specs):
+                places = sorted({place for record in records for place in _part(record, s).get("pages", ())})
+                pages = spec.pool.take(len(places))
+                taken.callback(spec.pool.release, pages)  # the rings hold references of their own
+                if pages:
+                    _write_pages(_of(s), spec, pages, places if len(places) < n_pages[s] else None, arrays)
+                page_at.append(dict(zip(places, pages, strict=True)))
             return [self._state(f"state.{n}", record, page_at, arrays) for n, record in enumerate(records)]
-        finally:
-            pool.release(pages)  # the rings hold references of their own
-
-    def _write_pages(self, pages: list[int], places: list[int], n_pages: int, arrays: Mapping[str, mx.array]) -> None:
-        if not pages:
-            return
-        pool = self._store.spec.pool
-        mx.synchronize()  # a write beside a reader copies the pool
-        for i in range(len(self._store.spec.layers)):
-            parts = tuple(arrays[f"layer.{i}.pages.{k}"] for k in range(len(pool.pages(i))))
-            if len(places) < n_pages:
-                parts = tuple(mx.take(part, mx.array(places, dtype=mx.int32), axis=0) for part in parts)
-            pool.write(i, pages, parts)
-            mx.eval(pool.pages(i))
 
     def _state(
-        self, name: str, record: dict[str, Any], page_at: Mapping[int, int], arrays: Mapping[str, mx.array]
+        self, name: str, record: dict[str, Any], page_at: Sequence[Mapping[int, int]], arrays: Mapping[str, mx.array]
     ) -> State:
         cache = self._store.new_cache()
-        if (batch := batch_of(cache)) is not None:
-            ring, pages = batch.rings[0], [page_at[place] for place in record["pages"]]
-            self._store.spec.pool.retain(pages)
-            ring.append_pages(pages)
-            ring.offset, ring.gone, ring.flushed = (record["ring"][part] for part in ("offset", "first", "flushed"))
-            ring.pinned, ring.outline = record["ring"].get("pinned", 0), _outline(record.get("outline", {}))
-            raw = []
-            for i in range(len(self._store.spec.layers)):
-                raw.append((arrays[f"{name}.layer.{i}.raw.0"], arrays[f"{name}.layer.{i}.raw.1"]))
-                mx.eval(raw[-1])
-            batch.raw = raw
-            if (centred := record["centred"]) is not None:
-                n_heads, layers = centred
-                means = {layer: arrays[f"{name}.layer.{layer}.centre"] for layer in layers}
-                ring.centre = KeyCentre(means, n_heads)
-                mx.eval(list(means.values()))
+        for batch in batches_of(cache):
+            s = self._store.specs.index(batch.spec)
+            _restore_ring(f"{name}.{_of(s)}", batch, _part(record, s), page_at[s], arrays)
         native = iter(record["native"])
         for leaf in leaves(cache):
             if not isinstance(leaf, PagedKVCache) and (state := next(native)) is not None:
@@ -246,12 +213,89 @@ def fingerprint(model: LoadedModel) -> str:
     return digest.hexdigest()
 
 
+def _of(spec: int) -> str:
+    """Beginning of the names of a spec's arrays."""
+    return f"sliding.{spec - 1}." if spec else ""
+
+
+def _part(record: Mapping[str, Any], spec: int) -> Mapping[str, Any]:
+    """A spec's part of the record of a state."""
+    part: Mapping[str, Any] = record["sliding"][spec - 1] if spec else record
+    return part
+
+
+def _page_pieces(name: str, spec: CacheSpec, states: Sequence[State], pieces: dict[str, Piece]) -> list[int]:
+    """The pages of all states. Adds their arrays to `pieces`."""
+    batches = [batch for state in states for batch in batches_of(state.cache) if batch.spec is spec]
+    pages = list(dict.fromkeys(page for batch in batches for page in batch.rings[0].pages))
+    pool, index = spec.pool, mx.array(pages, dtype=mx.int32)
+    for i in range(len(spec.layers)):
+        for k, array in enumerate(pool.pages(i)):
+
+            def gathered(layer: int = i, part: int = k) -> mx.array:
+                return mx.take(pool.pages(layer)[part], index, axis=0)
+
+            pieces[f"{name}layer.{i}.pages.{k}"] = Piece((len(pages), *array.shape[1:]), array.dtype, gathered)
+    return pages
+
+
+def _write_pages(
+    name: str, spec: CacheSpec, pages: list[int], places: list[int] | None, arrays: Mapping[str, mx.array]
+) -> None:
+    """Write a file's pages, or those at `places`, into the pool."""
+    mx.synchronize()  # a write beside a reader copies the pool
+    for i in range(len(spec.layers)):
+        parts = tuple(arrays[f"{name}layer.{i}.pages.{k}"] for k in range(len(spec.pool.pages(i))))
+        if places is not None:
+            parts = tuple(mx.take(part, mx.array(places, dtype=mx.int32), axis=0) for part in parts)
+        spec.pool.write(i, pages, parts)
+        mx.eval(spec.pool.pages(i))
+
+
+def _ring_pieces(name: str, batch: CacheBatch, places: Mapping[int, int], pieces: dict[str, Piece]) -> dict[str, Any]:
+    """The record of a spec's part of a state. Adds its arrays to `pieces`."""
+    ring = batch.rings[0]
+    for i, raw in enumerate(batch.raw):
+        for k, array in enumerate(raw):
+            pieces[f"{name}layer.{i}.raw.{k}"] = piece(array)
+        if ring.centre is not None and i in ring.centre.means:
+            pieces[f"{name}layer.{i}.centre"] = piece(ring.centre.means[i])
+    return {
+        "ring": {"offset": ring.offset, "first": ring.gone, "flushed": ring.flushed, "pinned": ring.pinned},
+        "outline": dataclasses.asdict(ring.outline),
+        "pages": [places[page] for page in ring.pages],
+        "centred": None if ring.centre is None else [ring.centre.n_heads, sorted(ring.centre.means)],
+    }
+
+
+def _restore_ring(
+    name: str, batch: CacheBatch, record: Mapping[str, Any], page_at: Mapping[int, int], arrays: Mapping[str, mx.array]
+) -> None:
+    """Fill a new batch of one row from `_ring_pieces`."""
+    ring, pages = batch.rings[0], [page_at[place] for place in record["pages"]]
+    batch.spec.pool.retain(pages)
+    ring.append_pages(pages)
+    ring.offset, ring.gone, ring.flushed = (record["ring"][part] for part in ("offset", "first", "flushed"))
+    ring.pinned, ring.outline = record["ring"].get("pinned", 0), _outline(record.get("outline", {}))
+    raw = []
+    for i in range(len(batch.spec.layers)):
+        raw.append((arrays[f"{name}layer.{i}.raw.0"], arrays[f"{name}layer.{i}.raw.1"]))
+        mx.eval(raw[-1])
+    batch.raw = raw
+    if (centred := record["centred"]) is not None:
+        n_heads, layers = centred
+        means = {layer: arrays[f"{name}layer.{layer}.centre"] for layer in layers}
+        ring.centre = KeyCentre(means, n_heads)
+        mx.eval(list(means.values()))
+
+
 def _layout(store: CacheStore) -> dict[str, Any]:
     """Everything that the meaning of a cache's bytes depends on."""
-    ring = store.spec.ring
+    ring, sliding = store.spec.ring, [[spec.ring.window, spec.ring.max_size] for spec in store.specs[1:]]
     return {
         "preset": store.preset.name,
         "ring": [ring.keep, ring.window, ring.max_size],
+        **({"sliding": sliding} if sliding else {}),
         "layers": [
             [
                 layer.lanes.name,
@@ -261,24 +305,28 @@ def _layout(store: CacheStore) -> dict[str, Any]:
                 layer.centre_above,
                 [[list(shape), str(dtype)] for shape, dtype in layer.lanes.page_arrays()],
             ]
-            for layer in store.spec.layers
+            for layer in _layers(store)
         ],
         "native": [plan.kind for plan in store.plans if not plan.compressed],
     }
 
 
+def _layers(store: CacheStore) -> list[CompressedLayer]:
+    return [layer for spec in store.specs for layer in spec.layers]
+
+
 def _rotation(store: CacheStore) -> list[int]:
     """Seeds of the random matrices that tokens in pages are multiplied by. Empty if pages hold no codes."""
-    if all(codebooks_of(layer.lanes) is None for layer in store.spec.layers):
+    if all(codebooks_of(layer.lanes) is None for layer in _layers(store)):
         return []
-    sketches = any(isinstance(layer.lanes.shape, QjlShape) for layer in store.spec.layers)
+    sketches = any(isinstance(layer.lanes.shape, QjlShape) for layer in _layers(store))
     return [ROTATION_SEED, SKETCH_SEED] if sketches else [ROTATION_SEED]
 
 
 def _codebooks(store: CacheStore) -> str:
     """SHA-256 of all layers' levels and zooms, of keys and values."""
     digest = hashlib.sha256()
-    for layer in store.spec.layers:
+    for layer in _layers(store):
         if (books := codebooks_of(layer.lanes)) is not None:
             zooms = books.key_zooms, books.value_zooms
             digest.update(f"{books.keys.shape} {books.values.shape} {zooms}".encode())

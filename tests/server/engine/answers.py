@@ -47,9 +47,10 @@ class Answer:
 
 
 def owned_by_nobody(engine: MlxEngine) -> bool:
-    spec = engine.services.runtime.store.spec
-    spec.check_integrity()
-    return spec.pool.n_used == len({page for batch in spec.live for ring in batch.rings for page in ring.pages})
+    specs = engine.services.runtime.store.specs
+    for spec in specs:
+        spec.check_integrity()
+    return all(spec.pool.n_used == len({page for ring in spec.rings for page in ring.pages}) for spec in specs)
 
 
 def on_engine(engine: MlxEngine, work: Callable[[], T]) -> T:

@@ -51,7 +51,8 @@ class Talk:
         for token in answer:
             self.feed(claim.cache, [token])
         self.registry.put_back(claim.session, claim.cache, [*prompt, *answer])
-        self.store.spec.check_integrity()
+        for spec in self.store.specs:
+            spec.check_integrity()
         return np.array(logits.astype(mx.float32))
 
 

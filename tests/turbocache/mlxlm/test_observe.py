@@ -238,3 +238,47 @@ def test_nothing_stays_of_the_watch(tiny_llama: Module) -> None:
     cache = make_prompt_cache(tiny_llama)
     tiny_llama(mx.array([[1, 2]]), cache=cache)
     assert cache[0].keys.shape[1] == 2
+
+
+def _window_of(size: int | None) -> Callable[[mx.array, list[Any]], None]:
+    def forward(h: mx.array, cache: list[Any]) -> None:
+        mask = base.create_attention_mask(h, cache[0], window_size=size)
+        for layer in cache:
+            _attend(h, layer, mask)
+
+    return forward
+
+
+def _named(h: mx.array, cache: list[Any]) -> None:
+    for layer in cache:
+        _attend(h, layer, "causal" if h.shape[1] > 1 else None)
+
+
+SLIDING = "sliding window of 200 tokens"
+
+
+@pytest.mark.parametrize(
+    ("forward", "kinds", "reasons"),
+    [
+        (_window_of(None), (200, 200), [SLIDING, SLIDING]),
+        (_window_of(200), (200, 200), [SLIDING, SLIDING]),
+        (_window_of(150), (200, 200), [observe.OTHER_WINDOW, observe.OTHER_WINDOW]),
+        (_named, (200, 200), [observe.OTHER_WINDOW, observe.OTHER_WINDOW]),
+        (_named, (None, 200), ["plain attention", observe.OTHER_WINDOW]),
+        (_window_of(None), (200, None), [observe.SERVES_OTHERS, observe.WINDOW]),
+        (_window_of(None), (None, 200), [observe.SERVES_OTHERS, observe.OTHER_WINDOW]),
+        (_window_of(None), (200, 300), [observe.SERVES_OTHERS, observe.OTHER_WINDOW]),
+    ],
+)
+def test_a_sliding_window_is_that_of_cache_and_mask(
+    forward: Forward, kinds: tuple[int | None, ...], reasons: list[str]
+) -> None:
+    def make() -> list[Any]:
+        return [KVCache() if size is None else RotatingKVCache(size) for size in kinds]
+
+    assert _reasons(plan_layers(_Model(forward, make))) == reasons
+
+
+def test_a_sliding_window_with_a_sink_keeps_mlx_lms_cache() -> None:
+    plans = plan_layers(_Model(_window_of(None), lambda: [RotatingKVCache(200, keep=4)]))
+    assert _reasons(plans) == ["a sliding window with a sink: mlx-lm's own cache holds no more than the window"]

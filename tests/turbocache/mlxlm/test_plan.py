@@ -2,10 +2,12 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from mlx.nn.layers.base import Module
 from mlx_lm.models import gpt_oss
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
+from tests.conftest import build_gemma
 from turbocache.mlxlm.plan import LayerGeometry, LayerPlan, all_native, plan_layers
 
 
@@ -23,11 +25,20 @@ def test_the_dtype_is_the_one_of_the_keys(llama_of: Callable[..., Module]) -> No
     assert [plan.geometry.dtype for plan in plan_layers(model) if plan.geometry] == [mx.bfloat16] * 2
 
 
-def test_sliding_window_layers_keep_mlx_lms_cache_and_say_why(gemma: Module) -> None:
+def test_layers_with_a_sliding_window_are_compressed() -> None:
+    plans = plan_layers(build_gemma(window=512))
+    geometry = LayerGeometry(4, 2, 64, 64, mx.float32)
+    sliding = LayerPlan("PagedKVCache", geometry, "sliding window of 512 tokens", max_tokens=512)
+    assert plans == [sliding, sliding, LayerPlan("PagedKVCache", geometry, "plain attention")]
+    assert [plan.window for plan in plans] == [512, 512, None]
+    assert [plan.native_nbytes(1000) for plan in plans] == [0, 0, 0]
+
+
+def test_short_sliding_windows_keep_mlx_lms_cache_and_say_why(gemma: Module) -> None:
     plans = plan_layers(gemma)
     assert [plan.compressed for plan in plans] == [False, True, False, True]
     assert plans[0].kind == "RotatingKVCache"
-    assert plans[0].reason == "sliding window: mlx-lm's own cache holds no more than the window"
+    assert plans[0].reason == "a sliding window of 32 tokens is too small for pages to pay"
     assert plans[0].max_tokens == 32
     per_token = 2 * 2 * 64 * 4
     assert plans[0].native_nbytes(10) == 10 * per_token
@@ -81,19 +92,22 @@ def test_all_native_keeps_reasons_of_native_layers(gemma: Module) -> None:
     plans = all_native(plan_layers(gemma), "because")
     assert [plan.kind for plan in plans] == ["RotatingKVCache", "KVCache"] * 2
     assert [plan.reason for plan in plans][:2] == [
-        "sliding window: mlx-lm's own cache holds no more than the window",
+        "a sliding window of 32 tokens is too small for pages to pay",
         "because",
     ]
     assert plans[1].native_nbytes(10) == 10 * 2 * 2 * 64 * 4
 
 
-def test_native_caches_cost_what_the_plan_says(gemma: Module) -> None:
+@pytest.mark.parametrize("window", [32, 512])
+def test_native_caches_cost_what_the_plan_says(window: int) -> None:
+    gemma = build_gemma(window)
     plans = all_native(plan_layers(gemma), "because")
     cache = make_prompt_cache(gemma)
+    assert [plan.kind for plan in plans] == [type(layer).__name__ for layer in cache]
+    assert [plan.max_tokens for plan in plans] == [window, window, None]
     gemma(mx.array([[1] * 500]), cache=cache)
     for _ in range(3):
         mx.eval(gemma(mx.array([[1]]), cache=cache))
-    assert isinstance(cache[1], KVCache)
     for plan, layer in zip(plans, cache, strict=True):
         per_token = layer.nbytes // layer.keys.shape[2]
         assert plan.token_nbytes == per_token
