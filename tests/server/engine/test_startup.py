@@ -21,6 +21,9 @@ def test_protection_and_conditioning_reach_the_layers() -> None:
     said = [layer["reason"] for layer in runtime.report()["layers"]]
     assert [("protected: k8v8 instead of k6v4" in reason) for reason in said] == [w == "k8v8" for w in widths]
     assert all("conditioning of keys is switched off" in reason for reason in said)
+    for layer, stored in zip(runtime.report()["layers"], runtime.store.spec.layers, strict=True):
+        sizes = layer["fixed_bytes"], layer["token_bytes"] * 64, layer["max_tokens"]
+        assert sizes == ((64 + 192) * stored.token_nbytes, stored.page_nbytes, None)
     plain = load_runtime(make_settings(backend="packed", kv_memory=BUDGET), Coordinator())
     assert None not in {layer.centre_above for layer in plain.store.spec.layers}
 
