@@ -25,9 +25,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--presets",
         type=names_of,
-        help="rows, separated by commas: presets, mlx-lm-BITS, mlx-vlm-BITS, full; or the groups presets, mlx-lm, "
-        "mlx-vlm, all (default all; with --suite off, the default preset, and 8 and 4 bits of mlx-lm). PRESET:BACKEND, "
-        "PRESET@KEEP/WINDOW and PRESET@KEEP/WINDOW/SIZE set one row's own",
+        help="rows, separated by commas: presets, mlx-lm-BITS, mlx-vlm-BITS, kvarn-BITS, full; or the groups presets, "
+        "mlx-lm, mlx-vlm, kvarn, all (default all; with --suite off, the default preset, and 8 and 4 bits of mlx-lm). "
+        "PRESET:BACKEND, PRESET@KEEP/WINDOW and PRESET@KEEP/WINDOW/SIZE set one row's own",
     )
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window (default %(default)s)")
     parser.add_argument(

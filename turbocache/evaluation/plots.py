@@ -6,7 +6,12 @@ from typing import Any
 
 from turbocache.documents import figure_class, save_figures
 
-_FAMILIES = (("mlx-lm", "s", "tab:red"), ("mlx-vlm", "^", "tab:green"), ("", "o", "tab:blue"))
+_FAMILIES = (
+    ("mlx-lm", "s", "tab:red"),
+    ("mlx-vlm", "^", "tab:green"),
+    ("kvarn", "D", "tab:orange"),
+    ("", "o", "tab:blue"),
+)
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[str]:

@@ -9,6 +9,9 @@
     mlx-lm-BITS                mlx-lm's QuantizedKVCache, groups of 64, from the first token
     mlx-vlm-BITS               mlx-vlm's TurboQuant cache as its generation uses it: the last layer stays raw
     mlx-vlm-BITS-all           the same with the last layer compressed as well
+    kvarn-BITS                 KVarN's codec (kvarn.py) with the sink and window of the settings, in tiles of 128 tokens
+    kvarn-KEYS/VALUES          with widths of their own for keys and values: 1 to 8 bits, or 16 for tokens as they are
+    kvarn-...-gSIZE            in tiles of SIZE tokens
 
 A row that can't run on this machine or with this model stays in the table with the reason.
 """
@@ -25,7 +28,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turbocache.backend import Backend, BackendUnavailable, choose_backend
 from turbocache.cache.ring import RingConfig
-from turbocache.evaluation import turboquant
+from turbocache.evaluation import kvarn, turboquant
 from turbocache.evaluation.settings import EvaluationError, Settings
 from turbocache.evaluation.storage import Stored, foreign_bytes, paged_bytes
 from turbocache.mlxlm import seam
@@ -37,12 +40,14 @@ from turbocache.store import CacheStore
 FULL = "full"
 MLX_LM_BITS = (8, 4, 3, 2)
 MLX_VLM_BITS = (4.0, 3.5, 3.0, 2.5, 2.0)
+KVARN_WIDTHS = ("4", "4/2", "3", "2")
 GROUP_SIZE = 64
 
 GROUPS = {
     "presets": tuple(PRESETS),
     "mlx-lm": tuple(f"mlx-lm-{bits}" for bits in MLX_LM_BITS),
     "mlx-vlm": tuple(f"mlx-vlm-{bits:g}{which}" for bits in MLX_VLM_BITS for which in ("", "-all")),
+    "kvarn": tuple(f"kvarn-{widths}" for widths in KVARN_WIDTHS),
 }
 """Names for several rows. `all` is all of these groups."""
 
@@ -78,7 +83,7 @@ class Row:
     """Names everything that its results depend on, with backend and sizes."""
     open: Opener
     foreign: bool = False
-    """Whether the cache is another project's."""
+    """Whether the cache is another project's code."""
     note: str = ""
     rotating: Callable[[int], Opener] | None = None
     """Opens caches that rotate at a number of tokens, or at the least that is possible. None for others' caches."""
@@ -96,7 +101,7 @@ def expand_names(settings: Settings) -> list[str]:
         else:
             swept.append(name)
     for name in swept:
-        if parse_preset(name) is None and not _foreign_bits(name) and name != FULL:
+        if parse_preset(name) is None and not is_foreign(name) and name != FULL:
             known = ", ".join(["all", *GROUPS, FULL, *every])
             raise EvaluationError(f"unknown preset {name!r}; there are {known}")
     return list(dict.fromkeys(swept))
@@ -121,6 +126,9 @@ class RowMaker:
         parsed = parse_preset(name)
         if parsed is not None:
             return self._paged(name, *parsed)
+        widths = _kvarn_widths(name)
+        if widths is not None:
+            return self._kvarn(name, *widths)
         whose, bits, whole = _foreign_bits(name) or ("", 0.0, False)
         if whose == "mlx-lm":
             return Row(name, name, lambda n_tokens, n_forks=0: self._mlx_lm(int(bits)), foreign=True)
@@ -154,6 +162,27 @@ class RowMaker:
             return choose_backend(backend, self._plans, preset)
         except (ValueError, BackendUnavailable) as error:
             raise EvaluationError(f"--backend: {error}") from error
+
+    def _kvarn(self, name: str, key_bits: int, value_bits: int, group: int) -> Row:
+        ring = RingConfig(self._settings.keep[0], self._settings.window[0])
+        keys, values = kvarn.codec(key_bits, by_channel=True), kvarn.codec(value_bits, by_channel=False)
+
+        def open_cache(n_tokens: int, n_forks: int = 0) -> OpenCache:
+            for plan in self._plans:
+                dims = () if plan.geometry is None else (plan.geometry.key_dim, plan.geometry.value_dim)
+                if any(dim & (dim - 1) for dim in dims):
+                    raise RowUnavailable(f"KVarN's rotation needs head dims that are powers of two, not {dims}")
+            seam.install()
+            layers = make_prompt_cache(self._model)
+            return _foreign(
+                [kvarn.KvarnLayer(ring, keys, values, group) if type(layer) is KVCache else layer for layer in layers]
+            )
+
+        note = (
+            f"this project's implementation of KVarN, sink {ring.keep}, window {ring.window} as the presets have them, "
+            f"tiles of {group} tokens; layers with a cache of their own kind stay raw"
+        )
+        return Row(name, f"{name}@{ring.keep}/{ring.window}", open_cache, note=note)
 
     def _mlx_lm(self, bits: int) -> OpenCache:
         layers = make_prompt_cache(self._model)
@@ -214,8 +243,18 @@ def _is_off(name: str) -> bool:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a row's cache is another project's."""
-    return _foreign_bits(name) is not None
+    """Whether a row has another project's method, to compare presets with."""
+    return _foreign_bits(name) is not None or _kvarn_widths(name) is not None
+
+
+def _kvarn_widths(name: str) -> tuple[int, int, int] | None:
+    """Bits of keys and of values, and tokens of a tile. None for other names."""
+    match = re.fullmatch(r"kvarn-(\d+)(?:/(\d+))?(?:-g(\d+))?", name)
+    if match is None:
+        return None
+    key_bits, value_bits, group = int(match[1]), int(match[2] or match[1]), int(match[3] or kvarn.GROUP)
+    known = (*range(1, 9), kvarn.RAW_BITS)
+    return (key_bits, value_bits, group) if {key_bits, value_bits} <= set(known) and group > 1 else None
 
 
 def _foreign_bits(name: str) -> tuple[str, float, bool] | None:

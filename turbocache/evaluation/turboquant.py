@@ -12,26 +12,15 @@ from typing import Any
 import mlx.core as mx
 
 from turbocache.cache.view import PendingAttention
+from turbocache.evaluation.compared import ComparedLayer, PendingAnswer
 
 
 class NotInstalled(Exception):
     """mlx-vlm can't be imported. The message says why."""
 
 
-class _Pending(PendingAttention):
-    """The handle: keys and values in mlx-vlm's form, with their attention."""
-
-    __slots__ = ("_answer",)
-
-    def __init__(self, answer: Callable[..., mx.array]) -> None:
-        self._answer = answer
-
-    def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
-        return self._answer(queries, scale, sinks)
-
-
-class TurboQuantLayer:
-    """mlx-vlm's TurboQuant cache of one layer and one row, with the interface of mlx-lm's caches."""
+class TurboQuantLayer(ComparedLayer):
+    """mlx-vlm's TurboQuant cache of one layer and one row."""
 
     def __init__(self, native: Any, attention: Callable[..., mx.array]) -> None:
         self._native, self._attention = native, attention
@@ -45,24 +34,14 @@ class TurboQuantLayer:
         return self._native.state
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PendingAttention, PendingAttention]:
-        """Store keys and values `[1, n_kv_heads, L, dim]`. Returns the handle in the place of both."""
         states = self._native.update_and_fetch(keys, values)
 
         def answer(queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
             mask = "causal" if queries.shape[2] > 1 else None
             return self._attention(queries, *states, cache=self._native, scale=scale, mask=mask, sinks=sinks)
 
-        pending = _Pending(answer)
+        pending = PendingAnswer(keys.dtype, answer)
         return pending, pending
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
-        """A causal mask. Raises ValueError for other masks."""
-        if window_size is not None or return_array:
-            raise ValueError("the comparison with mlx-vlm serves plain causal attention only")
-        return "causal" if N > 1 else None
-
-    def empty(self) -> bool:
-        return self.offset == 0
 
 
 def layer_maker(bits: float) -> Callable[[], TurboQuantLayer]:
