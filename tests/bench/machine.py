@@ -123,6 +123,11 @@ def _convert(source: str, target: str) -> None:
     for part in (config, config.get("text_config", {})):
         part.update({key: "float32" for key in ("torch_dtype", "dtype") if key in part})
     path.write_text(json.dumps(config, indent=2) + "\n")
+    # Our server takes what requests leave open from here, mlx_lm.server does not: both shall draw in the same way.
+    suggested = Path(target, "generation_config.json")
+    if suggested.exists():
+        said = json.loads(suggested.read_text())
+        suggested.write_text(json.dumps({key: value for key, value in said.items() if key.endswith("_token_id")}))
 
     model = load(target)[0]
     flat = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
