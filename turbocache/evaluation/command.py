@@ -10,7 +10,7 @@ from turbocache.backends import one_of
 
 _DEFAULT_BACKEND = "reference"
 _DEFAULT_WINDOWS = 3
-_DEFAULT_LENGTHS = (250, 500)
+_DEFAULT_LENGTHS = (150, 300)
 """Of long answers."""
 
 
@@ -66,13 +66,13 @@ def add_to(commands: Any) -> None:
         "--suite-trials", type=int, default=1, help="documents, and pairs of long answers (default %(default)s)"
     )
     parser.add_argument(
-        "--suite-context", type=int, default=1024, help="tokens of a suite's documents (default %(default)s)"
+        "--suite-context", type=int, default=768, help="tokens of a suite's documents (default %(default)s)"
     )
     parser.add_argument(
         "--answer-lengths",
         type=integers_of,
         default=_DEFAULT_LENGTHS,
-        help="lengths at which drift compares answers (default 250,500)",
+        help="lengths at which drift compares answers (default 150,300)",
     )
     parser.add_argument("--markdown", type=Path, help="file for a page of results")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="folder for figures; needs turbocache[plots]")
@@ -181,7 +181,7 @@ def command_line(options: argparse.Namespace) -> str:
         "seed": 0,
         "backend": _DEFAULT_BACKEND,
         "suite_trials": 1,
-        "suite_context": 1024,
+        "suite_context": 768,
     }
     words += ["--text", options.text.name, "--presets", ",".join(options.presets)]
     for name, default in plain.items():

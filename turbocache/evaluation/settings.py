@@ -44,9 +44,9 @@ class Settings:
     """Names of suites as typed (`suites/registry.py`)."""
     suite_trials: int = 1
     """Documents of each suite. Every trial has two long answers."""
-    suite_context: int = 1024
+    suite_context: int = 768
     """Tokens of a document with a question."""
-    answer_lengths: tuple[int, ...] = (250, 500)
+    answer_lengths: tuple[int, ...] = (150, 300)
     """Lengths at which long answers are compared."""
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ from turbocache.evaluation.suites.suite import (
     too_small,
 )
 
-N_ORDERS = 4
+N_ORDERS = 3
 """Orders in one document. Each is asked for."""
 MODES = ("free", "grammar")
 _SLACK = 16

@@ -30,10 +30,10 @@ MAX_SIZE = 512
 KINDS = ("kept", "rotating")
 _N_FORKS = 2
 """A checkpoint and a side request live beside the session."""
-_START = 256
-_N_SIDE = 24
+_START = 320
+_N_SIDE = 16
 """Tokens that only a fork reads."""
-_N_STEPS = 4
+_N_STEPS = 2
 """Tokens of each cycle that are read one by one, as an answer is."""
 
 
@@ -43,7 +43,7 @@ class CyclesTask(Task):
     def __init__(self, material: Material, kind: str) -> None:
         name = f"cycles-{kind}"
         chance = chance_of(material, name)
-        self._sizes = [(chance.randrange(40, 80), chance.randrange(8, 40)) for _ in range(N_CYCLES)]
+        self._sizes = [(chance.randrange(24, 48), chance.randrange(4, 24)) for _ in range(N_CYCLES)]
         n_hay = _START + sum(grown + edited for grown, edited in self._sizes) + N_SCORED + 1
         if n_hay > material.loaded.max_positions:
             raise EvaluationError(f"the suite cycles needs {n_hay} positions, and {material.loaded.id} has fewer")

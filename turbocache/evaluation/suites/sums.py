@@ -32,7 +32,7 @@ from turbocache.evaluation.suites.suite import (
     too_small,
 )
 
-N_EACH = 5
+N_EACH = 4
 """Questions of each kind about one document."""
 N_PRICES = 6
 N_TERMS = 3

@@ -27,7 +27,7 @@ def test_every_argument_is_in_the_context(material: Material, task: Any) -> None
     for order in task._orders:
         for value in order.values():
             assert str(value) in text
-    assert len({order["order"] for order in task._orders}) == 4
+    assert len({order["order"] for order in task._orders}) == 3
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def test_documents_have_their_size_and_their_answers(suite: Suite, material_of: 
     decode = material.loaded.tokenizer.decode
     for question in document.questions:
         prompt = [*document.shared, *question.ids]
-        assert 850 <= max(len(document.shared) + len(q.ids) for q in document.questions) <= 900
+        assert 880 <= max(len(document.shared) + len(q.ids) for q in document.questions) <= 900
         assert len(question.ids) > 0
         assert decode(list(question.answer_ids)).strip() == question.answer.strip()
         # The tokens are those of the text in one piece.

@@ -44,7 +44,7 @@ def test_the_right_answers_follow_from_the_records(seed: int) -> None:
 @pytest.mark.slow
 def test_answers_are_mlx_lm_s(material: Material, task: Any, full: Any, generated: Callable[..., list[int]]) -> None:
     document = task._document
-    for i in (6, 11, 16):
+    for i in (5, 9, 13):
         question = document.questions[i]
         theirs = generated(
             [*document.shared, *question.ids], material.full.open(900).layers, len(question.answer_ids) + 2
@@ -60,7 +60,7 @@ def test_fewer_bits_lose_more(task: Task, full: Any, row_of: Callable[[str], Row
     for kind in KINDS:
         assert itself[kind]["nats_moved"] == 0
         assert small[kind]["nats_moved"] > 0.01
-    assert small["copies"]["correct"] <= itself["copies"]["correct"] > 5
+    assert small["copies"]["correct"] <= itself["copies"]["correct"] > 4
 
 
 @pytest.mark.parametrize(
