@@ -12,6 +12,8 @@ Prints, for the tokens that follow, the perplexity of each and the KL divergence
 session is not compressed, so that nothing else counts. Models of the llama kind, without scaled RoPE.
 """
 
+import turbocache  # noqa: F401, I001  (before everything that imports mlx: it puts the fast BLAS in front)
+
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
