@@ -16,6 +16,7 @@ from kernels.lanes.identity import IdentityLanes
 from turbocache.backend import Backend, lane_shape, lanes_for
 from turbocache.cache.batch import CacheBatch
 from turbocache.cache.conditioning import CENTRE_ABOVE
+from turbocache.cache.outline import Outline
 from turbocache.cache.pool import PagePool
 from turbocache.cache.ring import PageRing, RingConfig
 from turbocache.cache.spec import CacheSpec, CompressedLayer
@@ -319,6 +320,13 @@ def rings_of(cache: Sequence[Any]) -> list[PageRing]:
 def ring_of(cache: Sequence[Any]) -> PageRing | None:
     """The page ring of one session's layers with plain attention, or None without such layers."""
     return next(iter(rings_of(cache)), None)
+
+
+def describe(cache: Sequence[Any], outline: Outline) -> None:
+    """Tell a session's cache the outline of its conversation. Layers with a sliding window see no further than that."""
+    for batch in batches_of(cache):
+        if not batch.spec.sliding:
+            batch.spec.rotated_pages += sum(ring.describe(outline) for ring in batch.rings)
 
 
 def beside_pages(batch: CacheBatch) -> int:

@@ -20,7 +20,7 @@ from server.sessions.registry import Claim
 from server.text.assembler import TextAssembler
 from turbocache.cache.pool import PoolExhausted
 from turbocache.cache.ring import PageRing
-from turbocache.store import evaluate, ring_of
+from turbocache.store import describe, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,7 @@ class Scheduler:
         services, request, tokens = self._services, queued.request, queued.request.prompt.tokens
         stops = prompt_stops(request.prompt, claim.cached, self._store) if request.shares_prompt_of is None else {}
         grammar = services.grammars.with_matcher(request.grammar)
-        if (ring := ring_of(claim.cache)) is not None:
-            ring.describe(request.prompt.outline)
+        describe(claim.cache, request.prompt.outline)
         uid = self.generator.insert(tokens, claim.cached, claim.cache, queued.limit, request.sampling, stops, grammar)
         text = TextAssembler(
             services.runtime.model.tokenizer,

@@ -2,7 +2,7 @@
 
     python -m tests.bench.long_agent [--turns 40] [--agents 2] [--max-size 2048] [--pin-share 0.5 0]
 
-An agent has a system message with facts, and tools with names that nobody would guess. In turn it is asked to call one
+An agent has a system message with facts, and tools whose names the user does not say. In turn it is asked to call one
 of them, and for a fact that was not asked for before. The conversation goes on with the right call, its result and the
 right answer, so that a small model's mistake does not teach the next one. Real servers with the bundled model for
 tests, one for each share that may be pinned; greedy answers, no grammar, fixed seeds. A turn counts as rotated if the
