@@ -160,17 +160,20 @@ class KvarnLayer(ComparedLayer):
 
     Positions of n tokens (start = keep + group * n_tiles): sink [0, keep), tiles [keep, start), raw [start, n). A query
     at position q reads the tiles that end before its newest `window` tokens and all other tokens raw, so chunks do not
-    change results. The arrays have no unused slots.
+    change results. If the ring has a `max_size`, as sliding windows do, a query sees its newest `max_size` tokens, and
+    tiles that no later query sees are dropped. The arrays have no unused slots.
     """
 
     def __init__(self, ring: RingConfig, keys: Codec, values: Codec, group: int = GROUP) -> None:
         self._ring, self._codecs, self._group = ring, (keys, values), group
         self._offset = 0
         self._n_tiles = 0
+        self._gone = 0
+        """The first tiles, which are dropped."""
         self._raw: list[mx.array] = []
         """Keys and values `[1, n_kv_heads, n, dim]`: the sink, then what follows the tiles."""
         self._tiles: list[Tiles] = []
-        """Of keys and of values. Empty without tiles."""
+        """Of keys and of values, without the dropped ones. Empty before the first tile."""
 
     @property
     def offset(self) -> int:
@@ -213,9 +216,23 @@ class KvarnLayer(ComparedLayer):
         self._n_tiles += n_new
         self._raw = [mx.concatenate([tokens[:, :, :keep], tokens[:, :, end:]], axis=2) for tokens in raw]
 
+    def _drop(self) -> None:
+        """Drop the tiles that no later query sees."""
+        if self._ring.max_size is None:
+            return
+        hidden = self._offset - self._ring.max_size + 1 - self._ring.keep
+        n = min(self._n_tiles, hidden // self._group) - self._gone
+        if n > 0:
+            self._tiles = [tuple(array[:, n:] for array in tiles) for tiles in self._tiles]
+            self._gone += n
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str | None:
+        """A causal mask; the cache masks by its own window. Raises ValueError for other masks."""
+        return super().make_mask(N, return_array, None if window_size == self._ring.max_size else window_size)
+
     def _mask(self, first: int, n_before: int) -> mx.array:
-        """Bool `[1, 1, L, n_tiles * group + n_raw]` for queries from position `first` on. `n_before` tiles were there
-        before them, so the raw tokens continue behind these.
+        """Bool `[1, 1, L, n]` over the tiles held and the raw tokens, for queries from position `first` on. `n_before`
+        tiles were there before them, so the raw tokens continue behind these.
         """
         keep, group = self._ring.keep, self._group
         query = mx.arange(first, self._offset)[:, None]
@@ -223,14 +240,19 @@ class KvarnLayer(ComparedLayer):
         n_sink = min(keep, self._offset)
         raw = mx.concatenate([mx.arange(n_sink), mx.arange(keep + group * n_before, max(keep, self._offset))])
         sees_raw = (raw <= query) & ((raw < keep) | ((raw - keep) // group >= readable))
-        sees_tiles = mx.arange(self._n_tiles * group) // group < readable
-        return mx.concatenate([sees_tiles, sees_raw], axis=1)[None, None]
+        tiles = mx.arange(self._gone * group, self._n_tiles * group)
+        mask = mx.concatenate([tiles // group < readable, sees_raw], axis=1)
+        if self._ring.max_size is not None:
+            mask = mask & (mx.concatenate([tiles + keep, raw]) > query - self._ring.max_size)
+        return mask[None, None]
 
     def _answer(self, raw: list[mx.array], mask: mx.array) -> Callable[[mx.array, float, mx.array | None], mx.array]:
         def attend(queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
             keys, values = (self._expanded(i, tokens) for i, tokens in enumerate(raw))
             sinks = None if sinks is None else sinks.astype(keys.dtype)
-            return attention(queries.astype(keys.dtype), keys, values, scale, mask, sinks).astype(queries.dtype)
+            out = attention(queries.astype(keys.dtype), keys, values, scale, mask, sinks).astype(queries.dtype)
+            self._drop()
+            return out
 
         return attend
 

@@ -33,7 +33,7 @@ from turbocache.evaluation.settings import EvaluationError, Settings
 from turbocache.evaluation.storage import Stored, foreign_bytes, paged_bytes
 from turbocache.mlxlm import seam
 from turbocache.mlxlm.plan import LayerPlan
-from turbocache.mlxlm.prompt_cache import PromptCache
+from turbocache.mlxlm.prompt_cache import PromptCache, leaves, with_leaves
 from turbocache.presets import PRESETS, Preset
 from turbocache.store import CacheStore
 
@@ -168,19 +168,23 @@ class RowMaker:
         keys, values = kvarn.codec(key_bits, by_channel=True), kvarn.codec(value_bits, by_channel=False)
 
         def open_cache(n_tokens: int, n_forks: int = 0) -> OpenCache:
-            for plan in self._plans:
-                dims = () if plan.geometry is None else (plan.geometry.key_dim, plan.geometry.value_dim)
-                if any(dim & (dim - 1) for dim in dims):
-                    raise RowUnavailable(f"KVarN's rotation needs head dims that are powers of two, not {dims}")
-            seam.install()
             layers = make_prompt_cache(self._model)
-            return _foreign(
-                [kvarn.KvarnLayer(ring, keys, values, group) if type(layer) is KVCache else layer for layer in layers]
-            )
+            seam.install()
+            pairs = zip(self._plans, leaves(layers), strict=True)
+            return _foreign(with_leaves(layers, iter([make_layer(plan, leaf) for plan, leaf in pairs])))
+
+        def make_layer(plan: LayerPlan, native: Any) -> Any:
+            sizes = ring if plan.window is None else ring.of_sliding(plan.window)
+            if plan.geometry is None or sizes is None:
+                return native
+            dims = plan.geometry.key_dim, plan.geometry.value_dim
+            if any(dim & (dim - 1) for dim in dims):
+                raise RowUnavailable(f"KVarN's rotation needs head dims that are powers of two, not {dims}")
+            return kvarn.KvarnLayer(sizes, keys, values, group)
 
         note = (
-            f"this project's implementation of KVarN, sink {ring.keep}, window {ring.window} as the presets have them, "
-            f"tiles of {group} tokens; layers with a cache of their own kind stay raw"
+            f"this project's implementation of KVarN, in the layers, and with the sink ({ring.keep}) and window "
+            f"({ring.window}), of the presets; tiles of {group} tokens"
         )
         return Row(name, f"{name}@{ring.keep}/{ring.window}", open_cache, note=note)
 

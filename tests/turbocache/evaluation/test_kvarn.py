@@ -9,9 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import make_prompt_cache
 from scipy.linalg import hadamard
 
 from kernels.codec.layout import unpack
+from tests.conftest import build_gemma
 from turbocache.cache.ring import RingConfig
 from turbocache.evaluation.kvarn import RAW_BITS, Kvarn, KvarnLayer, Raw, codec, normalise
 from turbocache.evaluation.rows import RowMaker, RowUnavailable, expand_names, is_foreign
@@ -136,13 +138,14 @@ def attended(layer: KvarnLayer, lengths: Sequence[int], n_heads: int = 4, dim: i
     return np.array(mx.concatenate(outs, axis=2))[0].swapaxes(0, 1)
 
 
-def plain(n: int, n_heads: int = 4, dim: int = 64) -> np.ndarray:
-    """The same with all tokens raw: causal attention in float64."""
+def plain(n: int, n_heads: int = 4, dim: int = 64, max_size: int = 1 << 30) -> np.ndarray:
+    """The same with all tokens raw: causal attention to the newest `max_size` tokens, in float64."""
     rng = np.random.default_rng(3)
     queries, keys, values = (rng.normal(size=(h, n, dim)).astype(np.float32).astype(float) for h in (n_heads, 2, 2))
     keys, values = (np.repeat(x, n_heads // 2, axis=0) for x in (keys, values))
     scores = queries @ keys.swapaxes(-1, -2) / np.sqrt(dim)
-    scores[:, np.triu(np.ones((n, n), dtype=bool), 1)] = -np.inf
+    age = np.arange(n)[:, None] - np.arange(n)
+    scores[:, (age < 0) | (age >= max_size)] = -np.inf
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return ((weights / weights.sum(axis=-1, keepdims=True)) @ values).swapaxes(0, 1)
 
@@ -155,6 +158,20 @@ def test_the_cache_attends_to_every_token_once(ring: RingConfig, lengths: list[i
     n_tiles = (400 - 1 - ring.keep - ring.window) // GROUP
     assert layer._tiles[0][0].shape[:3] == (2, n_tiles, GROUP)
     assert layer._raw[0].shape[2] == 400 - GROUP * n_tiles
+
+
+@pytest.mark.parametrize("lengths", [[700], [100, 1, 300, 1, 1, 297]], ids=str)
+@pytest.mark.parametrize("max_size", [256, 300])
+def test_a_sliding_window_sees_its_newest_tokens(max_size: int, lengths: list[int]) -> None:
+    ring = RingConfig(keep=64, window=128).of_sliding(max_size)
+    assert ring is not None
+    layer = KvarnLayer(ring, Raw(), Raw())
+    np.testing.assert_allclose(attended(layer, lengths), plain(700, max_size=max_size), atol=2e-5)
+    held = sum(arrays[0].shape[1] * GROUP for arrays in layer._tiles[:1]) + layer._raw[0].shape[2]
+    assert max_size - 1 <= held < max_size + GROUP
+    assert layer.make_mask(5, window_size=max_size) == "causal"
+    with pytest.raises(ValueError, match="causal"):
+        layer.make_mask(5, window_size=max_size - 1)
 
 
 def test_chunks_do_not_change_what_a_query_reads() -> None:
@@ -202,7 +219,9 @@ def test_16_bits_are_full_precision(measured: Callable[..., Any]) -> None:
     assert abs(exact["kld_mean"]) < 1e-9
     assert exact["kld_mean"] < close["kld_mean"] < 1e-3
     assert coarse["kld_mean"] > 20 * close["kld_mean"]
-    assert "this project's implementation of KVarN, sink 4, window 0" in coarse["note"]
+    assert (
+        "this project's implementation of KVarN, in the layers, and with the sink (4) and window (0)" in coarse["note"]
+    )
     assert coarse["stored_bits"] < close["stored_bits"] < exact["stored_bits"]
 
 
@@ -220,6 +239,18 @@ def test_layers_with_their_own_kind_of_cache_stay_as_they_are(gemma: Module) -> 
     kinds = [type(layer) for layer in opened(gemma, "kvarn-4", 20).layers]
     assert KvarnLayer in kinds
     assert len(set(kinds)) == 2
+
+
+def test_sliding_windows_are_compressed() -> None:
+    """As in presets: at 16 bits a model's logits are those over mlx-lm's own caches."""
+    model, tokens = build_gemma(window=256), mx.array([[1 + i * i % 90 for i in range(600)]])
+    settings = Settings(Path("text"), ("kvarn",))
+    row = RowMaker(model, plan_layers(model), settings).row("kvarn-16").open(600).layers
+    assert [layer._ring.max_size for layer in row] == [256, 256, None]
+    native = make_prompt_cache(model)
+    for start, end in ((0, 300), (300, 301), (301, 600)):
+        got, want = (np.array(model(tokens[:, start:end], cache=cache)) for cache in (row, native))
+        np.testing.assert_allclose(got, want, atol=2e-3)
 
 
 def test_a_model_without_a_power_of_two_says_so(tiny_qwen3: Module) -> None:
