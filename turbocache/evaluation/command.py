@@ -63,7 +63,7 @@ def add_to(commands: Any) -> None:
         help="what users see break: drift, facts, sums, arguments, cycles, separated by commas, or all",
     )
     parser.add_argument(
-        "--suite-trials", type=int, default=1, help="documents, and pairs of long answers (default %(default)s)"
+        "--suite-trials", type=int, default=1, help="documents of each suite, and long answers (default %(default)s)"
     )
     parser.add_argument(
         "--suite-context", type=int, default=768, help="tokens of a suite's documents (default %(default)s)"

@@ -43,7 +43,7 @@ class Settings:
     suites: tuple[str, ...] = ()
     """Names of suites as typed (`suites/registry.py`)."""
     suite_trials: int = 1
-    """Documents of each suite. Every trial has two long answers."""
+    """Documents of each suite, and long answers."""
     suite_context: int = 768
     """Tokens of a document with a question."""
     answer_lengths: tuple[int, ...] = (150, 300)

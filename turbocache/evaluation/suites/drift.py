@@ -23,8 +23,6 @@ from turbocache.store import fork
 
 PROMPT_TOKENS = 384
 """Tokens of the text in each prompt: more than sink and window, so that pages matter from the first token."""
-_ANSWERS = 2
-"""Long answers for each trial."""
 N_GRAM = 8
 LOOP_TOKENS = 128
 """An answer loops at a length if half of the n-grams in its last tokens before that have occurred in it before."""
@@ -167,7 +165,7 @@ def _weakness(full: Figures) -> list[str]:
 
 
 def _make(material: Material) -> list[Task]:
-    return [DriftTask(material, trial) for trial in range(_ANSWERS * material.settings.suite_trials)]
+    return [DriftTask(material, trial) for trial in range(material.settings.suite_trials)]
 
 
 DRIFT = Suite("drift", _make, _figures, _cells, _weakness)
