@@ -14,7 +14,7 @@ from turbocache.cache.ring import PageRing
 from turbocache.cache.spec import CacheSpec
 from turbocache.machine.memory import device_memory, memory_in_use
 from turbocache.mlxlm.seam import native_calls
-from turbocache.store import batches_of, native_nbytes, pages_nbytes, pages_of, ring_of
+from turbocache.store import batches_of, beside_pages, native_nbytes, pages_nbytes, pages_of, ring_of
 
 _EVERY_SECONDS = 0.25
 
@@ -202,12 +202,13 @@ class Stats:
         known, nbytes = self._counted.get(session.key, (None, {}))
         if known == version:
             return nbytes
-        cache, specs = session.cache or [], [batch.spec for batch in batches_of(session.cache or ())]
-        pages = pages_of(cache)
+        cache = session.cache or []
+        pages, batches = pages_of(cache), batches_of(cache)
+        sink = sum(batch.spec.ring.keep * batch.spec.raw_token_nbytes for batch in batches)
         nbytes = {
             "pages": pages_nbytes(pages),
-            "sink": sum(spec.ring.keep * spec.raw_token_nbytes for spec in specs),
-            "window": sum(spec.ring.window_slots * spec.raw_token_nbytes for spec in specs),
+            "sink": sink,
+            "window": sum(map(beside_pages, batches)) - sink,  # with what is subtracted from the keys
             "recurrent": native_nbytes(cache),
         }
         others: dict[CacheSpec, set[int]] = {}

