@@ -5,7 +5,6 @@ import jsonschema
 import pytest
 
 from tests.turbocache.evaluation.suites.test_calls import SCHEMA
-from turbocache.evaluation.rows import Row
 from turbocache.evaluation.suites.arguments import ARGUMENTS
 from turbocache.evaluation.suites.calls import n_exact, read_call
 from turbocache.evaluation.suites.suite import Material, Task
@@ -42,14 +41,6 @@ def test_free_answers_are_mlx_lm_s_and_the_others_are_calls(
         if len(told["grammar"]["answer"]) < len(question.answer_ids) + 16:
             jsonschema.validate(call, SCHEMA)
         assert told["grammar"]["correct"] == n_exact(material.reader.text(told["grammar"]["answer"]), order)
-
-
-@pytest.mark.slow
-def test_fewer_bits_lose_more(task: Task, full: Any, row_of: Callable[[str], Row]) -> None:
-    small, itself = (ARGUMENTS.figures([one], [full]) for one in (task.measure(row_of("k2v2"), full), full))
-    assert itself["nats_moved"] == 0
-    assert itself["free"]["correct"] >= 1
-    assert small["nats_moved"] > 0.02
 
 
 def test_figures_are_over_all_calls() -> None:
