@@ -100,14 +100,14 @@ def tiny_qwen3() -> Module:
     )
 
 
-def build_gemma(window: int) -> Module:
-    """Two layers with a sliding window and one without, random float32 weights, vocabulary 97."""
+def build_gemma(window: int, n_layers: int = 3, pattern: int = 3) -> Module:
+    """Every `pattern`-th layer has plain attention, others a sliding window. Random float32 weights, vocabulary 97."""
     return _random_weights(
         gemma3_text.Model(
             gemma3_text.ModelArgs(
                 model_type="gemma3_text",
                 hidden_size=64,
-                num_hidden_layers=3,
+                num_hidden_layers=n_layers,
                 intermediate_size=96,
                 num_attention_heads=4,
                 head_dim=64,
@@ -115,7 +115,7 @@ def build_gemma(window: int) -> Module:
                 vocab_size=97,
                 num_key_value_heads=2,
                 sliding_window=window,
-                sliding_window_pattern=3,
+                sliding_window_pattern=pattern,
             )
         )
     )
@@ -124,21 +124,4 @@ def build_gemma(window: int) -> Module:
 @pytest.fixture(scope="session")
 def gemma() -> Module:
     """Short sliding-window layers with a full-attention layer at every second place."""
-    mx.random.seed(3)
-    model = gemma3_text.Model(
-        gemma3_text.ModelArgs(
-            model_type="gemma3_text",
-            hidden_size=64,
-            num_hidden_layers=4,
-            intermediate_size=96,
-            num_attention_heads=4,
-            head_dim=64,
-            rms_norm_eps=1e-6,
-            vocab_size=97,
-            num_key_value_heads=2,
-            sliding_window=32,
-            sliding_window_pattern=2,
-        )
-    )
-    mx.eval(model.parameters())
-    return model
+    return build_gemma(32, n_layers=4, pattern=2)

@@ -70,8 +70,8 @@ class Agent:
         self._client = self.server.client()
         self._facts = {place: str(self._random.randint(1_000_000, 9_999_999)) for place in PLACES}
         facts = " ".join(f"The hidden number linked to {place} is {number}." for place, number in self._facts.items())
-        self._messages: list[dict[str, Any]] = [{"role": "system", "content": facts}]
-        self._tools = [
+        self._messages: list[Any] = [{"role": "system", "content": facts}]
+        self._tools: list[Any] = [
             {
                 "type": "function",
                 "function": {
@@ -122,8 +122,8 @@ class Agent:
         self._messages.append({"role": "user", "content": text})
         raw = self._client.chat.completions.with_raw_response.create(
             model="default",
-            messages=self._messages,  # type: ignore[arg-type]
-            tools=self._tools,  # type: ignore[arg-type]
+            messages=self._messages,
+            tools=self._tools,
             temperature=0,
             max_tokens=24,
             extra_body={"prompt_cache_key": f"agent-{self.seed}"},
